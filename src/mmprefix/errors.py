@@ -1,0 +1,9 @@
+"""The one exception class for what the user can put right.
+
+The command line prints an `InputError` as a single line and exits with status 2; any other exception is a defect of
+ours and keeps its traceback.
+"""
+
+
+class InputError(ValueError):
+    """Bad input. The message is one line that says what was expected, what came and where (file, key, shard)."""

@@ -1,0 +1,103 @@
+"""The prefix-LM rule: which query sees which key.
+
+A query q sees a key k when both belong to the same sample and
+
+- k is in the prefix (for prefix and target queries alike), or
+- k is in the same target as q and not after it.
+
+So no prefix token ever sees a target token. Prefix 3 of 7 (rows are queries, columns keys):
+
+    full               nested (2 image tokens)   causal
+    1 1 1 . . . .      1 1 . . . . .             1 . . . . . .
+    1 1 1 . . . .      1 1 . . . . .             1 1 . . . . .
+    1 1 1 . . . .      1 1 1 . . . .             1 1 1 . . . .
+    1 1 1 1 . . .      1 1 1 1 . . .             1 1 1 1 . . .
+    1 1 1 1 1 . .      1 1 1 1 1 . .             1 1 1 1 1 . .
+    1 1 1 1 1 1 .      1 1 1 1 1 1 .             1 1 1 1 1 1 .
+    1 1 1 1 1 1 1      1 1 1 1 1 1 1             1 1 1 1 1 1 1
+
+`nested`: image tokens see image tokens only, so that they do not depend on the instruction. `causal`: the decoder's
+own rule, for comparison. Padding belongs to no sample: it sees nothing and nothing sees it.
+
+This module knows neither batches nor models: its functions take index tensors and broadcast.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmprefix.sequence import PREFIX_BRANCH, Region
+
+PrefixVisibility = Literal["full", "nested", "causal"]
+
+PADDING_SEGMENT = -1
+"""Segment of padding tokens; samples count from 0 in each row."""
+
+
+class TokenIndex(NamedTuple):
+    """What the rule needs to know of tokens: int64 tensors of one shape (or shapes that broadcast).
+
+    Attributes:
+        segment: which sample of its row a token belongs to, `PADDING_SEGMENT` for padding.
+        branch: which target of its sample, `PREFIX_BRANCH` in the prefix.
+        region: values of `Region`.
+        position: position inside the sample, as the decoder's own rule counts it.
+    """
+
+    segment: Tensor
+    branch: Tensor
+    region: Tensor
+    position: Tensor
+
+
+def prefix_lm_visible(q: TokenIndex, k: TokenIndex, visibility: PrefixVisibility, own_rule: Tensor) -> Tensor:
+    """The rule above as a predicate.
+
+    Args:
+        q: the queries.
+        k: the keys, broadcasting against the queries.
+        visibility: how prefix tokens see each other.
+        own_rule: bool, whether the decoder's own mask (causal, sliding window, ...) lets q see k.
+
+    Returns:
+        bool tensor of the broadcast shape, True where q sees k.
+    """
+    same_sample = (q.segment == k.segment) & (q.segment != PADDING_SEGMENT)
+    k_in_prefix = k.branch == PREFIX_BRANCH
+    if visibility == "full":
+        prefix_part = k_in_prefix
+    elif visibility == "nested":
+        prefix_part = k_in_prefix & ((q.region != Region.IMAGE) | (k.region == Region.IMAGE))
+    else:
+        prefix_part = k_in_prefix & own_rule
+    target_part = ~k_in_prefix & (q.branch == k.branch) & own_rule
+    return same_sample & (prefix_part | target_part)
+
+
+def dense_mask(tokens: TokenIndex, visibility: PrefixVisibility = "full") -> Tensor:
+    """The rule over all pairs of tokens, with a plain causal decoder.
+
+    Args:
+        tokens: tensors of shape ``[..., T]``.
+
+    Returns:
+        bool ``[..., T, T]``, queries by keys. Rows of padding are all False.
+    """
+    q = TokenIndex(*(t.unsqueeze(-1) for t in tokens))
+    k = TokenIndex(*(t.unsqueeze(-2) for t in tokens))
+    return prefix_lm_visible(q, k, visibility, own_rule=k.position <= q.position)
+
+
+def prefix_lm_mask(
+    prefix_len: int, total: int, visibility: PrefixVisibility = "full", num_image_tokens: int = 0
+) -> Tensor:
+    """The mask of a single sample with one target, bool ``[total, total]``; the pictures above come from here."""
+    index = torch.arange(total)
+    region = torch.full((total,), int(Region.INSTRUCTION))
+    region[:num_image_tokens] = Region.IMAGE
+    region[prefix_len:] = Region.TARGET
+    branch = torch.where(index < prefix_len, PREFIX_BRANCH, 0)
+    return dense_mask(TokenIndex(torch.zeros_like(index), branch, region, index), visibility)

@@ -1,0 +1,364 @@
+"""The multimodal prefix LM as a transformers model: encoder, connector, decoder.
+
+`MMPrefixForConditionalGeneration` is a `PreTrainedModel`, so `save_pretrained`, `from_pretrained` and `generate` are
+those of transformers. It takes token sequences as `packing` lays them out (with a plan), or as transformers users
+write them (placeholder ids, `token_type_ids` 0 on the prefix and 1 on the target, as PaliGemma has them).
+
+Shapes: B rows, T tokens, I images, N image tokens of one image, M scored target tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils import ModelOutput
+
+from mmprefix.attention import prefix_plan
+from mmprefix.decoder import DecoderArgs, build_decoder, check_prefix_lm, decoder_config, install
+from mmprefix.errors import InputError
+from mmprefix.masks import PrefixVisibility
+from mmprefix.packing import PackedBatch, PrefixPlan
+from mmprefix.sequence import IGNORE_INDEX
+from mmprefix.vision import ConnectorArgs, VisionArgs, VisionEncoder, VisionSpec, build_connector, resolve_vision
+
+
+class MMPrefixConfig(PreTrainedConfig):
+    """Config of an encoder, a connector and a decoder.
+
+    Args:
+        vision_config: `VisionSpec.to_dict()`.
+        text_config: config of the decoder, or its dict form.
+        connector: ``{"kind": ..., "factor": ...}``, see `ConnectorArgs`.
+        image_token_id: placeholder id of image positions; may lie beyond the decoder's vocabulary.
+        prefix_visibility: `full`, `nested` or `causal`.
+    """
+
+    model_type = "mmprefix"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  (transformers reads it from the class)
+
+    def __init__(
+        self,
+        vision_config: dict[str, Any] | None = None,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        connector: dict[str, Any] | None = None,
+        image_token_id: int = 0,
+        prefix_visibility: PrefixVisibility = "full",
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(text_config, dict):
+            settings = dict(text_config)
+            text_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        self.vision_config = vision_config
+        self.text_config = text_config
+        self.connector = connector or {"kind": "linear"}
+        self.image_token_id = image_token_id
+        self.prefix_visibility = prefix_visibility
+        if text_config is not None:
+            # `save_pretrained` and `generate` read them from the outermost config.
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+                kwargs.setdefault(name, getattr(text_config, name, None))
+        super().__init__(**kwargs)
+
+    @property
+    def vision_spec(self) -> VisionSpec:
+        """The encoder's specification."""
+        assert self.vision_config is not None
+        return VisionSpec.from_dict(self.vision_config)
+
+
+@dataclass
+class MMPrefixOutput(ModelOutput):
+    """Output of `MMPrefixForConditionalGeneration`.
+
+    Attributes:
+        loss: float scalar, mean over target tokens; only where `labels` were given.
+        logits: float ``[B, T, V]``, or ``[M, V]`` where a plan names label positions.
+        past_key_values: the decoder's cache.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+
+
+class MMPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """A timm encoder, a connector and any causal LM of transformers, with a bidirectional prefix."""
+
+    config_class = MMPrefixConfig
+    base_model_prefix = "decoder"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: MMPrefixConfig) -> None:
+        super().__init__(config)
+        spec = config.vision_spec
+        self.vision = VisionEncoder(spec)
+        self.decoder = install(AutoModelForCausalLM.from_config(config.text_config))
+        width = self.decoder.get_input_embeddings().weight.shape[1]
+        self.connector, self.num_image_tokens = build_connector(ConnectorArgs(**config.connector), spec, width)
+        self.post_init()
+
+    @classmethod
+    def from_parts(
+        cls,
+        vision: VisionArgs,
+        connector: ConnectorArgs,
+        decoder: DecoderArgs,
+        *,
+        image_token_id: int,
+        prefix_visibility: PrefixVisibility = "full",
+        special_tokens: dict[str, int] | None = None,
+        vocab_size: int | None = None,
+    ) -> MMPrefixForConditionalGeneration:
+        """A model from its parts, with their pretrained weights where asked for.
+
+        Args:
+            vision, connector, decoder: the parts.
+            image_token_id: placeholder id.
+            prefix_visibility: how prefix tokens see each other.
+            special_tokens: `bos_token_id`, `eos_token_id`, `pad_token_id` of the tokenizer.
+            vocab_size: ids that the tokenizer can yield; fills an inline decoder config that names none.
+
+        Raises:
+            InputError: parts that don't exist, don't fit, or a decoder that does not obey the prefix mask.
+        """
+        spec = resolve_vision(vision)
+        if decoder.config is not None:
+            defaults = {**(special_tokens or {}), **({"vocab_size": vocab_size} if vocab_size else {})}
+            decoder = DecoderArgs(
+                config={**defaults, **decoder.config}, attn_implementation=decoder.attn_implementation
+            )
+        text_config = decoder_config(decoder)
+        if vocab_size is not None and vocab_size > text_config.vocab_size:
+            raise InputError(
+                f"model.decoder: expected a vocabulary of at least {vocab_size} (the tokenizer's), "
+                f"got vocab_size {text_config.vocab_size}"
+            )
+        language_model = build_decoder(decoder, text_config)
+        config = MMPrefixConfig(
+            vision_config=spec.to_dict(),
+            text_config=language_model.config,
+            connector={"kind": connector.kind, "factor": connector.factor},
+            image_token_id=image_token_id,
+            prefix_visibility=prefix_visibility,
+            **(special_tokens or {}),
+        )
+        with torch.device("meta"):  # only the frame: a second set of decoder weights would be made for nothing
+            model = cls(config)
+        model.vision = VisionEncoder(spec, vision.pretrained)
+        width = language_model.get_input_embeddings().weight.shape[1]
+        model.connector, _ = build_connector(connector, spec, width)
+        model.decoder = install(language_model)
+        model.tie_weights()
+        check_prefix_lm(model.decoder)
+        model.generation_config.update(**(special_tokens or {}))
+        return model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialises what `from_pretrained` did not find, and buffers that are never saved.
+
+        timm and torch have initialised everything else when it was built; the library's default would undo that.
+        """
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
+        elif isinstance(module, nn.Linear) and any(module is part for part in self.connector.modules()):
+            module.reset_parameters()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's token embedding."""
+        return self.decoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the decoder's token embedding."""
+        self.decoder.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The decoder's output layer."""
+        return self.decoder.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the decoder's output layer."""
+        self.decoder.set_output_embeddings(value)
+
+    def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
+        """float ``[I, 3, H, W]`` -> image tokens in the decoder's width, float ``[I, N, W]``."""
+        return self.connector(self.vision(pixel_values))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+        plan: PrefixPlan | None = None,
+        prefix_length: int | None = None,
+        **kwargs: Any,
+    ) -> MMPrefixOutput:
+        """One pass.
+
+        Args:
+            input_ids: int64 ``[B, T]``, `image_token_id` at image positions.
+            pixel_values: float ``[I, 3, H, W]``.
+            attention_mask: int64 ``[B, T]`` (with a cache, ``[B, past + T]``), 0 on padding.
+            position_ids: int64 ``[B, T]``; by default counted from `attention_mask`.
+            token_type_ids: int64 ``[B, T]``, 0 on the prefix, 1 on the target. Without it everything is prefix.
+            past_key_values: cache of a prefill; what follows is target.
+            inputs_embeds: float ``[B, T, W]`` in place of `input_ids`, images already in it.
+            labels: int64 ``[B, T]``, aligned with `input_ids` as transformers has them, `IGNORE_INDEX` elsewhere.
+            image_tokens: float ``[I, N, W]`` from `get_image_tokens`, in place of `pixel_values`.
+            plan: from `packing.collate`, in place of `token_type_ids`.
+            prefix_length: with a cache, how many of its columns are prefix; sliding-window layers need to know.
+
+        Raises:
+            ValueError: labels without anything that says where the target starts, or images and placeholders that
+                don't match.
+        """
+        if labels is not None and plan is None and token_type_ids is None:
+            raise ValueError("labels need token_type_ids (0 prefix, 1 target) or a plan: the mask can't be told from them")
+        if plan is not None and labels is not None and plan.label_positions is not None:
+            raise ValueError("expected labels or a plan with label positions, got both")
+        if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
+            raise ValueError("expected a 2-D attention_mask: a ready-made mask (static caches make one) has no prefix in it")
+        cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self._embed(input_ids, pixel_values if cached == 0 else None, image_tokens, plan)
+        if plan is None:
+            plan = self._plan(input_ids, inputs_embeds, attention_mask, token_type_ids, cached, prefix_length)
+        if attention_mask is None:
+            batch, length = inputs_embeds.shape[:2]
+            attention_mask = torch.ones((batch, cached + length), dtype=torch.long, device=inputs_embeds.device)
+        if position_ids is None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+        with prefix_plan(plan):
+            output = self.decoder(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **{**kwargs, "return_dict": True},
+            )
+        logits = output.logits
+        if plan is not None and plan.label_positions is not None:
+            logits = logits.squeeze(0)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
+            )
+        return MMPrefixOutput(loss=loss, logits=logits, past_key_values=output.get("past_key_values"))
+
+    def target_logits(self, batch: PackedBatch) -> Tensor:
+        """Logits of the batch's target tokens, float ``[M, V]``, in the order of ``batch.labels``."""
+        output = self(
+            input_ids=batch.input_ids,
+            pixel_values=batch.pixel_values,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            plan=batch.plan,
+            use_cache=False,
+        )
+        assert output.logits is not None
+        return output.logits
+
+    def _embed(
+        self, input_ids: Tensor, pixel_values: Tensor | None, image_tokens: Tensor | None, plan: PrefixPlan | None
+    ) -> Tensor:
+        """Token embeddings ``[B, T, W]`` with image tokens in place."""
+        is_image = input_ids == self.config.image_token_id
+        # The placeholder may lie beyond the vocabulary, so it is never looked up.
+        embeds: Tensor = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        if image_tokens is None and pixel_values is not None:
+            image_tokens = self.get_image_tokens(pixel_values)
+        if image_tokens is None:
+            return embeds
+        image_tokens = image_tokens.flatten(0, 1).to(embeds.dtype)
+        if plan is not None and plan.image_positions is not None and plan.image_sources is not None:
+            placed = embeds.flatten(0, 1).index_copy(
+                0, plan.image_positions, image_tokens.index_select(0, plan.image_sources)
+            )
+            return placed.view_as(embeds)
+        if int(is_image.sum()) != image_tokens.shape[0]:
+            if not is_image.any():  # a cached step: the images are in the cache already
+                return embeds
+            raise ValueError(
+                f"expected {self.num_image_tokens} placeholders (token {self.config.image_token_id}) per image, "
+                f"got {int(is_image.sum())} placeholders for {image_tokens.shape[0]} image tokens"
+            )
+        return embeds.masked_scatter(is_image.unsqueeze(-1), image_tokens)
+
+    def _plan(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        cached: int,
+        prefix_length: int | None,
+    ) -> PrefixPlan | None:
+        """The plan of rows with one sample each, or of the prefix that a cache holds.
+
+        With a cache of unknown prefix length there is none: the decoder's own mask shows a target token all that is
+        cached, which is right but for sliding windows.
+        """
+        batch, length = inputs_embeds.shape[:2]
+        device = inputs_embeds.device
+        if cached and prefix_length is None:
+            return None
+        length = prefix_length if cached and prefix_length is not None else length
+        if attention_mask is None:
+            attention_mask = torch.ones((batch, length), dtype=torch.long, device=device)
+        if cached or input_ids is None:
+            is_image = torch.zeros((batch, length), dtype=torch.bool, device=device)
+        else:
+            is_image = input_ids == self.config.image_token_id
+        is_target = None if token_type_ids is None or cached else token_type_ids == 1
+        return PrefixPlan.from_prompt(attention_mask[:, :length], is_image, is_target, self.config.prefix_visibility)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """transformers' own, without the images once they are in the cache."""
+        first = kwargs.get("is_first_iteration", False)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if not first and kwargs.get("use_cache", True):
+            inputs["pixel_values"] = inputs["image_tokens"] = None
+        return inputs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> dict[str, Any]:
+        # What the first step saw is the prefix; whatever is generated is target.
+        model_kwargs.setdefault("prefix_length", model_kwargs["attention_mask"].shape[1])
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, DynamicCache) and any(cache.is_sliding):
+            # A cache that forgets what left the window would forget the prefix, which stays visible to all.
+            model_kwargs["past_key_values"] = DynamicCache()
+
+
+AutoConfig.register(MMPrefixConfig.model_type, MMPrefixConfig)
+AutoModelForImageTextToText.register(MMPrefixConfig, MMPrefixForConditionalGeneration)

@@ -1,0 +1,305 @@
+"""Text and images -> what the model takes: the one place where text becomes token ids.
+
+`MMPrefixProcessor` is a transformers processor (`save_pretrained`, `from_pretrained`, ``processor(images, text)``).
+Its `encode` turns one sample into a `TokenSequence`; truncation happens there and only on request. Image tokens are
+never truncated.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    BaseImageProcessor,
+    BatchFeature,
+    ByT5Tokenizer,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from mmprefix.errors import InputError
+from mmprefix.modeling import MMPrefixConfig
+from mmprefix.packing import collate_prompts
+from mmprefix.sequence import IGNORE_INDEX, PREFIX_BRANCH, PromptLayout, TokenSequence
+from mmprefix.vision import ImageTransform, VisionSpec
+
+Truncate = Literal["none", "instruction", "target", "both"]
+
+IMAGE_TOKEN = "<image>"
+
+
+@dataclass
+class TokenizerArgs:
+    """The tokenizer.
+
+    Attributes:
+        name: hub name or local folder; `byte` for UTF-8 bytes, which needs no download; by default the decoder's.
+        pad_token: token to pad with, for tokenizers that name none.
+        eos_token: token that ends a target, for tokenizers that name none.
+        separator: text between instruction and target; tokenized on its own.
+    """
+
+    name: str | None = None
+    pad_token: str | None = None
+    eos_token: str | None = None
+    separator: str = "\n"
+
+
+def load_tokenizer(args: TokenizerArgs, default: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer with the image placeholder added.
+
+    Args:
+        args: which one.
+        default: hub name or folder of the decoder, None for a decoder from an inline config.
+
+    Raises:
+        InputError: none to be found, or one without EOS or PAD.
+    """
+    name = args.name or default
+    if name is None:
+        raise InputError("model.tokenizer.name: expected a name, a folder or `byte` for a decoder from an inline config")
+    names = {k: v for k, v in (("pad_token", args.pad_token), ("eos_token", args.eos_token)) if v is not None}
+    if name == "byte":
+        tokenizer = ByT5Tokenizer(extra_ids=0, bos_token="<s>", **names)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, **names)
+        except (OSError, ValueError) as error:
+            message = " ".join(str(error).split())[:300]
+            raise InputError(f"model.tokenizer.name: cannot load {name!r}: {message}") from error
+    for token in ("eos_token", "pad_token"):
+        if getattr(tokenizer, token) is None:
+            raise InputError(
+                f"model.tokenizer: expected a tokenizer with EOS and PAD, {name!r} has no {token}; "
+                f"name one of its tokens with --model.tokenizer.{token}"
+            )
+    # As an added token it gets an id of its own, beyond the vocabulary if need be: it is never embedded.
+    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    return tokenizer
+
+
+def text_vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """1 + the largest id that text or framing can yield; the image placeholder, never embedded, is left out."""
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    return 1 + max(i for i in tokenizer.get_vocab().values() if i != image_id)
+
+
+class MMPrefixImageProcessor(BaseImageProcessor):
+    """The encoder's image transform as a transformers image processor."""
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012  (transformers reads it from the class)
+
+    def __init__(
+        self,
+        size: Sequence[int] = (224, 224),
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        interpolation: str = "bicubic",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.size = list(size)
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.interpolation = interpolation
+
+    @classmethod
+    def from_spec(cls, spec: VisionSpec) -> MMPrefixImageProcessor:
+        """The processor of an encoder."""
+        return cls(spec.image_size, spec.mean, spec.std, spec.interpolation)
+
+    @property
+    def transform(self) -> ImageTransform:
+        """The transform behind it."""
+        height, width = self.size
+        return ImageTransform((height, width), tuple(self.image_mean), tuple(self.image_std), self.interpolation)
+
+    def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
+        """One RGB image or a list of them -> ``pixel_values``, float32 ``[I, 3, H, W]``."""
+        images = [images] if isinstance(images, Image.Image) else images
+        return BatchFeature({"pixel_values": torch.stack([self.transform(image) for image in images])})
+
+
+class MMPrefixProcessor(ProcessorMixin):
+    """Image processor, tokenizer and the layout of a sequence.
+
+    Args:
+        image_processor: the encoder's transform.
+        tokenizer: with the image placeholder added.
+        num_image_tokens: image tokens of one image, after the connector.
+        separator: text between instruction and target.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        num_image_tokens: int = 0,
+        separator: str = "\n",
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.num_image_tokens = num_image_tokens
+        self.separator = separator
+
+    @property
+    def layout(self) -> PromptLayout:
+        """Framing token ids."""
+        tokenizer = self.tokenizer
+        return PromptLayout(
+            image=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+            bos=tokenizer.bos_token_id,
+            separator=tuple(self._ids(self.separator)),
+            eos=tokenizer.eos_token_id,
+        )
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills rows."""
+        return int(self.tokenizer.pad_token_id)
+
+    @property
+    def transform(self) -> ImageTransform:
+        """The encoder's image transform."""
+        transform: ImageTransform = self.image_processor.transform
+        return transform
+
+    def _ids(self, text: str) -> list[int]:
+        # Text is data: "</s>" or "<image>" in an instruction are characters, not tokens that end or place something.
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def encode(
+        self,
+        instruction: str,
+        targets: Sequence[str] = (),
+        *,
+        has_image: bool = True,
+        max_instruction_tokens: int | None = None,
+        max_target_tokens: int | None = None,
+        truncate: Truncate = "none",
+    ) -> TokenSequence:
+        """One sample's sequence.
+
+        Args:
+            instruction: text of the prefix.
+            targets: texts to learn, empty for generation.
+            has_image: whether an image stands in front.
+            max_instruction_tokens, max_target_tokens: limits, without framing tokens (EOS is not counted).
+            truncate: which of the two may be cut at its limit, at the end.
+
+        Raises:
+            InputError: text beyond its limit where cutting was not asked for, or an empty target.
+        """
+        instruction_ids = self._limited(
+            "instruction", instruction, max_instruction_tokens, truncate in ("instruction", "both")
+        )
+        target_ids = [
+            self._limited("target", target, max_target_tokens, truncate in ("target", "both")) for target in targets
+        ]
+        return TokenSequence.build(self.layout, self.num_image_tokens if has_image else 0, instruction_ids, target_ids)
+
+    def _limited(self, name: str, text: str, limit: int | None, may_cut: bool) -> list[int]:
+        ids = self._ids(text)
+        if limit is None or len(ids) <= limit:
+            return ids
+        if not may_cut:
+            raise InputError(
+                f"{name}: expected at most {limit} tokens (data.max_{name}_tokens), got {len(ids)}: {text[:60]!r}; "
+                f"raise the limit or allow cutting with data.truncate={name}"
+            )
+        return ids[:limit]
+
+    def decode_generated(self, generated: Tensor) -> list[str]:
+        """Generated ids ``[S, K]``, without the prompt -> texts, cut at EOS."""
+        texts = []
+        for row in generated.tolist():
+            end = row.index(self.layout.eos) if self.layout.eos in row else len(row)
+            texts.append(self.tokenizer.decode(row[:end], skip_special_tokens=True).strip())
+        return texts
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        suffix: str | Sequence[str] | None = None,
+        return_tensors: str | None = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Model inputs for transformers users, one image for each text.
+
+        Args:
+            images: RGB images, one for each text, or None.
+            text: the instruction(s).
+            suffix: the target(s), for training: adds ``token_type_ids`` (0 prefix, 1 target) and ``labels``.
+            return_tensors: only ``pt``.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` int64 ``[B, T]`` (prompts padded on the left, training rows on the
+            right), ``pixel_values`` float32 ``[B, 3, H, W]``; with a suffix ``token_type_ids`` and ``labels``.
+        """
+        if text is None:
+            raise ValueError("expected text, got None")
+        texts = [text] if isinstance(text, str) else list(text)
+        images = [images] if isinstance(images, Image.Image) else images
+        if images is not None and len(images) != len(texts):
+            raise ValueError(f"expected one image for each text, got {len(images)} images for {len(texts)} texts")
+        suffixes = [suffix] if isinstance(suffix, str) else suffix
+        pixels = {} if images is None else dict(self.image_processor(images))
+        has_image = images is not None
+        if suffixes is None:
+            prompts = collate_prompts([self.encode(t, has_image=has_image) for t in texts], [], None, pad_id=self.pad_id)
+            return BatchFeature({"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask, **pixels})
+        if len(suffixes) != len(texts):
+            raise ValueError(f"expected one suffix for each text, got {len(suffixes)} for {len(texts)} texts")
+        sequences = [self.encode(t, [s], has_image=has_image) for t, s in zip(texts, suffixes, strict=True)]
+        shape = (len(sequences), max(map(len, sequences)))
+        input_ids = torch.full(shape, self.pad_id, dtype=torch.long)
+        attention_mask, token_type_ids = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
+        for row, sequence in enumerate(sequences):
+            n = len(sequence)
+            is_target = sequence.branches != PREFIX_BRANCH
+            input_ids[row, :n] = sequence.ids
+            attention_mask[row, :n] = 1
+            token_type_ids[row, :n] = is_target.long()
+            labels[row, :n] = torch.where(is_target, sequence.ids, IGNORE_INDEX)
+        return BatchFeature({
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "labels": labels, **pixels,
+        })  # fmt: skip
+
+    def to_files(self) -> dict[str, Tensor]:
+        """All files of `save_pretrained` as uint8 tensors: a checkpoint carries its tokenizer, without pickles."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return {
+                str(path.relative_to(folder)): torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+                for path in sorted(Path(folder).rglob("*"))
+                if path.is_file() and path.stat().st_size > 0
+            }
+
+    @classmethod
+    def from_files(cls, files: dict[str, Tensor]) -> MMPrefixProcessor:
+        """The inverse of `to_files`."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                path = Path(folder) / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content.numpy().tobytes())
+            processor: MMPrefixProcessor = cls.from_pretrained(folder)
+            return processor
+
+
+AutoImageProcessor.register(MMPrefixConfig, image_processor_classes={"pil": MMPrefixImageProcessor})
+AutoProcessor.register(MMPrefixConfig, MMPrefixProcessor)

@@ -1,0 +1,278 @@
+"""Images -> image tokens: a timm encoder, a connector to the decoder's width, and the transform the encoder expects.
+
+The transform squashes to the encoder's input size with the encoder's own interpolation, mean and standard deviation
+(timm's data config). It never crops: what an instruction asks about may stand at the border.
+
+Shapes: I images, N image tokens of one image, D encoder width, W decoder width.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import timm
+import timm.data
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mmprefix.errors import InputError
+
+ConnectorKind = Literal["linear", "mlp", "pixel_shuffle"]
+
+
+@dataclass
+class VisionArgs:
+    """The vision encoder.
+
+    Attributes:
+        name: any model name of timm.
+        pretrained: true for timm's weights, or the path of a local weights file; false starts from random weights.
+        image_size: side of the square input in pixels; by default what timm's data config says.
+        kwargs: passed on to `timm.create_model`, for other depths, widths or patch sizes.
+    """
+
+    name: str
+    pretrained: bool | str = False
+    image_size: int | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ConnectorArgs:
+    """From encoder width to decoder width.
+
+    Attributes:
+        kind: `linear`; `mlp` (linear, GELU, linear); `pixel_shuffle`, which joins neighbouring tokens first.
+        factor: `pixel_shuffle` only: joins factor x factor tokens, so the prefix is factor^2 times shorter.
+    """
+
+    kind: ConnectorKind = "linear"
+    factor: int = 2
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """All that is needed to build the encoder again, without weights; stored in the model's config.
+
+    Attributes:
+        name: timm model name.
+        kwargs: for `timm.create_model`.
+        image_size: ``(height, width)`` in pixels.
+        mean, std: per channel, for pixels in [0, 1].
+        interpolation: `bicubic`, `bilinear`, ...
+        grid: ``(rows, columns)`` of image tokens, None where they form no grid.
+        num_tokens: N.
+        width: D.
+        unused: names of parameters that the image tokens do not depend on (heads, poolers).
+    """
+
+    name: str
+    kwargs: dict[str, Any]
+    image_size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    grid: tuple[int, int] | None
+    num_tokens: int
+    width: int
+    unused: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VisionSpec:
+        """The inverse of `to_dict`, which JSON has turned tuples into lists on."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they go into `config.json`."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def resolve_vision(args: VisionArgs) -> VisionSpec:
+    """Finds out what the encoder takes and gives, on the meta device: no weights are made.
+
+    Raises:
+        InputError: an unknown name, arguments or an image size that the encoder does not take.
+    """
+    kwargs = dict(args.kwargs)
+    try:
+        pretrained_cfg = timm.models.get_pretrained_cfg(args.name, allow_unregistered=False)
+    except RuntimeError as error:
+        close = difflib.get_close_matches(args.name.split(".")[0], timm.list_models(), n=3)
+        hint = f"; close to it: {', '.join(close)}" if close else ""
+        raise InputError(f"model.vision.name: expected a timm model, got {args.name!r}{hint}") from error
+    if args.image_size is not None and pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
+        kwargs.setdefault("img_size", args.image_size)
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(args.name, pretrained=False, num_classes=0, **kwargs)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"model.vision: timm cannot build {args.name} with {kwargs}: {error}") from error
+    data_config = timm.data.resolve_model_data_config(model)
+    _, height, width = data_config["input_size"]
+    if args.image_size is not None:
+        height = width = args.image_size
+    elif "img_size" in kwargs:
+        side = kwargs["img_size"]
+        height, width = (side, side) if isinstance(side, int) else tuple(side)
+    try:
+        features = model.forward_features(torch.empty(1, 3, height, width, device="meta"))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        message = " ".join(str(error).split())
+        raise InputError(f"model.vision: {args.name} does not take {height}x{width} images: {message}") from error
+    tokens, grid = _to_tokens(model, features)
+    return VisionSpec(
+        name=args.name,
+        kwargs=kwargs,
+        image_size=(height, width),
+        mean=tuple(data_config["mean"]),
+        std=tuple(data_config["std"]),
+        interpolation=data_config["interpolation"],
+        grid=grid,
+        num_tokens=tokens.shape[1],
+        width=tokens.shape[2],
+        unused=_unused_parameters(model, tokens),
+    )
+
+
+def _unused_parameters(model: nn.Module, tokens: Tensor) -> tuple[str, ...]:
+    """Parameters without influence on the tokens: DistributedDataParallel would wait for their gradients."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(tokens.sum(), parameters, allow_unused=True)
+    return tuple(name for name, gradient in zip(names, gradients, strict=True) if gradient is None)
+
+
+def _to_tokens(model: nn.Module, features: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
+    """timm's features -> ``[I, N, D]`` without class and register tokens, and their grid."""
+    if features.ndim == 4:
+        if getattr(model, "output_fmt", "NCHW") != "NHWC":
+            features = features.permute(0, 2, 3, 1)
+        return features.flatten(1, 2), (features.shape[1], features.shape[2])
+    if features.ndim != 3:
+        raise InputError(
+            f"model.vision: expected feature maps or tokens from {type(model).__name__}, got shape {tuple(features.shape)}"
+        )
+    tokens = features[:, getattr(model, "num_prefix_tokens", 0) :]
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if grid is None or grid[0] * grid[1] != tokens.shape[1]:
+        side = int(tokens.shape[1] ** 0.5)
+        grid = (side, side) if side * side == tokens.shape[1] else None
+    return tokens, None if grid is None else (int(grid[0]), int(grid[1]))
+
+
+class VisionEncoder(nn.Module):
+    """A timm encoder that yields image tokens.
+
+    Class and register tokens are dropped; feature maps of CNNs become tokens row by row.
+    """
+
+    def __init__(self, spec: VisionSpec, pretrained: bool | str = False) -> None:
+        """Builds the encoder.
+
+        Args:
+            spec: from `resolve_vision`.
+            pretrained: as in `VisionArgs`.
+
+        Raises:
+            InputError: a weights file that is missing or does not fit.
+        """
+        super().__init__()
+        overlay = None
+        if isinstance(pretrained, str):
+            if not Path(pretrained).is_file():
+                raise InputError(f"model.vision.pretrained: expected a weights file, found none at {pretrained}")
+            overlay = {"file": pretrained, "hf_hub_id": None, "url": ""}
+        try:
+            self.model = timm.create_model(
+                spec.name, pretrained=bool(pretrained), num_classes=0, pretrained_cfg_overlay=overlay, **spec.kwargs
+            )
+        except RuntimeError as error:
+            message = " ".join(str(error).split())[:300]
+            raise InputError(f"model.vision.pretrained: {spec.name}: cannot load {pretrained}: {message}") from error
+        self.num_tokens = spec.num_tokens
+        for name in spec.unused:
+            self.model.get_parameter(name).requires_grad_(False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """float ``[I, 3, H, W]``, normalised -> image tokens, float ``[I, N, D]``."""
+        tokens, _ = _to_tokens(self.model, self.model.forward_features(pixel_values))
+        return tokens
+
+
+class PixelShuffle(nn.Module):
+    """Joins ``factor x factor`` neighbouring tokens: ``[I, N, D] -> [I, N / factor^2, factor^2 * D]``."""
+
+    def __init__(self, grid: tuple[int, int], factor: int) -> None:
+        super().__init__()
+        self.grid, self.factor = grid, factor
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens in row-major order in, joined tokens in row-major order out."""
+        (rows, columns), f = self.grid, self.factor
+        blocks = tokens.unflatten(1, (rows // f, f, columns // f, f))
+        return blocks.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
+
+
+def build_connector(args: ConnectorArgs, spec: VisionSpec, decoder_width: int) -> tuple[nn.Module, int]:
+    """The connector and the number of image tokens that leave it.
+
+    Raises:
+        InputError: a token grid that `pixel_shuffle` cannot divide.
+    """
+    if args.kind == "linear":
+        return nn.Linear(spec.width, decoder_width), spec.num_tokens
+    if args.kind == "mlp":
+        hidden = nn.Linear(spec.width, decoder_width)
+        return nn.Sequential(hidden, nn.GELU(), nn.Linear(decoder_width, decoder_width)), spec.num_tokens
+    if args.kind != "pixel_shuffle":
+        raise InputError(f"model.connector.kind: expected linear, mlp or pixel_shuffle, got {args.kind!r}")
+    grid, f = spec.grid, args.factor
+    if grid is None or f < 1 or grid[0] % f or grid[1] % f:
+        raise InputError(
+            f"model.connector: pixel_shuffle by {f} needs a token grid divisible by {f}, {spec.name} has {grid}"
+        )
+    return (
+        nn.Sequential(PixelShuffle(grid, f), nn.Linear(spec.width * f * f, decoder_width)),
+        spec.num_tokens // (f * f),
+    )
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Pixels as the encoder expects them.
+
+    Attributes:
+        size: ``(height, width)`` in pixels; images are squashed to it.
+        mean, std: per channel, for pixels in [0, 1].
+        interpolation: name of a Pillow resampling filter, in lower case.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+
+    @classmethod
+    def from_spec(cls, spec: VisionSpec) -> ImageTransform:
+        """The transform of an encoder."""
+        return cls(spec.image_size, spec.mean, spec.std, spec.interpolation)
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """RGB image of any size -> RGB image of `size`."""
+        height, width = self.size
+        return image.convert("RGB").resize((width, height), Image.Resampling[self.interpolation.upper()])
+
+    def to_tensor(self, image: Image.Image) -> Tensor:
+        """RGB image of `size` -> normalised float32 ``[3, H, W]``."""
+        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255.0
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
+        return (pixels - mean) / std
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """RGB image of any size -> normalised float32 ``[3, H, W]``."""
+        return self.to_tensor(self.resize(image))
