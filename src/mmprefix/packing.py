@@ -103,8 +103,8 @@ class Reference:
     kind: str = ""
     instruction: str = ""
     references: tuple[str, ...] = ()
-    order: int = 0
-    """Place of the sample in its split, by which gathered predictions are sorted."""
+    order: tuple[int, int] = (0, 0)
+    """Record and sample in the split, by which gathered predictions are sorted."""
 
 
 @dataclass(frozen=True)

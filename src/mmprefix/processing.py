@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from mmprefix.errors import InputError
+from mmprefix.masks import PrefixVisibility
 from mmprefix.modeling import MMPrefixConfig
 from mmprefix.packing import collate_prompts
 from mmprefix.sequence import IGNORE_INDEX, PREFIX_BRANCH, PromptLayout, TokenSequence
@@ -138,6 +140,7 @@ class MMPrefixProcessor(ProcessorMixin):
         tokenizer: with the image placeholder added.
         num_image_tokens: image tokens of one image, after the connector.
         separator: text between instruction and target.
+        prefix_visibility: how prefix tokens see each other, for the plans of collated batches.
     """
 
     def __init__(
@@ -146,14 +149,16 @@ class MMPrefixProcessor(ProcessorMixin):
         tokenizer: Any = None,
         num_image_tokens: int = 0,
         separator: str = "\n",
+        prefix_visibility: PrefixVisibility = "full",
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.num_image_tokens = num_image_tokens
         self.separator = separator
+        self.prefix_visibility: PrefixVisibility = prefix_visibility
 
-    @property
+    @cached_property
     def layout(self) -> PromptLayout:
         """Framing token ids."""
         tokenizer = self.tokenizer
@@ -169,7 +174,7 @@ class MMPrefixProcessor(ProcessorMixin):
         """Id that fills rows."""
         return int(self.tokenizer.pad_token_id)
 
-    @property
+    @cached_property
     def transform(self) -> ImageTransform:
         """The encoder's image transform."""
         transform: ImageTransform = self.image_processor.transform

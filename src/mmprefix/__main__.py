@@ -1,0 +1,56 @@
+"""``python -m mmprefix``: answers ``--help`` and ``--version`` at once, and imports the rest only when it has work."""
+
+from __future__ import annotations
+
+import sys
+
+from mmprefix import __version__
+
+USAGE = """\
+usage: python -m mmprefix COMMAND [options]
+
+Fine-tunes multimodal prefix LMs: any timm encoder, any Hugging Face decoder, an exact prefix mask.
+
+commands:
+  fit        train, then score the test split        fit --config configs/digits.yaml
+  validate   score the validation split              validate --config C --ckpt_path runs/X/checkpoints/step=N.ckpt
+  test       score the test split                    (the same options)
+  predict    write predictions, no targets needed    (the same options)
+  generate   answer about one image                  generate --checkpoint runs/X --image a.png --instruction "..."
+
+Every setting of a config can be given on the command line (--data.batch_size 16). To see them all:
+  python -m mmprefix fit --help                      all settings, with what they mean
+  python -m mmprefix fit --config C --print_config   the config as it will run
+  fit --ckpt_path last                               go on from the newest checkpoint of the run folder
+
+options:
+  -h, --help     this text
+  --version      version of mmprefix
+"""
+
+COMMANDS = ("fit", "validate", "test", "predict", "generate")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns the exit status: 0, or 2 for bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"mmprefix {__version__}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        from difflib import get_close_matches
+
+        close = get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        print(f"error: expected one of {', '.join(COMMANDS)}, got {arguments[0]!r}{hint}", file=sys.stderr)
+        return 2
+    from mmprefix.cli import run
+
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""The command line: LightningCLI over the module and the data module, and ``generate``.
+
+What a run leaves behind lies in one folder, ``trainer.default_root_dir``: checkpoints/, tensorboard/, metrics.csv,
+config.yaml, predictions.jsonl, predictions.png, model/. A new run never overwrites an older one: it is renamed first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import warnings
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar as LightningProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from mmprefix import __version__
+from mmprefix.data.datamodule import ShardDataModule
+from mmprefix.data.images import UndecodableImageError, decode_image
+from mmprefix.errors import InputError
+from mmprefix.evaluation.report import PredictionReport
+from mmprefix.files import replacing, set_aside
+from mmprefix.training.callbacks import (
+    BadSampleReport,
+    ProgressBar,
+    ResumableCSVLogger,
+    Throughput,
+    drop_rows_after,
+)
+from mmprefix.training.checkpoints import FILE_NAME, FOLDER, AtomicCheckpointIO, load_model, newest_checkpoint
+from mmprefix.training.module import MMPrefixModule
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class OneLineParser(LightningArgumentParser):
+    """Errors in one line, with the nearest valid key, in place of the usage of 200 options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # `--trainer.max_epoch` must not quietly become another option that begins like it.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Prints ``error: ...`` and exits with status 2."""
+        text = " ".join(str(message).split())
+        unknown = re.search(r"unrecognized arguments: -*([\w.]+)|does not accept (?:option|nested key) '([\w.]+)'", text)
+        if unknown is not None:
+            key = unknown.group(1) or unknown.group(2)
+            close = get_close_matches(key, self._known_keys(), n=1, cutoff=0.5)
+            text += f"; did you mean {close[0]}?" if close else ""
+        print(f"error: {text}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT)
+
+    def _known_keys(self) -> list[str]:
+        keys = {action.dest for action in self._actions}
+        for action in self._actions:
+            if isinstance(action.choices, dict):  # subcommands
+                for parser in action.choices.values():
+                    keys |= {inner.dest for inner in parser._actions}
+        return sorted(keys)
+
+
+class MMPrefixCLI(LightningCLI):
+    """fit, validate, test and predict."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """One seed for everything; the data gets the model's processor."""
+        parser.link_arguments("model.processor", "data.processor", apply_on="instantiate")
+        for part in ("model", "data"):
+            parser.link_arguments("seed_everything", f"{part}.seed", compute_fn=_seed)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds what every run has: loggers, checkpoints, reports, in the run folder."""
+        config = self._get(self.config_init, "trainer")
+        run_folder = Path(config.default_root_dir or "runs/latest")
+        config.default_root_dir = str(run_folder)
+        resume = self._resolve_checkpoint(run_folder)
+        if rank_zero_only.rank == 0:
+            if self.subcommand == "fit" and resume is None and (kept := set_aside(run_folder)) is not None:
+                print(f"{run_folder} holds an earlier run: kept as {kept}")
+            if self.subcommand == "fit" and resume is not None:
+                drop_rows_after(run_folder / "metrics.csv", _step_of(resume))
+        if config.logger in (None, True):
+            kwargs["logger"] = False if self.subcommand != "fit" else [
+                ResumableCSVLogger(str(run_folder)),
+                TensorBoardLogger(str(run_folder), name="", version="tensorboard"),
+            ]  # fmt: skip
+        callbacks = list(config.callbacks or [])
+        if self.subcommand == "fit" and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+            # By step, so that the newest two stay: a kill while one is written leaves the other.
+            callbacks.append(ModelCheckpoint(
+                run_folder / FOLDER, FILE_NAME, monitor="step", mode="max", save_top_k=2,
+                auto_insert_metric_name=False, enable_version_counter=False,
+            ))  # fmt: skip
+        if config.enable_progress_bar is not False and not any(isinstance(c, LightningProgressBar) for c in callbacks):
+            # In a log file each refresh is a line of its own.
+            callbacks.append(ProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
+        self.report = PredictionReport(str(run_folder), self.model.processor.transform)
+        config.callbacks = [*callbacks, Throughput(), BadSampleReport(), self.report]
+        plugins = config.plugins or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
+
+    def _resolve_checkpoint(self, run_folder: Path) -> Path | None:
+        """Turns ``last`` into a path, and says which.
+
+        Raises:
+            InputError: a checkpoint that is not there.
+        """
+        wanted = self._get(self.config_init, "ckpt_path")
+        if wanted is None:
+            if self.subcommand != "fit":
+                raise InputError(f"{self.subcommand}: expected --ckpt_path FILE (or `last`), got none")
+            return None
+        path = newest_checkpoint(run_folder) if str(wanted) == "last" else Path(wanted)
+        if path is None:
+            raise InputError(f"--ckpt_path last: expected {run_folder / FOLDER}/step=*.ckpt, there is none")
+        if not path.exists():
+            raise InputError(f"--ckpt_path: expected a checkpoint, found none at {path}")
+        self.config_init[self.subcommand]["ckpt_path"] = str(path)
+        if rank_zero_only.rank == 0:
+            print(f"{'resuming from' if self.subcommand == 'fit' else 'weights from'} {path}")
+        return path
+
+    def after_fit(self) -> None:
+        """Scores the test split (validation where there is none) with the last weights, and exports the model."""
+        if self.trainer.interrupted or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if self.datamodule.has("test"):
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        else:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        if self.trainer.is_global_zero:
+            folder = Path(self.trainer.default_root_dir)
+            with replacing(folder / "model") as temporary:
+                self.model.model.save_pretrained(temporary)
+                self.model.processor.save_pretrained(temporary)
+            print(f"{folder}: model/, checkpoints/, predictions.jsonl, predictions.png, metrics.csv, tensorboard/")
+
+
+def _seed(value: bool | int) -> int:
+    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if isinstance(value, bool) else value
+
+
+def _step_of(checkpoint: Path) -> int:
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    return int(content["global_step"])
+
+
+def _quieten() -> None:
+    """Hides advice that is not meant for users of this package; warnings of substance stay."""
+    for message in (
+        r"The '\w+_dataloader' does not have many workers",
+        r"The number of training batches \(\d+\) is smaller than the logging interval",
+        r"Checkpoint directory .* exists and is not empty",
+        r"Trying to infer the `batch_size` from an ambiguous collection",
+        r".*isinstance\(treespec, LeafSpec\)",
+        r"You are using `torch.load` with",
+    ):
+        warnings.filterwarnings("ignore", message)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|lightning|timm")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def generate_command(arguments: list[str]) -> int:
+    """``generate``: prints one answer about one image."""
+    parser = argparse.ArgumentParser("python -m mmprefix generate", description="Answers about one image.")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, its model/ folder, or a .ckpt file")
+    parser.add_argument("--image", required=True, type=Path, help="picture file")
+    parser.add_argument("--instruction", required=True, help="text of the prefix")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--num-beams", type=int, default=1, help="1 is greedy")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    if not options.image.is_file():
+        raise InputError(f"--image: expected a picture file, found none at {options.image}")
+    try:
+        image = decode_image(options.image.read_bytes())
+    except UndecodableImageError as error:
+        raise InputError(f"--image: {options.image}: {error}") from error
+    model, processor = load_model(options.checkpoint)
+    model.to(options.device)
+    inputs = processor(images=image, text=options.instruction).to(options.device)
+    generated = model.generate(
+        **inputs, max_new_tokens=options.max_new_tokens, num_beams=options.num_beams, do_sample=False
+    )
+    print(processor.decode_generated(generated[:, inputs["input_ids"].shape[1] :])[0])
+    return 0
+
+
+def run(arguments: list[str]) -> int:
+    """Runs a command; bad input becomes one line and status 2."""
+    _quieten()
+    try:
+        if arguments[0] == "generate":
+            return generate_command(arguments[1:])
+        sys.argv = [sys.argv[0]]  # LightningCLI warns about arguments in two places
+        MMPrefixCLI(
+            MMPrefixModule,
+            ShardDataModule,
+            parser_class=OneLineParser,
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            trainer_defaults={"use_distributed_sampler": False},
+            parser_kwargs={"version": f"mmprefix {__version__}"},
+            args=arguments,
+        )
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except OSError as error:
+        if error.errno is None:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return 0

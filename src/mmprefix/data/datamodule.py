@@ -1,0 +1,206 @@
+"""`ShardDataModule`: train, validation and test splits over webdataset shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader
+
+from mmprefix.data import digits
+from mmprefix.data.images import RandomAffine
+from mmprefix.data.loading import (
+    Collator,
+    EpochBatchSampler,
+    EvaluationBatchSampler,
+    RecordDataset,
+    SampleProcessor,
+    TextLimits,
+)
+from mmprefix.data.shards import ShardCollection
+from mmprefix.errors import InputError
+from mmprefix.packing import EvaluationBatch, PackedBatch, PromptBatch, map_tensors
+
+Shards = str | list[str] | None
+
+
+class ShardDataModule(pl.LightningDataModule):
+    """Image-text samples from webdataset shards.
+
+    Batches are `PackedBatch` for training and `EvaluationBatch` elsewhere.
+    """
+
+    def __init__(
+        self,
+        processor: Any = None,
+        train: Shards = None,
+        val: Shards = None,
+        test: Shards = None,
+        predict: Shards = None,
+        dataset: Literal["digits"] | None = None,
+        dataset_folder: str = "runs/data/digits",
+        batch_size: int = 32,
+        eval_batch_size: int = 128,
+        num_workers: int = 0,
+        max_instruction_tokens: int | None = None,
+        max_target_tokens: int | None = 64,
+        truncate: Literal["none", "instruction", "target", "both"] = "none",
+        augmentation: RandomAffine | None = None,
+        on_bad_sample: Literal["skip", "error"] = "skip",
+        seed: int = 0,
+    ) -> None:
+        """Settings of the data.
+
+        Args:
+            processor: a `SampleProcessor`, which turns text into tokens and images into pixels; the command line
+                passes the model's.
+            train: training shards: a path, glob, brace range, folder, or a list of them.
+            val: validation shards.
+            test: test shards, scored once at the end of `fit`.
+            predict: shards for `predict`, which need no targets; by default those of `test`, else of `val`.
+            dataset: a set that comes with the package, used where `train` is not given. With `train` given it is
+                left out altogether: `val` and `test` are then yours, too.
+            dataset_folder: where the shards of `dataset` are written.
+            batch_size: records (an image with everything asked about it) per step and device.
+            eval_batch_size: the same, for evaluation.
+            num_workers: loader processes per device.
+            max_instruction_tokens: longest instruction, without framing tokens.
+            max_target_tokens: longest target, without EOS; also how much is generated at most.
+            truncate: which text may be cut at its limit; `none` makes a longer one an error. Image tokens never are.
+            augmentation: random affine transform of training images; none by default.
+            on_bad_sample: what happens to an image that cannot be decoded: `skip` counts and reports it.
+            seed: of order and augmentation; the command line passes `seed_everything`.
+        """
+        super().__init__()
+        if batch_size < 1 or eval_batch_size < 1:
+            raise InputError(f"data.batch_size: expected at least 1, got {min(batch_size, eval_batch_size)}")
+        self.processor: SampleProcessor | None = processor  # Any above: the command line checks types of its own
+        self.patterns: dict[str, Shards] = {"train": train, "val": val, "test": test, "predict": predict}
+        self.builtin = dataset if train is None else None
+        self.dataset_folder = Path(dataset_folder)
+        if self.builtin is not None:
+            for split in ("train", "val", "test"):
+                self.patterns[split] = self.patterns[split] or str(self.dataset_folder / f"{split}-*.tar")
+        self.patterns["predict"] = predict or self.patterns["test"] or self.patterns["val"]
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.limits = TextLimits(max_instruction_tokens, max_target_tokens, truncate)
+        self.augmentation = augmentation
+        self.undecodable_is_fatal = on_bad_sample == "error"
+        self.seed = seed
+        self._shards: dict[str, ShardCollection] = {}
+
+    @property
+    def max_new_tokens(self) -> int:
+        """How much evaluation generates at most: the longest allowed target and its EOS."""
+        return (self.limits.max_target_tokens or 255) + 1
+
+    def has(self, split: str) -> bool:
+        """Whether the split is configured."""
+        return self.patterns[split] is not None
+
+    def baseline(self, split: str) -> tuple[str, dict[str, float]]:
+        """Name and accuracy per kind of the baseline of a built-in set; ``("", {})`` for others."""
+        if self.builtin is None:
+            return "", {}
+        return digits.BASELINE_NAME, digits.baseline(split)
+
+    def prepare_data(self) -> None:
+        """Writes the shards of a built-in set, on one process of each node."""
+        if self.builtin is not None:
+            digits.write_digits(self.dataset_folder)
+
+    def setup(self, stage: str) -> None:
+        """Indexes the shards that the stage needs.
+
+        Raises:
+            InputError: missing, broken or incomplete shards.
+        """
+        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}[stage]
+        for split in needed:
+            if split not in self._shards:
+                self._shards[split] = self._open(split)
+
+    def _open(self, split: str) -> ShardCollection:
+        pattern = self.patterns[split]
+        if pattern is None:
+            raise InputError(f"data.{split}: expected shards, for example --data.{split} 'mine/{split}-*.tar', got none")
+        shards = ShardCollection(pattern, f"data.{split}", needs_target=split != "predict")
+        rank_zero_info(f"{split}: {shards.describe()}")
+        return shards
+
+    def _loader(self, split: str, sampler: Any, collate: Callable[..., Any]) -> DataLoader[Any]:
+        assert self.processor is not None, "the data module needs a processor before it loads anything"
+        dataset = RecordDataset(
+            self._shards[split],
+            self.processor,
+            self.limits,
+            augment=self.augmentation if split == "train" else None,
+            seed=self.seed,
+            undecodable_is_fatal=self.undecodable_is_fatal,
+        )
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            # A loader makes a base seed from torch's global generator; with one of its own, it leaves that alone.
+            generator=torch.Generator(),
+        )
+
+    @property
+    def _collator(self) -> Collator:
+        assert self.processor is not None
+        return Collator(self.processor.pad_id, self.processor.prefix_visibility)
+
+    def _ranks(self) -> dict[str, int]:
+        if self.trainer is None:
+            return {"rank": 0, "num_ranks": 1}
+        return {"rank": self.trainer.global_rank, "num_ranks": self.trainer.world_size}
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of one epoch, shuffled by (seed, epoch)."""
+        num_records = len(self._shards["train"])
+        ranks = self._ranks()
+        if num_records < ranks["num_ranks"]:
+            raise InputError(f"data.train: expected a record for each of {ranks['num_ranks']} ranks, got {num_records}")
+        sampler = EpochBatchSampler(num_records, self.batch_size, shuffle=True, seed=self.seed, **ranks)
+        return self._loader("train", sampler, self._collator.train)
+
+    def _evaluation_loader(self, split: str) -> DataLoader[Any]:
+        sampler = EvaluationBatchSampler(len(self._shards[split]), self.eval_batch_size, **self._ranks())
+        return self._loader(split, sampler, self._collator.evaluate)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The validation split in order, each sample once."""
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The test split in order, each sample once."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The samples to predict, in order, each once."""
+        return self._evaluation_loader("predict")
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Stops the run on a sample that must not be skipped.
+
+        Raises:
+            InputError: naming shard, key and reason.
+        """
+        for bad in batch.bad:
+            if bad.fatal:
+                raise InputError(str(bad) if bad.shard not in bad.reason else bad.reason)
+        return batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Moves every tensor of the batch."""
+        assert isinstance(batch, PackedBatch | PromptBatch | EvaluationBatch)
+        return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))

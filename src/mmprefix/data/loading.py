@@ -1,0 +1,232 @@
+"""Records -> batches: the dataset, the order of an epoch, and the collators that run in the workers.
+
+The order of an epoch is a permutation by (seed, epoch). All ranks compute the same one; global batch g is a run of
+``batch_size * ranks`` records of it, and each rank takes its part. Augmentation is seeded by (seed, epoch, record), so
+neither the number of workers nor a restart changes what a record looks like.
+
+`batch_size` counts records: an image with everything asked about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from mmprefix.data.images import RandomAffine, UndecodableImageError, decode_image
+from mmprefix.data.samples import Sample
+from mmprefix.data.shards import ShardCollection
+from mmprefix.errors import InputError
+from mmprefix.masks import PrefixVisibility
+from mmprefix.packing import BadSample, EvaluationBatch, PackedBatch, Reference, collate, collate_prompts
+from mmprefix.sequence import TokenSequence
+from mmprefix.vision import ImageTransform
+
+EpochIndex = tuple[int, int]
+"""``(epoch, record)``: what a sampler hands to the dataset; workers outlive epochs and would not hear of a new one."""
+
+
+class SampleProcessor(Protocol):
+    """What the data needs of a processor."""
+
+    prefix_visibility: PrefixVisibility
+
+    @property
+    def transform(self) -> ImageTransform:
+        """The encoder's image transform."""
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills rows."""
+
+    def encode(
+        self,
+        instruction: str,
+        targets: Sequence[str],
+        *,
+        max_instruction_tokens: int | None,
+        max_target_tokens: int | None,
+        truncate: str,
+    ) -> TokenSequence:
+        """Text -> token sequence."""
+
+
+@dataclass(frozen=True)
+class TextLimits:
+    """Limits in tokens, and which text may be cut at its limit: `none`, `instruction`, `target` or `both`."""
+
+    max_instruction_tokens: int | None
+    max_target_tokens: int | None
+    truncate: str
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedRecord:
+    """One record, ready for collation: float32 ``[3, H, W]`` pixels, and a sequence for each sample."""
+
+    pixels: Tensor
+    sequences: tuple[TokenSequence, ...]
+    references: tuple[Reference, ...]
+
+
+@dataclass
+class RecordDataset(Dataset[EncodedRecord | BadSample]):
+    """Records by ``(epoch, index)``. What cannot be used comes back as a `BadSample`, never as an exception.
+
+    An exception from a worker process would arrive as a wall of text; the main process raises the fatal ones itself.
+    """
+
+    shards: ShardCollection
+    processor: SampleProcessor
+    limits: TextLimits
+    augment: RandomAffine | None = None
+    seed: int = 0
+    undecodable_is_fatal: bool = False
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, epoch_index: EpochIndex) -> EncodedRecord | BadSample:
+        epoch, index = epoch_index
+        record = self.shards.records[index]
+        shard = self.shards.paths[record.shard]
+        try:
+            image = decode_image(self.shards.image_bytes(index))
+        except UndecodableImageError as error:
+            return BadSample(shard, record.key, str(error), fatal=self.undecodable_is_fatal)
+        image = self.processor.transform.resize(image)
+        if self.augment is not None:
+            image = self.augment(image, torch.Generator().manual_seed(_mix(self.seed, epoch, index)))
+        try:
+            samples = self.shards.samples(index)
+            sequences = tuple(self._encode(sample) for sample in samples)
+        except InputError as error:
+            return BadSample(shard, record.key, str(error), fatal=True)
+        references = tuple(
+            Reference(s.id, s.image_id, s.kind, s.instruction, s.answers, (index, n)) for n, s in enumerate(samples)
+        )
+        return EncodedRecord(self.processor.transform.to_tensor(image), sequences, references)
+
+    def _encode(self, sample: Sample) -> TokenSequence:
+        return self.processor.encode(
+            sample.instruction,
+            sample.targets,
+            max_instruction_tokens=self.limits.max_instruction_tokens,
+            max_target_tokens=self.limits.max_target_tokens,
+            truncate=self.limits.truncate,
+        )
+
+
+def _mix(*numbers: int) -> int:
+    """One 63-bit seed from several numbers; neighbours give unrelated streams."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@dataclass
+class EpochBatchSampler(Sampler[list[EpochIndex]]):
+    """Batches of one rank, in an order that depends on seed and epoch only.
+
+    The last global batch may be smaller; it is spread over the ranks. Training needs the same number of batches on
+    every rank, so up to ``ranks - 1`` records that cannot be spread are left to the next epochs' permutations.
+    """
+
+    num_records: int
+    batch_size: int
+    shuffle: bool
+    seed: int = 0
+    rank: int = 0
+    num_ranks: int = 1
+    epoch: int = field(default=0, init=False)
+
+    @property
+    def sampler(self) -> EpochBatchSampler:
+        """Where Lightning looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer before each epoch, also after a resume."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._spans())
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        """This rank's part ``[start, stop)`` of each global batch."""
+        for start in range(0, self.num_records, self.batch_size * self.num_ranks):
+            share = min(self.batch_size, (self.num_records - start) // self.num_ranks)
+            if share:
+                yield start + self.rank * share, start + (self.rank + 1) * share
+
+    def __iter__(self) -> Iterator[list[EpochIndex]]:
+        order = np.arange(self.num_records)
+        if self.shuffle:
+            np.random.default_rng((self.seed, self.epoch)).shuffle(order)
+        for start, stop in self._spans():
+            yield [(self.epoch, int(index)) for index in order[start:stop]]
+
+
+@dataclass
+class EvaluationBatchSampler(Sampler[list[EpochIndex]]):
+    """Every record once, none twice: ranks may get a different number of batches."""
+
+    num_records: int
+    batch_size: int
+    rank: int = 0
+    num_ranks: int = 1
+
+    def __len__(self) -> int:
+        return -(-len(range(self.rank, self.num_records, self.num_ranks)) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[EpochIndex]]:
+        mine = range(self.rank, self.num_records, self.num_ranks)
+        for start in range(0, len(mine), self.batch_size):
+            yield [(0, index) for index in mine[start : start + self.batch_size]]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Encoded records -> a batch. Picklable, so that it runs in workers.
+
+    Attributes:
+        pad_id: id that fills rows.
+        visibility: how prefix tokens see each other.
+    """
+
+    pad_id: int
+    visibility: PrefixVisibility
+
+    def train(self, items: Sequence[EncodedRecord | BadSample]) -> PackedBatch:
+        """A batch to learn from."""
+        records = [item for item in items if isinstance(item, EncodedRecord)]
+        return self._targets(records, [item for item in items if isinstance(item, BadSample)])
+
+    def evaluate(self, items: Sequence[EncodedRecord | BadSample]) -> EvaluationBatch:
+        """Prefixes to generate from, and targets for the loss where every sample has them."""
+        records = [item for item in items if isinstance(item, EncodedRecord)]
+        sequences, image_of, pixels = _flatten(records)
+        has_targets = bool(sequences) and all(sequence.num_targets for sequence in sequences)
+        return EvaluationBatch(
+            prompts=collate_prompts(sequences, image_of, pixels, pad_id=self.pad_id),
+            targets=self._targets(records, ()) if has_targets else None,
+            references=tuple(reference for record in records for reference in record.references),
+            bad=tuple(item for item in items if isinstance(item, BadSample)),
+        )
+
+    def _targets(self, records: Sequence[EncodedRecord], bad: Sequence[BadSample]) -> PackedBatch:
+        sequences, image_of, pixels = _flatten(records)
+        references = [reference for record in records for reference in record.references]
+        return collate(
+            sequences, image_of, pixels, pad_id=self.pad_id, visibility=self.visibility, references=references, bad=bad
+        )
+
+
+def _flatten(records: Sequence[EncodedRecord]) -> tuple[list[TokenSequence], list[int], Tensor | None]:
+    """Sequences of all records, the image of each, and the images, each once."""
+    sequences = [sequence for record in records for sequence in record.sequences]
+    image_of = [number for number, record in enumerate(records) for _ in record.sequences]
+    return sequences, image_of, torch.stack([record.pixels for record in records]) if records else None

@@ -1,0 +1,96 @@
+"""One record of a shard -> samples: what the JSON beside an image may hold, and what is refused.
+
+`docs/data_format.md` is the specification for users; this module is where it is enforced.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mmprefix.errors import InputError
+
+FIELDS = ("instruction", "target", "targets", "answers", "id", "image_id", "kind")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One instruction on one image.
+
+    Attributes:
+        id: unique in its split; by default the record's key.
+        image_id: by default the record's key.
+        kind: group for which metrics are reported separately.
+        instruction: text of the prefix.
+        targets: texts to learn; empty only where none is needed (`predict`).
+        answers: accepted answers for evaluation; by default the targets.
+    """
+
+    id: str
+    image_id: str
+    kind: str
+    instruction: str
+    targets: tuple[str, ...]
+    answers: tuple[str, ...]
+
+
+def parse_record(payload: bytes, key: str, shard: str, *, needs_target: bool = True) -> tuple[Sample, ...]:
+    """The samples of one JSON member: an object is one sample, a list is several on the same image.
+
+    Args:
+        payload: content of ``KEY.json``.
+        key: the record's key, for default ids and messages.
+        shard: path of the shard, for messages.
+        needs_target: whether a sample without target is refused.
+
+    Raises:
+        InputError: with shard, key, what was expected and what came.
+    """
+    where = f"{shard}: {key}.json"
+    try:
+        content = json.loads(payload)
+    except ValueError as error:
+        raise InputError(f"{where}: expected JSON, got {error}") from error
+    entries = content if isinstance(content, list) else [content]
+    if not entries:
+        raise InputError(f"{where}: expected at least one sample, got an empty list")
+    samples = []
+    for number, entry in enumerate(entries):
+        one = f"{where}[{number}]" if isinstance(content, list) else where
+        if not isinstance(entry, dict):
+            raise InputError(f"{one}: expected an object with {', '.join(FIELDS[:2])}, got {type(entry).__name__}")
+        default_id = f"{key}#{number}" if isinstance(content, list) else key
+        samples.append(_parse_sample(entry, one, key, default_id, needs_target))
+    return tuple(samples)
+
+
+def _parse_sample(entry: Mapping[str, Any], where: str, key: str, default_id: str, needs_target: bool) -> Sample:
+    instruction = entry.get("instruction")
+    if not isinstance(instruction, str):
+        raise InputError(f"{where}: expected a string `instruction`, got {_shown(instruction)}")
+    if "target" in entry and "targets" in entry:
+        raise InputError(f"{where}: expected one of `target` and `targets`, got both")
+    targets = entry.get("targets", [entry["target"]] if "target" in entry else [])
+    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
+        raise InputError(f"{where}: expected a string `target` or a list of strings `targets`, got {_shown(targets)}")
+    if needs_target and not targets:
+        raise InputError(f"{where}: expected a `target` or `targets`, got neither (fields: {', '.join(entry) or 'none'})")
+    if any(not target.strip() for target in targets):
+        raise InputError(f"{where}: expected a target with text, got an empty one")
+    answers = entry.get("answers", targets)
+    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+        raise InputError(f"{where}: expected a list of strings `answers`, got {_shown(answers)}")
+    return Sample(
+        id=str(entry.get("id", default_id)),
+        image_id=str(entry.get("image_id", key)),
+        kind=str(entry.get("kind", "all")),
+        instruction=instruction,
+        targets=tuple(targets),
+        answers=tuple(answers),
+    )
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"

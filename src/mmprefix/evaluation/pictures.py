@@ -1,0 +1,85 @@
+"""Pictures of predictions: images with question, answer and prediction, as one PNG."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mmprefix.vision import ImageTransform
+
+_IMAGE_SIDE = 144
+_CELL_WIDTH = 208
+_LINE_HEIGHT = 15
+_MARGIN = 10
+_MAX_LINES = 12
+_INK, _RIGHT, _WRONG = (30, 30, 30), (0, 120, 40), (190, 20, 20)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question on an image, what was expected, and what came."""
+
+    instruction: str
+    reference: str
+    prediction: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One image with its answers."""
+
+    title: str
+    image: Image.Image
+    answers: tuple[Answer, ...]
+
+
+def to_image(pixels: Tensor, transform: ImageTransform) -> Image.Image:
+    """Normalised float ``[3, H, W]`` -> the RGB image that the encoder saw."""
+    mean, std = (pixels.new_tensor(v).view(-1, 1, 1) for v in (transform.mean, transform.std))
+    levels = ((pixels * std + mean).clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+
+
+def draw_cells(cells: Sequence[Cell], columns: int = 6) -> Image.Image:
+    """The cells in rows; right predictions green, wrong ones red beside the expected answer."""
+    font = ImageFont.load_default(size=12)
+    texts = [_lines(cell) for cell in cells]
+    rows = [range(start, min(start + columns, len(cells))) for start in range(0, len(cells), columns)]
+    heights = [_IMAGE_SIDE + _LINE_HEIGHT * max(len(texts[i]) for i in row) + 2 * _MARGIN for row in rows]
+    picture = Image.new("RGB", (_CELL_WIDTH * min(columns, max(1, len(cells))), max(1, sum(heights))), "white")
+    draw = ImageDraw.Draw(picture)
+    top = 0
+    for row, height in zip(rows, heights, strict=True):
+        for column, index in enumerate(row):
+            left = column * _CELL_WIDTH + _MARGIN
+            picture.paste(_scaled(cells[index].image), (left, top + _MARGIN))
+            for number, (line, colour) in enumerate(texts[index]):
+                draw.text((left, top + _MARGIN + _IMAGE_SIDE + number * _LINE_HEIGHT), line, colour, font)
+        top += height
+    return picture
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    scale = _IMAGE_SIDE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    # Tiny images stay made of pixels: blurring them would hide what the encoder saw.
+    return image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
+
+
+def _lines(cell: Cell) -> list[tuple[str, tuple[int, int, int]]]:
+    width = 30
+    lines = [(cell.title, _INK)]
+    for answer in cell.answers:
+        lines += [(line, _INK) for line in textwrap.wrap(answer.instruction, width)]
+        said = f"-> {answer.prediction or '(nothing)'}"
+        if not answer.correct:
+            said += f"   (expected {answer.reference})"
+        lines += [(line, _RIGHT if answer.correct else _WRONG) for line in textwrap.wrap(said, width)]
+    if len(lines) > _MAX_LINES:
+        lines = [*lines[: _MAX_LINES - 1], ("...", _INK)]
+    return lines

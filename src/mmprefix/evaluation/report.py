@@ -1,0 +1,190 @@
+"""`PredictionReport`: what a split's predictions leave behind.
+
+While `fit` runs, a picture of validation predictions goes to TensorBoard. A final evaluation (after `fit`, or
+`validate`, `test`, `predict`) writes ``predictions.jsonl`` and ``predictions.png`` and prints a table per kind.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch.distributed
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+
+from mmprefix.evaluation.pictures import Answer, Cell, draw_cells, to_image
+from mmprefix.files import replacing
+from mmprefix.metrics import exact_match
+from mmprefix.packing import EvaluationBatch, Reference
+from mmprefix.vision import ImageTransform
+
+Prediction = tuple[Reference, str]
+
+
+def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
+    """One JSON object per line: id, image_id, kind, instruction, prediction, references."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for reference, prediction in predictions:
+            row = {
+                "id": reference.id,
+                "image_id": reference.image_id,
+                "kind": reference.kind,
+                "instruction": reference.instruction,
+                "prediction": prediction,
+                "references": list(reference.references),
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def accuracy_table(
+    title: str, predictions: Sequence[Prediction], baseline_name: str = "", baseline: Mapping[str, float] | None = None
+) -> str:
+    """Exact match per kind as text, next to a baseline where there is one."""
+    kinds: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        kinds.setdefault(prediction[0].kind, []).append(prediction)
+    rows = [["kind", "question", "samples", "exact match", *([baseline_name] if baseline else [])]]
+    for kind, members in kinds.items():
+        instructions = {reference.instruction for reference, _ in members}
+        question = instructions.pop() if len(instructions) == 1 else f"({len(instructions)} different)"
+        rows.append([kind, question[:40], str(len(members)), f"{_accuracy(members):.4f}"])
+        if baseline:
+            rows[-1].append(f"{baseline[kind]:.4f}" if kind in baseline else "-")
+    if len(kinds) > 1:
+        rows.append(["all", "", str(len(predictions)), f"{_accuracy(predictions):.4f}", *([""] if baseline else [])])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(w) if n < 2 else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    return "\n".join([title, lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _accuracy(predictions: Sequence[Prediction]) -> float:
+    return sum(exact_match(said, r.references) for r, said in predictions) / max(1, len(predictions))
+
+
+class _Gallery:
+    """Images for the picture: those with a wrong answer first, as many others as there is room for."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.wrong: list[Cell] = []
+        self.right: list[Cell] = []
+
+    def add(self, batch: EvaluationBatch, predictions: Sequence[Prediction], transform: ImageTransform) -> None:
+        of_image: dict[int, list[Prediction]] = {}
+        for image, prediction in zip(batch.prompts.image_of.tolist(), predictions, strict=True):
+            of_image.setdefault(image, []).append(prediction)
+        for image, members in of_image.items():
+            answers = tuple(
+                Answer(r.instruction, " | ".join(sorted(set(r.references))), said, exact_match(said, r.references))
+                for r, said in members
+            )
+            group = self.right if all(answer.correct for answer in answers) else self.wrong
+            if len(group) < self.room and batch.prompts.pixel_values is not None:
+                pixels = batch.prompts.pixel_values[image]
+                group.append(Cell(f"image {members[0][0].image_id}", to_image(pixels.float(), transform), answers))
+
+    def cells(self) -> list[Cell]:
+        wrong = self.wrong[: max(self.room // 2, self.room - len(self.right))]
+        return [*wrong, *self.right[: self.room - len(wrong)]]
+
+
+class PredictionReport(pl.Callback):
+    """Collects predictions of a split; see the module's docstring for what it leaves where."""
+
+    def __init__(self, folder: str, transform: ImageTransform, num_images: int = 24) -> None:
+        """Settings.
+
+        Args:
+            folder: where files go.
+            transform: how pixels were normalised, to show them.
+            num_images: images in a picture.
+        """
+        self.folder = Path(folder)
+        self.transform = transform
+        self.num_images = num_images
+        self.lines: list[str] = []
+        """What a final evaluation printed last."""
+        self._start()
+
+    def _start(self) -> None:
+        self._predictions: list[Prediction] = []
+        self._gallery = _Gallery(self.num_images)
+
+    def _collect(self, outputs: Any, batch: EvaluationBatch) -> None:
+        self._predictions += outputs
+        self._gallery.add(batch, outputs, self.transform)
+
+    def _finish(self, trainer: pl.Trainer, split: str) -> None:
+        predictions, gallery = self._gathered(trainer), self._gallery
+        self._start()
+        if not trainer.is_global_zero or not predictions:
+            return
+        write_predictions(self.folder / "predictions.jsonl", predictions)
+        if cells := gallery.cells():
+            with replacing(self.folder / "predictions.png") as temporary:
+                draw_cells(cells).save(temporary, "PNG")
+        if split == "predict" and not all(reference.references for reference, _ in predictions):
+            text = f"predict: {len(predictions)} predictions"
+        else:
+            images = len({reference.image_id for reference, _ in predictions})
+            name, baseline = trainer.datamodule.baseline(split)  # type: ignore[attr-defined]
+            text = accuracy_table(f"{split}: {images} images, {len(predictions)} samples", predictions, name, baseline)
+        print(f"\n{text}\n", flush=True)
+
+    def _gathered(self, trainer: pl.Trainer) -> list[Prediction]:
+        gathered = [self._predictions]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            gathered = [[] for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(gathered, self._predictions)
+        once = {prediction[0].order: prediction for part in gathered for prediction in part}
+        return [once[order] for order in sorted(once)]
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins anew: a sanity check may have left something."""
+        self._start()
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
+    ) -> None:
+        """Collects."""
+        self._collect(outputs, batch)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A picture while fitting, the whole report otherwise."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._finish(trainer, "val")
+            return
+        if not trainer.sanity_checking and (cells := self._gallery.cells()):
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                    picture = np.asarray(draw_cells(cells))
+                    logger.experiment.add_image("val/predictions", picture, trainer.global_step, dataformats="HWC")
+        self._start()
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
+    ) -> None:
+        """Collects."""
+        self._collect(outputs, batch)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Reports."""
+        self._finish(trainer, "test")
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
+    ) -> None:
+        """Collects."""
+        self._collect(outputs, batch)
+
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Reports."""
+        self._finish(trainer, "predict")

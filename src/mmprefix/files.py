@@ -1,0 +1,47 @@
+"""Files and folders that are complete or absent, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path beside ``path``; what is written there takes its place when the block ends well.
+
+    Works for files and for folders. On an error (a full disk, Ctrl-C) the temporary is removed and what stood at
+    ``path`` is untouched.
+    """
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        if final.is_dir():  # a folder cannot be renamed onto a folder that holds something
+            old = final.with_name(f".{final.name}.{os.getpid()}.old")
+            os.rename(final, old)
+            os.rename(temporary, final)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, final)
+    except BaseException:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Renames ``folder`` to ``folder.1`` (or the next free number) if it holds anything; returns the new name."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    number = 1
+    while (kept := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(kept)
+    return kept

@@ -1,0 +1,1 @@
+"""Training with Lightning: the module, its optimiser, checkpoints and callbacks. Knows no masks: batches bring plans."""

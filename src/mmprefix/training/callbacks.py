@@ -1,0 +1,165 @@
+"""Callbacks of a run: throughput, skipped samples, time left, metrics that survive a resume."""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from mmprefix.files import replacing
+from mmprefix.packing import BadSample, PackedBatch
+
+
+class Throughput(pl.Callback):
+    """Logs samples/s and tokens/s of all ranks, and the share of padding, since the last time they were logged.
+
+    A sample is an image with one instruction; tokens are those of prefix and target, without padding.
+    """
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since = time.perf_counter()
+        self._samples = self._tokens = self._padded = 0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock after validation."""
+        self._reset()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
+    ) -> None:
+        """Counts; logs where the trainer logs."""
+        self._samples += batch.num_sequences
+        self._tokens += batch.num_tokens
+        self._padded += batch.input_ids.numel()
+        if trainer.global_step % trainer.log_every_n_steps == 0 and self._padded:  # type: ignore[attr-defined]
+            seconds = time.perf_counter() - self._since
+            pl_module.log("train/samples_per_second", trainer.world_size * self._samples / seconds)
+            pl_module.log("train/tokens_per_second", trainer.world_size * self._tokens / seconds)
+            pl_module.log("train/padding_share", 1 - self._tokens / self._padded)
+            self._reset()
+
+
+class BadSampleReport(pl.Callback):
+    """Counts samples that were skipped, and names them at the end of each epoch."""
+
+    SHOWN = 10
+
+    def __init__(self) -> None:
+        self._bad: list[BadSample] = []
+
+    def _collect(self, batch: Any) -> None:
+        self._bad.extend(batch.bad)
+
+    def _report(self, pl_module: pl.LightningModule, split: str) -> None:
+        pl_module.log(f"{split}/bad_samples", float(len(self._bad)), reduce_fx="sum", sync_dist=True)
+        if self._bad:
+            lines = [str(bad) for bad in self._bad[: self.SHOWN]]
+            if len(self._bad) > self.SHOWN:
+                lines.append(f"and {len(self._bad) - self.SHOWN} more")
+            # Not only on rank 0: each rank knows its own.
+            print(f"{split}: {len(self._bad)} images skipped:", *lines, sep="\n  ", flush=True)
+        self._bad.clear()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Collects."""
+        self._collect(batch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Reports."""
+        self._report(pl_module, "train")
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
+    ) -> None:
+        """Collects."""
+        self._collect(batch)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Reports."""
+        self._report(pl_module, "val")
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
+    ) -> None:
+        """Collects."""
+        self._collect(batch)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Reports."""
+        self._report(pl_module, "test")
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, with the time left until the end of the run."""
+
+    def __init__(self, refresh_rate: int = 1) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+        self._started: tuple[float, int] | None = None
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Notes when and at which step this process began."""
+        if self._started is None:
+            self._started = (time.monotonic(), trainer.global_step)
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """Lightning's metrics without the version number, and ``left``."""
+        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        if self._started is not None and trainer.global_step > self._started[1]:
+            start, first_step = self._started
+            per_step = (time.monotonic() - start) / (trainer.global_step - first_step)
+            left = per_step * max(0.0, trainer.estimated_stepping_batches - trainer.global_step)
+            metrics["left"] = f"{int(left) // 3600:d}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
+        return metrics
+
+
+class _AppendingWriter(ExperimentWriter):
+    """Keeps the rows that are there: a resumed run continues its file."""
+
+    def _check_log_dir_exists(self) -> None:
+        path = Path(self.metrics_file_path)
+        if path.is_file():
+            with path.open(newline="") as file:
+                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
+
+
+class ResumableCSVLogger(CSVLogger):
+    """``metrics.csv`` directly in the run folder, continued by a resume instead of deleted."""
+
+    def __init__(self, run_folder: str) -> None:
+        super().__init__(run_folder, name="", version="", flush_logs_every_n_steps=20)
+
+    @property
+    def experiment(self) -> ExperimentWriter:
+        """The writer, on rank 0."""
+        if self._experiment is None:
+            self._experiment = _AppendingWriter(log_dir=self.log_dir)
+        return self._experiment
+
+
+def drop_rows_after(metrics_file: Path, step: int) -> None:
+    """Removes rows of ``metrics.csv`` that a resume from ``step`` will write again."""
+    if not metrics_file.is_file():
+        return
+    with metrics_file.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows, names = list(reader), list(reader.fieldnames or [])
+    kept = [row for row in rows if int(row["step"]) < step]
+    if len(kept) == len(rows):
+        return
+    with replacing(metrics_file) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=names)
+        writer.writeheader()
+        writer.writerows(kept)

@@ -1,0 +1,85 @@
+"""Checkpoints that are complete or absent, the one to resume from, and the model inside one.
+
+A checkpoint is one file, ``step=00000280.ckpt``, written under a temporary name and renamed when complete. Resuming
+takes the one with the highest step: with atomic files, the newest is always whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from mmprefix.errors import InputError
+from mmprefix.files import replacing
+from mmprefix.modeling import MMPrefixConfig, MMPrefixForConditionalGeneration
+from mmprefix.processing import MMPrefixProcessor
+
+FOLDER = "checkpoints"
+FILE_NAME = "step={step:08d}"
+CONTENT_KEY = "mmprefix"
+"""Where a checkpoint keeps the model's config and the processor's files."""
+
+_STEP = re.compile(r"^step=(\d+)\.ckpt$")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it: a full disk or a kill leaves the previous one whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None) -> None:
+        """See `lightning.fabric.plugins.CheckpointIO.save_checkpoint`."""
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())  # else a crash of the machine could leave a renamed, empty file
+
+
+def newest_checkpoint(run_folder: Path) -> Path | None:
+    """The checkpoint of the highest step under ``run_folder/checkpoints``, or None."""
+    steps = {
+        int(match.group(1)): path
+        for path in (run_folder / FOLDER).glob("*.ckpt")
+        if (match := _STEP.match(path.name))
+    }
+    return steps[max(steps)] if steps else None
+
+
+def load_model(path: Path) -> tuple[MMPrefixForConditionalGeneration, MMPrefixProcessor]:
+    """Model and processor, ready to generate, from what a run left behind.
+
+    Args:
+        path: a ``.ckpt`` file, a folder of `save_pretrained`, or a run folder that holds either.
+
+    Raises:
+        InputError: nothing usable there.
+    """
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return (
+                MMPrefixForConditionalGeneration.from_pretrained(path).eval(),
+                MMPrefixProcessor.from_pretrained(path),
+            )
+        if (path / "model" / "config.json").is_file():
+            return load_model(path / "model")
+        newest = newest_checkpoint(path)
+        if newest is None:
+            raise InputError(f"{path}: expected model/config.json or {FOLDER}/step=*.ckpt in it, found neither")
+        path = newest
+    if not path.is_file():
+        raise InputError(f"{path}: expected a checkpoint file or folder, there is none")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its unpickler or zip reader does
+        message = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: expected a checkpoint of mmprefix, cannot read it: {message}") from error
+    if not isinstance(checkpoint, dict) or CONTENT_KEY not in checkpoint:
+        raise InputError(f"{path}: expected a checkpoint of mmprefix, got one without the key {CONTENT_KEY!r}")
+    content = checkpoint[CONTENT_KEY]
+    model = MMPrefixForConditionalGeneration(MMPrefixConfig(**content["config"]))
+    weights = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
+    model.load_state_dict(weights)
+    return model.eval(), MMPrefixProcessor.from_files(content["processor"])

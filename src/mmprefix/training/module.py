@@ -1,0 +1,326 @@
+"""`MMPrefixModule`: trains and evaluates a multimodal prefix LM with Lightning.
+
+The loss is normalised once per optimizer step, by the number of target tokens (or targets) over all accumulated
+micro-batches and all ranks: `training_step` returns a sum, and gradients are divided before they are clipped. So the
+gradient does not depend on how samples are grouped.
+
+Randomness inside a step (dropout, stochastic depth) is seeded by (seed, epoch, batch, rank): a run that was killed and
+resumed draws what it would have drawn, and no generator state has to be saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from mmprefix.errors import InputError
+from mmprefix.loss import LossNormalization, target_cross_entropy
+from mmprefix.masks import PrefixVisibility
+from mmprefix.metrics import ExactMatch
+from mmprefix.modeling import MMPrefixForConditionalGeneration
+from mmprefix.packing import EvaluationBatch, PackedBatch, PromptBatch, Reference
+from mmprefix.processing import (
+    IMAGE_TOKEN,
+    MMPrefixImageProcessor,
+    MMPrefixProcessor,
+    TokenizerArgs,
+    load_tokenizer,
+    text_vocab_size,
+)
+from mmprefix.decoder import DecoderArgs
+from mmprefix.training.checkpoints import CONTENT_KEY
+from mmprefix.training.optim import OptimizerArgs, PartArgs, build_optimizer
+from mmprefix.vision import ConnectorArgs, VisionArgs
+
+PARTS = ("vision", "connector", "decoder")
+
+
+class NonFiniteLossError(InputError):
+    """The loss of an optimizer step is NaN or infinite; the weights were not touched by it."""
+
+
+@dataclass
+class _Window:
+    """What the micro-batches of one optimizer step add up to."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    counts: list[Tensor] = field(default_factory=list)
+    ids: list[tuple[str, ...]] = field(default_factory=list)
+
+
+class MMPrefixModule(pl.LightningModule):
+    """A vision encoder, a connector and a decoder, fine-tuned as a prefix LM."""
+
+    def __init__(
+        self,
+        vision: VisionArgs,
+        decoder: DecoderArgs,
+        connector: ConnectorArgs = ConnectorArgs(),  # noqa: B008  (never mutated; jsonargparse shows it as default)
+        tokenizer: TokenizerArgs = TokenizerArgs(),  # noqa: B008
+        prefix_visibility: PrefixVisibility = "full",
+        loss_normalization: LossNormalization = "tokens",
+        optimizer: OptimizerArgs = OptimizerArgs(),  # noqa: B008
+        train_vision: PartArgs = PartArgs(),  # noqa: B008
+        train_connector: PartArgs = PartArgs(),  # noqa: B008
+        train_decoder: PartArgs = PartArgs(),  # noqa: B008
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        num_beams: int = 1,
+        seed: int = 0,
+    ) -> None:
+        """Builds model and processor from their parts.
+
+        Args:
+            vision: the timm encoder.
+            decoder: the transformers decoder.
+            connector: from encoder to decoder width.
+            tokenizer: by default the decoder's own.
+            prefix_visibility: `full`: image and instruction see each other. `nested`: image tokens see only image
+                tokens. `causal`: the ordinary decoder, for comparison.
+            loss_normalization: `tokens`: mean over all target tokens of an optimizer step. `per_sample`: mean over
+                each target's tokens, then over targets, as PaliGemma trains.
+            optimizer: AdamW and its schedule.
+            train_vision: learning rate and freezing of the encoder.
+            train_connector: learning rate and freezing of the connector.
+            train_decoder: learning rate and freezing of the decoder.
+            gradient_checkpointing: recompute activations in the backward pass, to save memory.
+            compile: run the model through `torch.compile`.
+            num_beams: beams when generating for evaluation; 1 is greedy.
+            seed: of dropout; the command line passes `seed_everything`.
+        """
+        super().__init__()
+        text_tokenizer = load_tokenizer(tokenizer, decoder.name)
+        self.model = MMPrefixForConditionalGeneration.from_parts(
+            vision,
+            connector,
+            decoder,
+            image_token_id=text_tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+            prefix_visibility=prefix_visibility,
+            special_tokens={
+                name: getattr(text_tokenizer, name)
+                for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+                if getattr(text_tokenizer, name) is not None
+            },
+            vocab_size=text_vocab_size(text_tokenizer),
+        )
+        self.processor = MMPrefixProcessor(
+            MMPrefixImageProcessor.from_spec(self.model.config.vision_spec),
+            text_tokenizer,
+            num_image_tokens=self.model.num_image_tokens,
+            separator=tokenizer.separator,
+            prefix_visibility=prefix_visibility,
+        )
+        self.loss_normalization: LossNormalization = loss_normalization
+        self.optimizer_args = optimizer
+        self.part_args = dict(zip(PARTS, (train_vision, train_connector, train_decoder), strict=True))
+        self.num_beams = num_beams
+        self.seed = seed
+        self._window = _Window()
+        self._exact_match: dict[str, ExactMatch] = {}
+        self._evaluation_loss: list[tuple[Tensor, Tensor]] = []
+        # What later unfreezing may switch on again; the rest (unused heads) never learns.
+        self._trainable = {
+            name: [p for p in self.part(name).parameters() if p.requires_grad] for name in PARTS
+        }
+        self._set_freezing(step=0)
+        if gradient_checkpointing:
+            self.model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.vision.model.set_grad_checkpointing(True)
+        if compile:
+            self.model.compile()
+
+    def part(self, name: str) -> nn.Module:
+        """`vision`, `connector` or `decoder`."""
+        part: nn.Module = getattr(self.model, name)
+        return part
+
+    # Training
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over the parts that learn, stepped with a warm-up and cosine schedule.
+
+        Raises:
+            InputError: nothing to train, or a part that unfreezes in a multi-process run.
+        """
+        if all(part.freeze for part in self.part_args.values()):
+            raise InputError("model: expected a part that learns, all of vision, connector and decoder are frozen")
+        late = [name for name, part in self.part_args.items() if part.unfreeze_at_step is not None and not part.freeze]
+        if late and self.trainer.world_size > 1:
+            # DistributedDataParallel decides at start which gradients it reduces; a late one would stay local.
+            raise InputError(f"model.train_{late[0]}.unfreeze_at_step: expected one process, got {self.trainer.world_size}")
+        parts = {name: (self.part(name), args) for name, args in self.part_args.items()}
+        optimizer, schedule = build_optimizer(parts, self.optimizer_args, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _set_freezing(self, step: int) -> None:
+        for name, args in self.part_args.items():
+            frozen = args.is_frozen(step)
+            part = self.part(name)
+            if frozen and part.training:
+                part.eval()  # batch statistics and dropout of a frozen part stay off, too
+            elif not frozen and self.training and not part.training:
+                part.train()
+            for parameter in self._trainable[name]:
+                parameter.requires_grad_(not frozen)
+
+    def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Seeds the step and freezes or unfreezes parts."""
+        words = np.random.SeedSequence((self.seed, self.current_epoch, batch_idx, self.global_rank)).generate_state(2)
+        torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+        self._set_freezing(self.global_step)
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor | None:
+        """Summed loss of a micro-batch; None where every sample of it was bad."""
+        if batch.labels.numel() == 0:
+            if self.trainer.world_size > 1:
+                raise InputError(f"{batch.bad[0] if batch.bad else 'a batch'}: no usable sample left in a rank's batch")
+            return None
+        loss_sum, count = target_cross_entropy(
+            self.model.target_logits(batch), batch.labels, batch.target_lengths, self.loss_normalization
+        )
+        self._window.losses.append(loss_sum.detach())
+        self._window.counts.append(count)
+        self._window.ids.append(tuple(reference.id for reference in batch.references))
+        return loss_sum
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Normalises the gradients by the count of the whole optimizer step, before they are clipped.
+
+        Raises:
+            NonFiniteLossError: before the weights are touched.
+        """
+        window, self._window = self._window, _Window()
+        if not window.losses:
+            return
+        totals = torch.stack([torch.stack(window.losses).sum(), torch.stack(window.counts).sum()])
+        totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
+        loss, count = totals[0] / totals[1], totals[1]
+        if not torch.isfinite(loss):
+            self._refuse_step(window)
+        # Ranks are averaged by the strategy and micro-batches by the trainer: undo both, then divide by the count.
+        scale = self.trainer.world_size * self.trainer.accumulate_grad_batches / count
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, scale)
+        self.log("train/loss", loss, prog_bar=True)
+        for group in optimizer.param_groups:
+            if "/" not in group["name"]:
+                self.log(f"lr/{group['name']}", group["lr"])
+
+    def _refuse_step(self, window: _Window) -> None:
+        ids = [
+            id_
+            for loss, batch_ids in zip(window.losses, window.ids, strict=True)
+            if not torch.isfinite(loss)
+            for id_ in batch_ids
+        ]
+        shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
+        raise NonFiniteLossError(
+            f"step {self.global_step} (epoch {self.current_epoch}): the loss is not finite; samples of the batch: "
+            f"{shown or 'on another rank'}; the last checkpoint is from before it"
+        )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips as the trainer says, and logs the norm from before."""
+        gradients = [p for p in self.parameters() if p.grad is not None]
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        limit = gradient_clip_val if by_norm and gradient_clip_val else float("inf")
+        self.log("train/grad_norm", torch.nn.utils.clip_grad_norm_(gradients, limit), prog_bar=False)
+        if not by_norm:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    # Evaluation
+
+    @torch.no_grad()
+    def generate(self, prompts: PromptBatch) -> list[str]:
+        """One text for each prefix."""
+        if prompts.input_ids.shape[0] == 0:
+            return []
+        image_tokens = None
+        if prompts.pixel_values is not None:
+            image_tokens = self.model.get_image_tokens(prompts.pixel_values)[prompts.image_of]
+        generated = self.model.generate(
+            input_ids=prompts.input_ids,
+            attention_mask=prompts.attention_mask,
+            image_tokens=image_tokens,
+            max_new_tokens=self.max_new_tokens,
+            num_beams=self.num_beams,
+            do_sample=False,
+        )
+        return self.processor.decode_generated(generated[:, prompts.input_ids.shape[1] :])
+
+    @property
+    def max_new_tokens(self) -> int:
+        """What evaluation generates at most: the data module's longest target."""
+        return int(getattr(self.trainer.datamodule, "max_new_tokens", 256))  # type: ignore[attr-defined]
+
+    def _evaluate(self, batch: EvaluationBatch) -> list[tuple[Reference, str]]:
+        if batch.targets is not None:
+            targets = batch.targets
+            self._evaluation_loss.append(target_cross_entropy(
+                self.model.target_logits(targets), targets.labels, targets.target_lengths, self.loss_normalization
+            ))  # fmt: skip
+        predictions = list(zip(batch.references, self.generate(batch.prompts), strict=True))
+        for reference, prediction in predictions:
+            metric = self._exact_match.setdefault(reference.kind, ExactMatch().to(self.device))
+            metric.update(prediction, reference.references)
+        return predictions
+
+    def _log_evaluation(self, split: str) -> None:
+        kinds = sorted(self._exact_match)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            of_ranks: list[list[str]] = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(of_ranks, kinds)
+            kinds = sorted({kind for names in of_ranks for kind in names})
+        zero = torch.zeros((), device=self.device)
+        sums = torch.stack([sum((s for s, _ in self._evaluation_loss), zero), sum((c for _, c in self._evaluation_loss), zero)])
+        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        if sums[1] > 0:
+            self.log(f"{split}/loss", sums[0] / sums[1], prog_bar=split == "val")
+        correct = total = zero
+        for kind in kinds:  # in the same order on every rank: computing gathers
+            metric = self._exact_match.setdefault(kind, ExactMatch().to(self.device))
+            accuracy = metric.compute()
+            with metric.sync_context():
+                correct, total = correct + metric.correct, total + metric.total
+            self.log(f"{split}/exact_match/{kind}", accuracy)
+        if kinds:
+            self.log(f"{split}/exact_match", correct / total.clamp(min=1), prog_bar=split == "val")
+        self._exact_match.clear()
+        self._evaluation_loss.clear()
+
+    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> list[tuple[Reference, str]]:
+        """Loss, greedy answers and their exact match."""
+        return self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the split's loss and exact match, over all ranks."""
+        self._log_evaluation("val")
+
+    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> list[tuple[Reference, str]]:
+        """As `validation_step`."""
+        return self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """As `on_validation_epoch_end`."""
+        self._log_evaluation("test")
+
+    def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[tuple[Reference, str]]:
+        """Answers only; targets are not needed."""
+        return list(zip(batch.references, self.generate(batch.prompts), strict=True))
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Puts config and processor into the checkpoint, so that it can be used without anything beside it."""
+        checkpoint[CONTENT_KEY] = {"config": self.model.config.to_dict(), "processor": self.processor.to_files()}
