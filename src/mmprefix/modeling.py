@@ -345,12 +345,12 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs["pixel_values"] = inputs["image_tokens"] = None
         return inputs
 
-    def _update_model_kwargs_for_generation(
-        self, outputs: ModelOutput, model_kwargs: dict[str, Any], **kwargs: Any
-    ) -> dict[str, Any]:
-        # What the first step saw is the prefix; whatever is generated is target.
-        model_kwargs.setdefault("prefix_length", model_kwargs["attention_mask"].shape[1])
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`; the whole prompt is prefix, whatever is generated is target."""
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        if prompt is not None:
+            kwargs.setdefault("prefix_length", prompt.shape[1])
+        return super().generate(inputs, *args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)

@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from mmprefix.masks import PADDING_SEGMENT, TokenIndex, dense_mask, prefix_lm_mask
+from mmprefix.packing import collate
+from mmprefix.sequence import PREFIX_BRANCH, PromptLayout, TokenSequence
+from tests.reference import mask_by_loops
+
+LAYOUT = PromptLayout(image=99, bos=1, separator=(7,), eos=2)
+
+
+def rows(mask):
+    return ["".join(str(int(v)) for v in row) for row in mask]
+
+
+def test_worked_example_of_prefix_3_of_7():
+    assert rows(prefix_lm_mask(prefix_len=3, total=7)) == [
+        "1110000", "1110000", "1110000", "1111000", "1111100", "1111110", "1111111",
+    ]  # fmt: skip
+
+
+def test_nested_example_with_2_image_tokens():
+    assert rows(prefix_lm_mask(3, 7, "nested", num_image_tokens=2)) == [
+        "1100000", "1100000", "1110000", "1111000", "1111100", "1111110", "1111111",
+    ]  # fmt: skip
+
+
+def test_causal_is_lower_triangular():
+    assert torch.equal(prefix_lm_mask(3, 7, "causal"), torch.ones(7, 7).tril().bool())
+
+
+@pytest.mark.parametrize("visibility", ["full", "nested", "causal"])
+def test_dense_mask_matches_loops_on_packed_branched_and_padded_rows(visibility):
+    sequences = [
+        TokenSequence.build(LAYOUT, 3, [10, 11], [[20], [30, 31]]),
+        TokenSequence.build(LAYOUT, 2, [12], [[40, 41, 42]]),
+        TokenSequence.build(LAYOUT, 0, [13], [[50]]),
+    ]
+    plan = collate(sequences, [0, 0, 0], None, pad_id=0, rows=[[0, 1], [2]]).plan
+    assert plan.segment[0].unique().tolist() == [0, 1], "the first row must hold two samples"
+    assert (plan.segment[1] == PADDING_SEGMENT).any(), "the second row must be padded"
+    fast = dense_mask(plan.tokens, visibility)
+    for r in range(2):
+        tokens = [
+            dict(zip(("segment", "branch", "region", "position"), (int(t[r, c]) for t in plan.tokens), strict=True))
+            for c in range(plan.segment.shape[1])
+        ]
+        assert torch.equal(fast[r], mask_by_loops(tokens, visibility))
+
+
+@pytest.mark.parametrize("visibility", ["full", "nested", "causal"])
+def test_no_prefix_token_sees_a_target_token(visibility):
+    mask = prefix_lm_mask(5, 9, visibility, num_image_tokens=3)
+    assert mask[5:, 5:].any()
+    assert not mask[:5, 5:].any()
+
+
+def test_padding_sees_nothing_and_is_not_seen():
+    segment = torch.tensor([0, 0, PADDING_SEGMENT])
+    zero = torch.zeros(3, dtype=torch.long)
+    mask = dense_mask(TokenIndex(segment, zero + PREFIX_BRANCH, zero + 1, torch.arange(3)))
+    assert not mask[2].any()
+    assert not mask[:, 2].any()
+    assert mask[:2, :2].all()
