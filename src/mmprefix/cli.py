@@ -7,6 +7,7 @@ config.yaml, predictions.jsonl, predictions.png, model/. A new run never overwri
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -164,10 +165,16 @@ def _quieten() -> None:
         r"Checkpoint directory .* exists and is not empty",
         r"Trying to infer the `batch_size` from an ambiguous collection",
         r".*isinstance\(treespec, LeafSpec\)",
-        r"You are using `torch.load` with",
+        r"`training_step` returned `None`",  # a batch of bad samples only; they are reported by name
+        r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
+        r"You are using a custom batch sampler `EvaluationBatchSampler` for prediction",
+        r"LightningCLI's args parameter is intended to run from within Python",
     ):
         warnings.filterwarnings("ignore", message)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|lightning|timm")
+    advice = ("💡 Tip", "Loading `train_dataloader`", "GPU available: False", "TPU available: False", "Seed set to")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(advice))
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -206,7 +213,6 @@ def run(arguments: list[str]) -> int:
     try:
         if arguments[0] == "generate":
             return generate_command(arguments[1:])
-        sys.argv = [sys.argv[0]]  # LightningCLI warns about arguments in two places
         MMPrefixCLI(
             MMPrefixModule,
             ShardDataModule,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -94,9 +95,11 @@ class PrefixPlan:
         )
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What is known of a sequence beside its tokens, for reports and metrics."""
+class Reference(NamedTuple):
+    """What is known of a sequence beside its tokens, for reports and metrics.
+
+    Not a frozen dataclass: Lightning rebuilds what steps return, and knows named tuples.
+    """
 
     id: str = ""
     image_id: str = ""

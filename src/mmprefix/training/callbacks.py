@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mmprefix.files import replacing
 from mmprefix.packing import BadSample, PackedBatch
@@ -55,26 +54,25 @@ class BadSampleReport(pl.Callback):
     SHOWN = 10
 
     def __init__(self) -> None:
-        self._bad: list[BadSample] = []
-
-    def _collect(self, batch: Any) -> None:
-        self._bad.extend(batch.bad)
+        # By split: validation runs inside a training epoch.
+        self._bad: dict[str, list[BadSample]] = {"train": [], "val": [], "test": []}
 
     def _report(self, pl_module: pl.LightningModule, split: str) -> None:
-        pl_module.log(f"{split}/bad_samples", float(len(self._bad)), reduce_fx="sum", sync_dist=True)
-        if self._bad:
-            lines = [str(bad) for bad in self._bad[: self.SHOWN]]
-            if len(self._bad) > self.SHOWN:
-                lines.append(f"and {len(self._bad) - self.SHOWN} more")
+        bad = self._bad[split]
+        pl_module.log(f"{split}/bad_samples", float(len(bad)), reduce_fx="sum", sync_dist=True)
+        if bad:
+            lines = [str(one) for one in bad[: self.SHOWN]]
+            if len(bad) > self.SHOWN:
+                lines.append(f"and {len(bad) - self.SHOWN} more")
             # Not only on rank 0: each rank knows its own.
-            print(f"{split}: {len(self._bad)} images skipped:", *lines, sep="\n  ", flush=True)
-        self._bad.clear()
+            print(f"{split}: {len(bad)} image(s) skipped:", *lines, sep="\n  ", flush=True)
+        bad.clear()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Collects."""
-        self._collect(batch)
+        self._bad["train"].extend(batch.bad)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports."""
@@ -84,7 +82,7 @@ class BadSampleReport(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
         """Collects."""
-        self._collect(batch)
+        self._bad["val"].extend(batch.bad)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports."""
@@ -94,7 +92,7 @@ class BadSampleReport(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
         """Collects."""
-        self._collect(batch)
+        self._bad["test"].extend(batch.bad)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports."""

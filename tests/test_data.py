@@ -1,0 +1,403 @@
+import io
+import json
+import subprocess
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from mmprefix.data import digits
+from mmprefix.data.datamodule import ShardDataModule
+from mmprefix.data.images import RandomAffine, UndecodableImageError, decode_image
+from mmprefix.data.loading import (
+    Collator,
+    EncodedRecord,
+    EpochBatchSampler,
+    EvaluationBatchSampler,
+    RecordDataset,
+    TextLimits,
+)
+from mmprefix.data.samples import parse_record
+from mmprefix.data.shards import ShardCollection, expand_shards, write_shard
+from mmprefix.errors import InputError
+from mmprefix.packing import BadSample
+from tests.conftest import colour_record, make_model, png
+
+NO_LIMITS = TextLimits(None, None, "none")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_model()[1]
+
+
+def as_json(value):
+    return json.dumps(value).encode()
+
+
+# Samples
+
+
+def test_defaults_and_explicit_fields():
+    (sample,) = parse_record(as_json({"instruction": "q", "target": "a"}), "k", "s.tar")
+    assert (sample.id, sample.image_id, sample.kind, sample.targets, sample.answers) == ("k", "k", "all", ("a",), ("a",))
+    first, second = parse_record(
+        as_json([
+            {"instruction": "q", "targets": ["a", "b"], "answers": ["c"], "kind": "x"},
+            {"id": 7, "image_id": "i", "instruction": "", "target": "t"},
+        ]),
+        "k", "s.tar",
+    )  # fmt: skip
+    assert (first.id, first.targets, first.answers, first.kind) == ("k#0", ("a", "b"), ("c",), "x")
+    assert (second.id, second.image_id, second.instruction) == ("7", "i", "")
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        (b"{", "s.tar: k.json: expected JSON"),
+        (as_json([]), "at least one sample, got an empty list"),
+        (as_json("x"), "expected an object with instruction, target, got str"),
+        (as_json({"target": "a"}), "expected a string `instruction`, got none"),
+        (as_json({"instruction": 3, "target": "a"}), "expected a string `instruction`, got int '3'"),
+        (as_json({"instruction": "q"}), "expected a `target` or `targets`, got neither"),
+        (as_json({"instruction": "q", "target": " "}), "expected a target with text, got an empty one"),
+        (as_json({"instruction": "q", "target": "a", "targets": ["b"]}), "expected one of `target` and `targets`"),
+        (as_json({"instruction": "q", "targets": "a"}), "a list of strings `targets`"),
+        (as_json([{"instruction": "q", "target": "a"}, {"instruction": "q"}]), r"k.json\[1\]: expected a `target`"),
+        (as_json({"instruction": "q", "target": "a", "answers": "a"}), "expected a list of strings `answers`"),
+    ],
+)
+def test_incomplete_samples_are_refused_by_name(payload, message):
+    with pytest.raises(InputError, match=message):
+        parse_record(payload, "k", "s.tar")
+
+
+def test_prediction_needs_no_target():
+    (sample,) = parse_record(as_json({"instruction": "q"}), "k", "s.tar", needs_target=False)
+    assert sample.targets == ()
+
+
+# Shards
+
+
+def test_webdataset_reads_what_we_write_and_we_read_what_webdataset_writes(tmp_path):
+    records = [colour_record(n) for n in range(5)]
+    write_shard(tmp_path / "ours.tar", records)
+    theirs = [
+        (sample["__key__"], sample["png"], sample["json"])
+        for sample in webdataset.WebDataset(str(tmp_path / "ours.tar"), shardshuffle=False)
+    ]
+    assert theirs == records
+    with webdataset.ShardWriter(str(tmp_path / "theirs-%03d.tar"), maxcount=2, verbose=0) as writer:
+        for key, image, payload in records:
+            writer.write({"__key__": key, "png": image, "json": json.loads(payload)})
+    collection = ShardCollection(str(tmp_path / "theirs-*.tar"), "data.train")
+    assert len(collection.paths) == 3
+    assert [r.key for r in collection.records] == [key for key, _, _ in records]
+    assert [collection.image_bytes(n) for n in range(5)] == [image for _, image, _ in records]
+    assert collection.num_samples == 10
+
+
+def test_gnu_tar_with_folders_is_read(tmp_path):
+    folder = tmp_path / "set" / "sub.dir"
+    folder.mkdir(parents=True)
+    for n in range(3):
+        key, image, payload = colour_record(n)
+        (folder / f"{key}.png").write_bytes(image)
+        (folder / f"{key}.json").write_bytes(payload)
+    subprocess.run(["tar", "--sort=name", "-cf", tmp_path / "x.tar", "set"], cwd=tmp_path, check=True)
+    collection = ShardCollection(str(tmp_path / "x.tar"), "data.train")
+    assert [r.key for r in collection.records] == [f"set/sub.dir/000{n}" for n in range(3)]
+
+
+def test_patterns(tmp_path):
+    for name in ("a-0.tar", "a-1.tar", "b-0.tar"):
+        (tmp_path / name).touch()
+    names = lambda pattern: [p.rsplit("/", 1)[1] for p in expand_shards(pattern, "data.train")]  # noqa: E731
+    assert names(str(tmp_path / "a-*.tar")) == ["a-0.tar", "a-1.tar"]
+    assert names(str(tmp_path / "a-{0..1}.tar")) == ["a-0.tar", "a-1.tar"]
+    assert names(str(tmp_path)) == ["a-0.tar", "a-1.tar", "b-0.tar"]
+    assert names([str(tmp_path / "b-0.tar"), str(tmp_path / "a-0.tar")]) == ["b-0.tar", "a-0.tar"]
+    with pytest.raises(InputError, match=r"data.train: expected shards at .*c-\*.tar, none match .* holds 3 .tar files"):
+        names(str(tmp_path / "c-*.tar"))
+    with pytest.raises(InputError, match="the folder .*nowhere does not exist"):
+        names(str(tmp_path / "nowhere" / "*.tar"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="none match"):
+        names(str(tmp_path / "empty"))
+
+
+def tar_of(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.json", as_json({"instruction": "q", "target": "t"}))], "x.tar: a: expected an image .*, got .json"),
+        ([("a.png", b"p")], "x.tar: a: expected a.json with instruction and target, got .png"),
+        ([("a.png", b"p"), ("b.png", b"p"), ("a.json", b"{}")], "a: expected a.json"),
+        ([("a.png", b"p"), ("a.json", as_json({"instruction": "q"}))], "x.tar: a.json: expected a `target`"),
+        ([], "expected records .* found none"),
+    ],
+)
+def test_incomplete_records_are_refused_with_shard_and_key(tmp_path, members, message):
+    tar_of(tmp_path / "x.tar", members)
+    with pytest.raises(InputError, match=message):
+        ShardCollection(str(tmp_path / "x.tar"), "data.train")
+
+
+@pytest.mark.parametrize("keep", ["half", "mid_header", "boundary", "no_tar", "garbage_header"])
+def test_broken_shards_are_refused(tmp_path, keep):
+    path = tmp_path / "x.tar"
+    write_shard(path, [colour_record(n) for n in range(6)])
+    whole = path.read_bytes()
+    collection = ShardCollection(str(path), "data.train")
+    third = collection.records[3].image.offset - 512
+    cut = {
+        "half": whole[: len(whole) // 2 + 77],
+        "mid_header": whole[: third + 100],
+        "boundary": whole[:third],  # an ordinary tar reader takes this for a complete, shorter archive
+        "no_tar": b"this is no tar" * 100,
+        "garbage_header": whole[:third] + b"\xff" * 512 + whole[third + 512 :],
+    }[keep]
+    path.write_bytes(cut)
+    with pytest.raises(InputError, match=r"x\.tar"):
+        ShardCollection(str(path), "data.train")
+
+
+# Images
+
+
+def test_decoding_real_and_odd_images(photos):
+    jpeg = io.BytesIO()
+    photos[0].save(jpeg, "JPEG")
+    assert decode_image(jpeg.getvalue()).size == photos[0].size
+    for mode in ("L", "LA", "RGBA", "P", "1", "CMYK", "I;16"):
+        buffer = io.BytesIO()
+        source = photos[2].convert("L").convert("I;16") if mode == "I;16" else photos[2].convert(mode)
+        source.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
+        image = decode_image(buffer.getvalue())
+        assert (image.mode, image.size) == ("RGB", photos[2].size)
+
+
+def test_exif_orientation_is_applied(photos):
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photos[2].save(buffer, "JPEG", exif=exif)
+    assert decode_image(buffer.getvalue()).size == photos[2].size[::-1]
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
+def test_undecodable_bytes(content):
+    with pytest.raises(UndecodableImageError, match=f"image of {len(content)} bytes cannot be decoded"):
+        decode_image(content)
+
+
+def test_truncated_image(photos):
+    whole = png(photos[0])
+    with pytest.raises(UndecodableImageError):
+        decode_image(whole[: len(whole) // 2])
+
+
+def test_affine_without_range_changes_nothing_and_shifts_as_told(photos):
+    generator = torch.Generator().manual_seed(0)
+    image = photos[2].resize((32, 32))
+    still = np.asarray(RandomAffine()(image, generator), dtype=int)
+    assert np.abs(still - np.asarray(image, dtype=int)).max() <= 1
+    moved = RandomAffine(degrees=20, translate=0.2, scale=0.2, shear=10)
+    seeded = [np.asarray(moved(image, torch.Generator().manual_seed(5))) for _ in range(2)]
+    assert np.array_equal(*seeded)
+    assert not np.array_equal(seeded[0], np.asarray(moved(image, torch.Generator().manual_seed(6))))
+
+
+# Order
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_records", [24, 25, 31])
+def test_an_epoch_is_every_record_once_over_all_ranks(num_ranks, num_records):
+    batches = []
+    for rank in range(num_ranks):
+        sampler = EpochBatchSampler(num_records, 4, shuffle=True, seed=1, rank=rank, num_ranks=num_ranks)
+        sampler.set_epoch(3)
+        batches.append(list(sampler))
+        assert len(sampler) == len(batches[-1])
+    assert len({len(b) for b in batches}) == 1, "ranks must agree on the number of steps"
+    seen = [index for of_rank in batches for batch in of_rank for epoch, index in batch]
+    assert len(seen) == len(set(seen))
+    assert num_records - len(seen) < num_ranks
+    assert all(epoch == 3 for of_rank in batches for batch in of_rank for epoch, _ in batch)
+
+
+def test_the_order_depends_on_seed_and_epoch_only():
+    def order(seed, epoch, num_ranks=1):
+        samplers = [EpochBatchSampler(40, 20 // num_ranks, True, seed, r, num_ranks) for r in range(num_ranks)]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        return [[i for batch in step for _, i in batch] for step in zip(*samplers, strict=True)]
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+    assert order(0, 0) == order(0, 0, num_ranks=2), "the same records in each step, whatever the number of ranks"
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_evaluation_counts_each_record_once(num_ranks):
+    seen = [
+        index
+        for rank in range(num_ranks)
+        for batch in EvaluationBatchSampler(25, 4, rank, num_ranks)
+        for _, index in batch
+    ]
+    assert sorted(seen) == list(range(25))
+
+
+# Dataset and collation
+
+
+def test_augmentation_depends_on_seed_epoch_and_record(tmp_path, processor):
+    write_shard(tmp_path / "x.tar", [colour_record(n) for n in range(3)])
+    shards = ShardCollection(str(tmp_path / "x.tar"), "data.train")
+    dataset = RecordDataset(shards, processor, NO_LIMITS, augment=RandomAffine(degrees=30), seed=1)
+    same, again, other_epoch = dataset[0, 1], dataset[0, 1], dataset[1, 1]
+    assert torch.equal(same.pixels, again.pixels)
+    assert not torch.equal(same.pixels, other_epoch.pixels)
+
+
+def test_all_questions_of_a_record_share_its_image(tmp_path, processor):
+    write_shard(tmp_path / "x.tar", [colour_record(n) for n in range(3)])
+    dataset = RecordDataset(ShardCollection(str(tmp_path / "x.tar"), "data.train"), processor, NO_LIMITS)
+    batch = Collator(processor.pad_id, "full").train([dataset[0, n] for n in range(3)])
+    assert batch.pixel_values.shape == (3, 3, 32, 32)
+    assert batch.image_of.tolist() == [0, 0, 1, 1, 2, 2]
+    assert [r.id for r in batch.references] == ["0-colour", "0-red", "1-colour", "1-red", "2-colour", "2-red"]
+    assert batch.num_tokens == int(batch.attention_mask.sum())
+
+
+def broken_shard(path):
+    records = [colour_record(n) for n in range(4)]
+    records[2] = (records[2][0], b"not a picture", records[2][2])
+    write_shard(path, records)
+
+
+def test_undecodable_image_is_left_out_and_named(tmp_path, processor):
+    broken_shard(tmp_path / "x.tar")
+    dataset = RecordDataset(ShardCollection(str(tmp_path / "x.tar"), "data.train"), processor, NO_LIMITS)
+    items = [dataset[0, n] for n in range(4)]
+    assert isinstance(items[2], BadSample)
+    batch = Collator(processor.pad_id, "full").train(items)
+    assert batch.num_sequences == 6
+    assert [(bad.key, bad.fatal) for bad in batch.bad] == [("0002", False)]
+    assert "x.tar: 0002: image of 13 bytes cannot be decoded" in str(batch.bad[0])
+    empty = Collator(processor.pad_id, "full").train(items[2:3])
+    assert empty.num_sequences == 0
+    assert empty.labels.numel() == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_fatal_samples_stop_in_the_main_process(tmp_path, processor, workers):
+    broken_shard(tmp_path / "x.tar")
+    data = ShardDataModule(
+        processor, train=str(tmp_path / "x.tar"), val=str(tmp_path / "x.tar"), batch_size=4, num_workers=workers,
+        on_bad_sample="error",
+    )  # fmt: skip
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    with pytest.raises(InputError, match=r"x.tar: 0002: image of 13 bytes cannot be decoded"):
+        data.on_before_batch_transfer(batch, 0)
+
+
+def test_workers_give_the_same_batches_as_none(tmp_path, processor):
+    write_shard(tmp_path / "x.tar", [colour_record(n) for n in range(9)])
+    batches = []
+    for workers in (0, 2):
+        data = ShardDataModule(
+            processor, train=str(tmp_path / "x.tar"), val=str(tmp_path / "x.tar"), batch_size=4, num_workers=workers,
+            augmentation=RandomAffine(degrees=20, translate=0.1),
+        )  # fmt: skip
+        data.setup("fit")
+        batches.append(list(data.train_dataloader()))
+    assert len(batches[0]) == 3
+    for alone, worked in zip(*batches, strict=True):
+        assert alone.references == worked.references
+        assert torch.equal(alone.input_ids, worked.input_ids)
+        assert torch.equal(alone.pixel_values, worked.pixel_values)
+
+
+def test_too_long_a_target_is_an_error_unless_cutting_is_asked_for(tmp_path, processor):
+    record = ("a", colour_record(0)[1], as_json({"instruction": "what?", "target": "a long answer"}))
+    write_shard(tmp_path / "x.tar", [record])
+    shards = ShardCollection(str(tmp_path / "x.tar"), "data.train")
+    item = RecordDataset(shards, processor, TextLimits(None, 6, "none"))[0, 0]
+    assert isinstance(item, BadSample)
+    assert item.fatal
+    assert "target: expected at most 6 tokens (data.max_target_tokens), got 13: 'a long answer'" in item.reason
+    cut = RecordDataset(shards, processor, TextLimits(None, 6, "target"))[0, 0]
+    assert isinstance(cut, EncodedRecord)
+    assert cut.sequences[0].labels.numel() == 7
+    assert cut.sequences[0].prefix_length == processor.num_image_tokens + 1 + len("what?") + 1
+    short = RecordDataset(shards, processor, TextLimits(3, 20, "instruction"))[0, 0]
+    assert short.sequences[0].prefix_length == processor.num_image_tokens + 1 + 3 + 1
+
+
+# The default set
+
+
+def test_digits_are_scikit_learns_and_split_as_in_its_example(tmp_path):
+    from sklearn.datasets import load_digits
+
+    digits.write_digits(tmp_path)
+    source = load_digits()
+    rows = {}
+    for split in ("train", "val", "test"):
+        shards = ShardCollection(str(tmp_path / f"{split}-*.tar"), f"data.{split}")
+        rows[split] = []
+        for n in range(len(shards)):
+            samples = shards.samples(n)
+            row = int(samples[0].image_id)
+            rows[split].append(row)
+            pixels = np.asarray(Image.open(io.BytesIO(shards.image_bytes(n))), dtype=float)
+            assert np.array_equal(np.round(pixels / 255 * 16), source.images[row])
+            assert [s.kind for s in samples] == ["digit", "parity", "size"]
+            digit = source.target[row]
+            assert samples[0].targets == (digits.WORDS[digit],)
+            assert samples[1].targets == (("even", "odd")[digit % 2],)
+            assert samples[2].targets == (("no", "yes")[int(digit > 4)],)
+    assert rows["train"] + rows["val"] == list(range(898))
+    assert rows["test"] == list(range(898, 1797))
+
+
+def test_digits_are_written_once(tmp_path):
+    digits.write_digits(tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    digits.write_digits(tmp_path)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == before
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_baseline_is_scikit_learns_published_example():
+    """0.9689 in scikit-learn's documentation; the other kinds follow from the predicted digit."""
+    scores = digits.baseline("test")
+    assert round(scores["digit"], 4) == 0.9689
+    assert scores["parity"] >= scores["digit"]
+    assert digits.baseline("val") == {}
+
+
+def test_own_shards_replace_the_builtin_set_altogether():
+    data = ShardDataModule(train="a.tar", val="b.tar", dataset="digits")
+    assert not data.has("test")
+    assert data.baseline("val") == ("", {})
+    assert data.patterns["predict"] == "b.tar"
+    builtin = ShardDataModule(dataset="digits")
+    assert builtin.has("test")

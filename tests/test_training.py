@@ -1,0 +1,358 @@
+"""Training through the command line's own entry point, in this process, on small coloured pictures."""
+
+import csv
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+
+from mmprefix.cli import run
+from mmprefix.data.shards import write_shard
+from mmprefix.decoder import DecoderArgs
+from mmprefix.processing import TokenizerArgs
+from mmprefix.training import callbacks, checkpoints
+from mmprefix.training.module import MMPrefixModule
+from mmprefix.training.optim import OptimizerArgs, PartArgs, parameter_groups, schedule_factor
+from tests.conftest import TINY_DECODER, TINY_VISION, colour_record
+
+MODEL = {
+    "vision": {"name": "test_vit", "image_size": 32, "kwargs": {"drop_path_rate": 0.2}},
+    "decoder": {"config": {**TINY_DECODER, "attention_dropout": 0.1}},
+    "tokenizer": {"name": "byte"},
+    "optimizer": {"lr": 1e-3, "weight_decay": 0.01},
+}
+
+
+@pytest.fixture
+def fit(tmp_path, colour_shards, capfd):
+    """Runs ``fit`` on coloured pictures; returns status, what it printed, and the run folder."""
+    shards = colour_shards()
+
+    def do(run_name="run", *, command="fit", config=None, **settings):
+        content = {
+            "model": MODEL,
+            "data": {
+                "train": str(shards / "train-*.tar"), "val": str(shards / "val-*.tar"), "batch_size": 6,
+                "max_target_tokens": 8, "augmentation": {"degrees": 10},
+            },
+            "trainer": {
+                "max_epochs": 2, "accelerator": "cpu", "gradient_clip_val": 1.0, "log_every_n_steps": 1,
+                "enable_progress_bar": False, "enable_model_summary": False,
+            },
+        }  # fmt: skip
+        for section, values in (config or {}).items():
+            content[section] = {**content[section], **values}
+        path = tmp_path / f"{run_name}.yaml"
+        path.write_text(yaml.safe_dump(content))
+        folder = tmp_path / "runs" / run_name
+        arguments = [command, "--config", str(path), "--trainer.default_root_dir", str(folder)]
+        for name, value in settings.items():
+            arguments += [f"--{name.replace('__', '.')}", str(value)]
+        capfd.readouterr()
+        status = run(arguments)
+        out, err = capfd.readouterr()
+        return status, out + err, folder
+
+    return do
+
+
+def weights(folder, step=None):
+    path = checkpoints.newest_checkpoint(folder) if step is None else folder / "checkpoints" / f"step={step:08d}.ckpt"
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def metric_rows(folder):
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        if tolerance:
+            torch.testing.assert_close(a[name], b[name], msg=lambda m, n=name: f"{n}: {m}", **tolerance)
+        else:
+            assert torch.equal(a[name], b[name]), name
+
+
+def test_fit_leaves_everything_behind(fit):
+    status, text, folder = fit()
+    assert status == 0, text
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoints", "config.yaml", "metrics.csv", "model", "predictions.jsonl", "predictions.png", "tensorboard",
+    ]  # fmt: skip
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    assert (folder / "model" / "model.safetensors").is_file()
+    rows = metric_rows(folder)
+    for name in (
+        "train/loss", "train/grad_norm", "train/samples_per_second", "train/tokens_per_second", "train/padding_share",
+        "lr/vision", "lr/connector", "lr/decoder", "val/loss", "val/exact_match", "val/exact_match/colour",
+    ):  # fmt: skip
+        assert any(row[name] for row in rows), name
+    steps = [row for row in rows if row["train/loss"]]
+    assert len(steps) == 8
+    assert all(0 <= float(row["train/padding_share"]) < 0.5 for row in steps)
+    predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(predictions) == 12
+    assert list(predictions[0]) == ["id", "image_id", "kind", "instruction", "prediction", "references"]
+    assert "val: 6 images, 12 samples" in text
+    assert "which colour?" in text
+
+
+def test_a_second_run_keeps_the_first(fit):
+    _, _, folder = fit(trainer__max_epochs=1)
+    first = (folder / "metrics.csv").read_text()
+    status, text, _ = fit(trainer__max_epochs=1)
+    assert status == 0
+    assert f"{folder} holds an earlier run: kept as {folder}.1" in text
+    assert (folder.with_name("run.1") / "metrics.csv").read_text() == first
+    assert (folder / "metrics.csv").is_file()
+
+
+def test_same_seed_same_weights_other_seed_others(fit):
+    folders = [
+        fit(f"seed{n}", seed_everything=seed, trainer__max_epochs=1)[2] for n, seed in enumerate((0, 0, 1))
+    ]
+    assert_same(weights(folders[0]), weights(folders[1]))
+    a, b = weights(folders[0]), weights(folders[2])
+    assert not all(torch.equal(a[name], b[name]) for name in a)
+
+
+class _KillAfter(pl.Callback):
+    """Ends the run in the middle of an epoch, as a kill would: nothing is saved on the way out."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == self.step:
+            raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize("killed_at", [4, 6, 9])
+def test_resume_equals_the_uninterrupted_run_bit_by_bit(fit, monkeypatch, killed_at):
+    """Dropout, stochastic depth and augmentation are on; 4 steps an epoch."""
+    _, _, whole = fit("whole", trainer__max_epochs=3)
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step=00000008.ckpt", "step=00000012.ckpt"]
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.Throughput, "on_train_batch_start", _KillAfter(killed_at).on_train_batch_start)
+        with pytest.raises(RuntimeError, match="killed"):
+            fit("broken", trainer__max_epochs=3)
+    status, text, broken = fit("broken", trainer__max_epochs=3, ckpt_path="last")
+    assert status == 0
+    assert f"resuming from {broken}/checkpoints/step={killed_at // 4 * 4:08d}.ckpt" in text
+    assert_same(weights(whole), weights(broken))
+    # The history goes on where the checkpoint was: no step missing, none twice.
+    losses = [[(row["step"], row["train/loss"]) for row in metric_rows(f) if row["train/loss"]] for f in (whole, broken)]
+    assert losses[0] == losses[1]
+    assert (whole / "predictions.jsonl").read_text() == (broken / "predictions.jsonl").read_text()
+
+
+def test_resume_with_nothing_there_is_an_error(fit):
+    status, text, folder = fit(ckpt_path="last")
+    assert status == 2
+    assert f"error: --ckpt_path last: expected {folder}/checkpoints/step=*.ckpt, there is none" in text
+    status, text, _ = fit(ckpt_path="/nowhere.ckpt")
+    assert status == 2
+    assert "error: --ckpt_path: expected a checkpoint, found none at /nowhere.ckpt" in text
+
+
+@pytest.mark.parametrize("normalization", ["tokens", "per_sample"])
+def test_loss_does_not_depend_on_how_samples_are_grouped(fit, normalization):
+    """12 records as one batch, as 2 and as 4 accumulated micro-batches, with targets of different lengths."""
+    model = {**MODEL, "vision": {"name": "test_vit", "image_size": 32}, "decoder": {"config": TINY_DECODER}}
+    folders = []
+    for size in (12, 6, 3):
+        status, text, folder = fit(
+            f"{normalization}{size}", config={"model": {**model, "loss_normalization": normalization}},
+            data__batch_size=size, trainer__accumulate_grad_batches=12 // size,
+        )  # fmt: skip
+        assert status == 0, text
+        folders.append(folder)
+    losses = [[float(row["train/loss"]) for row in metric_rows(f) if row["train/loss"]] for f in folders]
+    norms = [[float(row["train/grad_norm"]) for row in metric_rows(f) if row["train/grad_norm"]] for f in folders]
+    assert len(losses[0]) == 4
+    for other in (1, 2):
+        assert losses[0] == pytest.approx(losses[other], rel=1e-4)
+        assert norms[0] == pytest.approx(norms[other], rel=1e-3)
+
+
+def test_short_last_window_is_normalised_by_what_is_in_it(fit):
+    """24 records, batches of 6, windows of 3: the last window of an epoch holds a single batch."""
+    model = {**MODEL, "vision": {"name": "test_vit", "image_size": 32}, "decoder": {"config": TINY_DECODER}}
+    status, _, folder = fit("short", config={"model": model}, trainer__accumulate_grad_batches=3, trainer__max_epochs=1)
+    assert status == 0
+    norms = [float(row["train/grad_norm"]) for row in metric_rows(folder) if row["train/grad_norm"]]
+    assert len(norms) == 2
+    # A mean over the nominal window would make the last norm about a third.
+    assert norms[1] > 0.6 * norms[0]
+
+
+def test_overfits_one_batch_to_zero_loss_and_answers_it(fit):
+    status, _, folder = _overfit(fit)
+    assert status == 0
+    losses = [float(row["train/loss"]) for row in metric_rows(folder) if row["train/loss"]]
+    assert losses[0] > 1
+    assert losses[-1] < 0.01
+    predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert all(p["prediction"] in p["references"] for p in predictions)
+
+
+def _overfit(fit):
+    _, _, folder = fit("first", trainer__max_epochs=1)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    val = config["data"]["val"]
+    return fit(
+        "overfit", config={"model": {**MODEL, "vision": {"name": "test_vit", "image_size": 32},
+                                     "decoder": {"config": TINY_DECODER}, "optimizer": {"lr": 3e-3}},
+                           "data": {"augmentation": None, "train": val}},
+        trainer__max_epochs=250, trainer__check_val_every_n_epoch=250,
+    )  # fmt: skip
+
+
+def test_nan_loss_names_step_and_samples_and_keeps_the_checkpoint(fit, monkeypatch):
+    original = MMPrefixModule.training_step
+
+    def poisoned(self, batch, batch_idx):
+        loss = original(self, batch, batch_idx)
+        if self.global_step == 5:
+            self._window.losses[-1] = self._window.losses[-1] * float("nan")
+        return loss
+
+    monkeypatch.setattr(MMPrefixModule, "training_step", poisoned)
+    status, text, folder = fit()
+    assert status == 2
+    assert "error: step 5 (epoch 1): the loss is not finite; samples of the batch: " in text
+    named = text.split("samples of the batch: ")[1].split(";")[0].split(", ")
+    assert len(named) == 12
+    assert all(name.endswith(("-colour", "-red")) for name in named)
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step=00000004.ckpt"]
+    assert all(torch.isfinite(value).all() for value in weights(folder).values())
+
+
+def test_full_disk_keeps_the_previous_checkpoint(fit, monkeypatch):
+    save, count = torch.save, []
+
+    def full(content, file):
+        count.append(1)
+        if len(count) == 2:
+            file.write(b"half a checkpoint")
+            raise OSError(28, "No space left on device")
+        save(content, file)
+
+    monkeypatch.setattr(checkpoints.torch, "save", full)
+    status, text, folder = fit()
+    assert status == 1
+    assert "error: [Errno 28] No space left on device" in text
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step=00000004.ckpt"]
+    assert weights(folder)
+
+
+def test_skipped_images_are_reported_with_key_and_shard(fit, tmp_path):
+    records = [colour_record(n) for n in range(7)]
+    records[3] = ("0003", b"not a picture", records[3][2])
+    write_shard(tmp_path / "bad.tar", records)
+    status, text, folder = fit(data__train=str(tmp_path / "bad.tar"), trainer__max_epochs=2, data__batch_size=1)
+    assert status == 0, text
+    assert text.count("train: 1 image(s) skipped:") == 2, "once per epoch"
+    assert f"{tmp_path}/bad.tar: 0003: image of 13 bytes cannot be decoded" in text
+    assert [row["train/bad_samples"] for row in metric_rows(folder) if row["train/bad_samples"]] == ["1.0", "1.0"]
+    status, text, _ = fit(data__train=str(tmp_path / "bad.tar"), data__on_bad_sample="error")
+    assert status == 2
+    assert f"error: {tmp_path}/bad.tar: 0003: image of 13 bytes cannot be decoded" in text
+
+
+def test_validate_and_predict_use_a_checkpoint(fit):
+    _, _, folder = fit(trainer__max_epochs=1)
+    predictions = (folder / "predictions.jsonl").read_text()
+    (folder / "predictions.jsonl").unlink()
+    for command in ("validate", "predict"):
+        status, text, _ = fit(command=command, ckpt_path="last")
+        assert status == 0, text
+        assert "val: 6 images" in text or "predict: 6 images" in text
+        assert (folder / "predictions.jsonl").read_text() == predictions
+    status, text, _ = fit(command="validate")
+    assert status == 2
+    assert "validate: expected --ckpt_path FILE" in text
+
+
+def test_model_of_a_checkpoint_is_the_exported_model(fit):
+    _, _, folder = fit(trainer__max_epochs=1)
+    exported, processor = checkpoints.load_model(folder / "model")
+    from_file, other = checkpoints.load_model(checkpoints.newest_checkpoint(folder))
+    assert_same(exported.state_dict(), from_file.state_dict())
+    assert processor.encode("q", ["a"]).ids.tolist() == other.encode("q", ["a"]).ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "frozen", "moved"),
+    [
+        ({"train_vision": {"freeze": True}}, ["vision"], ["connector", "decoder"]),
+        ({"train_decoder": {"unfreeze_at_step": 99}}, ["decoder"], ["vision", "connector"]),
+        ({"train_vision": {"unfreeze_at_step": 4}}, [], ["vision", "connector", "decoder"]),
+        ({"train_connector": {"lr": 0.0}}, ["connector"], ["vision", "decoder"]),
+    ],
+)
+def test_freezing_and_learning_rates_per_part(fit, settings, frozen, moved):
+    status, text, folder = fit("start", config={"model": {**MODEL, **settings}}, trainer__max_epochs=2)
+    assert status == 0, text
+    first, last = weights(folder, 4), weights(folder, 8)
+
+    def changed(part):
+        return any(not torch.equal(first[n], last[n]) for n in first if n.startswith(f"model.{part}."))
+
+    assert [part for part in frozen if changed(part)] == []
+    assert [part for part in moved if not changed(part)] == []
+
+
+def test_bf16_checkpointing_and_workers_train(fit):
+    status, text, folder = fit(
+        trainer__precision="bf16-mixed", model__gradient_checkpointing="true", data__num_workers=1,
+        trainer__max_epochs=1,
+    )  # fmt: skip
+    assert status == 0, text
+    assert all(float(row["train/loss"]) < 10 for row in metric_rows(folder) if row["train/loss"])
+
+
+def test_gradient_checkpointing_does_not_change_the_training(fit):
+    model = {**MODEL, "vision": {"name": "test_vit", "image_size": 32}, "decoder": {"config": TINY_DECODER}}
+    folders = [
+        fit(f"gc{flag}", config={"model": {**model, "gradient_checkpointing": flag}}, trainer__max_epochs=1)[2]
+        for flag in (False, True)
+    ]
+    assert_same(weights(folders[0]), weights(folders[1]), atol=1e-5, rtol=1e-4)
+
+
+# Pieces
+
+
+def test_schedule_rises_linearly_and_falls_as_a_cosine():
+    factors = [schedule_factor(step, 100, warmup=0.1, final_lr=0.1) for step in range(101)]
+    assert factors[0] == pytest.approx(1 / 11)
+    assert factors[9] == pytest.approx(10 / 11)
+    assert factors[10] == pytest.approx(1.0)
+    assert factors[55] == pytest.approx(0.55)
+    assert factors[100] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False))
+
+
+def test_weight_decay_is_on_matrices_only_and_unused_heads_are_left_out():
+    module = MMPrefixModule(TINY_VISION, DecoderArgs(config=TINY_DECODER), tokenizer=TokenizerArgs("byte"))
+    parts = {name: (module.part(name), PartArgs()) for name in ("vision", "connector", "decoder")}
+    groups = parameter_groups(parts, OptimizerArgs(lr=1.0, weight_decay=0.1))
+    assert [g["name"] for g in groups] == [
+        "vision", "vision/no_decay", "connector", "connector/no_decay", "decoder", "decoder/no_decay",
+    ]  # fmt: skip
+    for group in groups:
+        assert {p.ndim >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
+    grouped = sum(p.numel() for g in groups for p in g["params"])
+    assert grouped == sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def test_all_frozen_is_refused(fit):
+    frozen = {f"train_{part}": {"freeze": True} for part in ("vision", "connector", "decoder")}
+    status, text, _ = fit(config={"model": {**MODEL, **frozen}})
+    assert status == 2
+    assert "all of vision, connector and decoder are frozen" in text
