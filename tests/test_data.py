@@ -43,7 +43,13 @@ def as_json(value):
 
 def test_defaults_and_explicit_fields():
     (sample,) = parse_record(as_json({"instruction": "q", "target": "a"}), "k", "s.tar")
-    assert (sample.id, sample.image_id, sample.kind, sample.targets, sample.answers) == ("k", "k", "all", ("a",), ("a",))
+    assert (sample.id, sample.image_id, sample.kind, sample.targets, sample.answers) == (
+        "k",
+        "k",
+        "all",
+        ("a",),
+        ("a",),
+    )
     first, second = parse_record(
         as_json([
             {"instruction": "q", "targets": ["a", "b"], "answers": ["c"], "kind": "x"},
@@ -122,7 +128,9 @@ def test_patterns(tmp_path):
     assert names(str(tmp_path / "a-{0..1}.tar")) == ["a-0.tar", "a-1.tar"]
     assert names(str(tmp_path)) == ["a-0.tar", "a-1.tar", "b-0.tar"]
     assert names([str(tmp_path / "b-0.tar"), str(tmp_path / "a-0.tar")]) == ["b-0.tar", "a-0.tar"]
-    with pytest.raises(InputError, match=r"data.train: expected shards at .*c-\*.tar, none match .* holds 3 .tar files"):
+    with pytest.raises(
+        InputError, match=r"data.train: expected shards at .*c-\*.tar, none match .* holds 3 .tar files"
+    ):
         names(str(tmp_path / "c-*.tar"))
     with pytest.raises(InputError, match="the folder .*nowhere does not exist"):
         names(str(tmp_path / "nowhere" / "*.tar"))

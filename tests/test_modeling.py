@@ -145,9 +145,7 @@ def test_shared_prefix_loss_and_gradients_match_separate_sequences(any_model, ph
     batch = make_batch(processor, photos)
     assert any(len(targets) > 1 for _, targets in QUESTIONS), "a sample must have two targets"
     model.zero_grad()
-    total, count = target_cross_entropy(
-        model.target_logits(batch), batch.labels, batch.target_lengths, normalization
-    )
+    total, count = target_cross_entropy(model.target_logits(batch), batch.labels, batch.target_lengths, normalization)
     (total / count).backward()
     fast = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -157,7 +155,9 @@ def test_shared_prefix_loss_and_gradients_match_separate_sequences(any_model, ph
             model, processor.layout, processor.transform(photo), processor.num_image_tokens,
             processor._ids(instruction), [processor._ids(target) for target in targets],
         )  # fmt: skip
-    slow_loss = torch.cat(losses).mean() if normalization == "tokens" else torch.stack([x.mean() for x in losses]).mean()
+    slow_loss = (
+        torch.cat(losses).mean() if normalization == "tokens" else torch.stack([x.mean() for x in losses]).mean()
+    )
     slow_loss.backward()
     torch.testing.assert_close(total / count, slow_loss, atol=1e-5, rtol=1e-5)
     slow = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

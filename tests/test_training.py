@@ -1,6 +1,7 @@
 """Training through the command line's own entry point, in this process, on small coloured pictures."""
 
 import csv
+import itertools
 import json
 
 import lightning.pytorch as pl
@@ -112,9 +113,7 @@ def test_a_second_run_keeps_the_first(fit):
 
 
 def test_same_seed_same_weights_other_seed_others(fit):
-    folders = [
-        fit(f"seed{n}", seed_everything=seed, trainer__max_epochs=1)[2] for n, seed in enumerate((0, 0, 1))
-    ]
+    folders = [fit(f"seed{n}", seed_everything=seed, trainer__max_epochs=1)[2] for n, seed in enumerate((0, 0, 1))]
     assert_same(weights(folders[0]), weights(folders[1]))
     a, b = weights(folders[0]), weights(folders[2])
     assert not all(torch.equal(a[name], b[name]) for name in a)
@@ -145,7 +144,9 @@ def test_resume_equals_the_uninterrupted_run_bit_by_bit(fit, monkeypatch, killed
     assert f"resuming from {broken}/checkpoints/step={killed_at // 4 * 4:08d}.ckpt" in text
     assert_same(weights(whole), weights(broken))
     # The history goes on where the checkpoint was: no step missing, none twice.
-    losses = [[(row["step"], row["train/loss"]) for row in metric_rows(f) if row["train/loss"]] for f in (whole, broken)]
+    losses = [
+        [(row["step"], row["train/loss"]) for row in metric_rows(f) if row["train/loss"]] for f in (whole, broken)
+    ]
     assert losses[0] == losses[1]
     assert (whole / "predictions.jsonl").read_text() == (broken / "predictions.jsonl").read_text()
 
@@ -335,7 +336,7 @@ def test_schedule_rises_linearly_and_falls_as_a_cosine():
     assert factors[10] == pytest.approx(1.0)
     assert factors[55] == pytest.approx(0.55)
     assert factors[100] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(factors[10:]))
 
 
 def test_weight_decay_is_on_matrices_only_and_unused_heads_are_left_out():

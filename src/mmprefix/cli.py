@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar as LightningProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -53,7 +54,9 @@ class OneLineParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Prints ``error: ...`` and exits with status 2."""
         text = " ".join(str(message).split())
-        unknown = re.search(r"unrecognized arguments: -*([\w.]+)|does not accept (?:option|nested key) '([\w.]+)'", text)
+        unknown = re.search(
+            r"unrecognized arguments: -*([\w.]+)|does not accept (?:option|nested key) '([\w.]+)'", text
+        )
         if unknown is not None:
             key = unknown.group(1) or unknown.group(2)
             close = get_close_matches(key, self._known_keys(), n=1, cutoff=0.5)
@@ -134,7 +137,7 @@ class MMPrefixCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Scores the test split (validation where there is none) with the last weights, and exports the model."""
-        if self.trainer.interrupted or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if self.datamodule.has("test"):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
@@ -234,5 +237,13 @@ def run(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return _interrupted()
+    except SystemExit as error:
+        # Lightning turns Ctrl-C into an exit of its own, after it has closed loggers and workers.
+        return _interrupted() if isinstance(error.__context__, KeyboardInterrupt) else int(error.code or 0)
     return 0
+
+
+def _interrupted() -> int:
+    print("interrupted; go on with --ckpt_path last (from the end of the last complete epoch)", file=sys.stderr)
+    return EXIT_INTERRUPTED

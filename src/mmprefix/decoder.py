@@ -62,7 +62,9 @@ def decoder_config(args: DecoderArgs) -> PreTrainedConfig:
         try:
             config = AutoConfig.from_pretrained(args.name)
         except (OSError, ValueError) as error:
-            raise InputError(f"model.decoder.name: cannot read the config of {args.name!r}: {_one_line(error)}") from error
+            raise InputError(
+                f"model.decoder.name: cannot read the config of {args.name!r}: {_one_line(error)}"
+            ) from error
         config = config.get_text_config(decoder=True) if hasattr(config, "text_config") else config
         _check_causal(config.model_type, f"model.decoder.name={args.name}")
     return config
@@ -77,9 +79,7 @@ def build_decoder(args: DecoderArgs, config: PreTrainedConfig) -> PreTrainedMode
             )
         except OSError as error:
             raise InputError(f"model.decoder.name: cannot load {args.name!r}: {_one_line(error)}") from error
-    return AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=args.attn_implementation
-    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=args.attn_implementation)
 
 
 def _check_causal(model_type: str, where: str) -> None:

@@ -9,7 +9,7 @@ Shapes: B rows, T tokens, I images, N image tokens of one image, M scored target
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -142,9 +142,7 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         spec = resolve_vision(vision)
         if decoder.config is not None:
             defaults = {**(special_tokens or {}), **({"vocab_size": vocab_size} if vocab_size else {})}
-            decoder = DecoderArgs(
-                config={**defaults, **decoder.config}, attn_implementation=decoder.attn_implementation
-            )
+            decoder = replace(decoder, config={**defaults, **decoder.config})
         text_config = decoder_config(decoder)
         if vocab_size is not None and vocab_size > text_config.vocab_size:
             raise InputError(
@@ -177,7 +175,7 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         timm and torch have initialised everything else when it was built; the library's default would undo that.
         """
         if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+            module.init_non_persistent_buffers()  # type: ignore[operator]
         elif isinstance(module, nn.Linear) and any(module is part for part in self.connector.modules()):
             module.reset_parameters()
 
@@ -199,7 +197,8 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
         """float ``[I, 3, H, W]`` -> image tokens in the decoder's width, float ``[I, N, W]``."""
-        return self.connector(self.vision(pixel_values))
+        tokens: Tensor = self.connector(self.vision(pixel_values))
+        return tokens
 
     def forward(
         self,
@@ -236,11 +235,15 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 don't match.
         """
         if labels is not None and plan is None and token_type_ids is None:
-            raise ValueError("labels need token_type_ids (0 prefix, 1 target) or a plan: the mask can't be told from them")
+            raise ValueError(
+                "labels need token_type_ids (0 prefix, 1 target) or a plan: the mask can't be told from them"
+            )
         if plan is not None and labels is not None and plan.label_positions is not None:
             raise ValueError("expected labels or a plan with label positions, got both")
         if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
-            raise ValueError("expected a 2-D attention_mask: a ready-made mask (static caches make one) has no prefix in it")
+            raise ValueError(
+                "expected a 2-D attention_mask: a ready-made mask (static caches make one) has no prefix in it"
+            )
         cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if inputs_embeds is None:
             assert input_ids is not None

@@ -69,7 +69,9 @@ def load_tokenizer(args: TokenizerArgs, default: str | None) -> PreTrainedTokeni
     """
     name = args.name or default
     if name is None:
-        raise InputError("model.tokenizer.name: expected a name, a folder or `byte` for a decoder from an inline config")
+        raise InputError(
+            "model.tokenizer.name: expected a name, a folder or `byte` for a decoder from an inline config"
+        )
     names = {k: v for k, v in (("pad_token", args.pad_token), ("eos_token", args.eos_token)) if v is not None}
     if name == "byte":
         tokenizer = ByT5Tokenizer(extra_ids=0, bos_token="<s>", **names)
@@ -263,7 +265,9 @@ class MMPrefixProcessor(ProcessorMixin):
         pixels = {} if images is None else dict(self.image_processor(images))
         has_image = images is not None
         if suffixes is None:
-            prompts = collate_prompts([self.encode(t, has_image=has_image) for t in texts], [], None, pad_id=self.pad_id)
+            prompts = collate_prompts(
+                [self.encode(t, has_image=has_image) for t in texts], [], None, pad_id=self.pad_id
+            )
             return BatchFeature({"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask, **pixels})
         if len(suffixes) != len(texts):
             raise ValueError(f"expected one suffix for each text, got {len(suffixes)} for {len(texts)} texts")

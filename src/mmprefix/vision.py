@@ -86,7 +86,8 @@ class VisionSpec:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VisionSpec:
         """The inverse of `to_dict`, which JSON has turned tuples into lists on."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they go into `config.json`."""

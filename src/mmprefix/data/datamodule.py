@@ -129,7 +129,9 @@ class ShardDataModule(pl.LightningDataModule):
     def _open(self, split: str) -> ShardCollection:
         pattern = self.patterns[split]
         if pattern is None:
-            raise InputError(f"data.{split}: expected shards, for example --data.{split} 'mine/{split}-*.tar', got none")
+            raise InputError(
+                f"data.{split}: expected shards, for example --data.{split} 'mine/{split}-*.tar', got none"
+            )
         shards = ShardCollection(pattern, f"data.{split}", needs_target=split != "predict")
         rank_zero_info(f"{split}: {shards.describe()}")
         return shards

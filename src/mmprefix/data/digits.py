@@ -1,7 +1,7 @@
 """The default set: scikit-learn's 1,797 scans of handwritten digits, three questions each, as webdataset shards.
 
 The split is that of scikit-learn's own digits example: the first half trains, the last 899 scans test, unshuffled, so
-that the writers of the test half are mostly new. The end of the first half is held out for validation. The baseline
+that the writers of the test half are mostly new. The last 48 scans of the first half are held out for validation. The baseline
 is that example's support-vector classifier, fitted here, in the same run, on the whole first half.
 """
 
@@ -20,7 +20,7 @@ from mmprefix.data.shards import write_shard
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NUM_TRAIN_HALF = 898
-NUM_VAL = 100
+NUM_VAL = 48
 SPLITS = {
     "train": range(NUM_TRAIN_HALF - NUM_VAL),
     "val": range(NUM_TRAIN_HALF - NUM_VAL, NUM_TRAIN_HALF),

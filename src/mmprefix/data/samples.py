@@ -76,7 +76,9 @@ def _parse_sample(entry: Mapping[str, Any], where: str, key: str, default_id: st
     if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
         raise InputError(f"{where}: expected a string `target` or a list of strings `targets`, got {_shown(targets)}")
     if needs_target and not targets:
-        raise InputError(f"{where}: expected a `target` or `targets`, got neither (fields: {', '.join(entry) or 'none'})")
+        raise InputError(
+            f"{where}: expected a `target` or `targets`, got neither (fields: {', '.join(entry) or 'none'})"
+        )
     if any(not target.strip() for target in targets):
         raise InputError(f"{where}: expected a target with text, got an empty one")
     answers = entry.get("answers", targets)

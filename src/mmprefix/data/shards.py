@@ -67,7 +67,9 @@ def expand_shards(pattern: str | Sequence[str], what: str) -> list[str]:
                 if not os.path.isdir(folder):
                     raise InputError(f"{what}: expected shards at {expanded}, the folder {folder} does not exist")
                 tars = len(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
-                raise InputError(f"{what}: expected shards at {expanded}, none match ({folder} holds {tars} .tar files)")
+                raise InputError(
+                    f"{what}: expected shards at {expanded}, none match ({folder} holds {tars} .tar files)"
+                )
             paths += matches
     return paths
 
@@ -100,7 +102,9 @@ class ShardCollection:
         for number, path in enumerate(self.paths):
             self._index(number, path)
         if not self.records:
-            raise InputError(f"{what}: expected records (KEY.jpg + KEY.json) in {', '.join(self.paths[:3])}, found none")
+            raise InputError(
+                f"{what}: expected records (KEY.jpg + KEY.json) in {', '.join(self.paths[:3])}, found none"
+            )
 
     def __len__(self) -> int:
         return len(self.records)
@@ -120,21 +124,27 @@ class ShardCollection:
                         if key is None:
                             continue
                         if info.offset_data + info.size > size:
-                            raise InputError(f"{path}: {info.name}: expected {info.size} bytes, the shard ends before them")
+                            raise InputError(
+                                f"{path}: {info.name}: expected {info.size} bytes, the shard ends before them"
+                            )
                         if key != current:
                             self._add(number, path, current, members, file.fileno())
                             if key in seen:
-                                raise InputError(f"{path}: {key}: expected a record's members side by side, it comes twice")
+                                raise InputError(
+                                    f"{path}: {key}: expected a record's members side by side, it comes twice"
+                                )
                             seen.add(key)
                             current, members = key, {}
                         members[suffix.lower()] = Member(info.offset_data, info.size)
-                        tar.members = []  # tarfile keeps every header; a shard may hold 100,000
+                        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header; a shard may hold 100,000
                     end = tar.offset
             except tarfile.TarError as error:
                 raise InputError(f"{path}: expected an uncompressed tar, got {error}") from error
             # tarfile takes a broken header or the end of the file for the end of the archive, without an error.
             if os.pread(file.fileno(), _TAR_BLOCK, end) != bytes(_TAR_BLOCK):
-                raise InputError(f"{path}: expected an end-of-archive mark at byte {end}, got a truncated or broken shard")
+                raise InputError(
+                    f"{path}: expected an end-of-archive mark at byte {end}, got a truncated or broken shard"
+                )
             self._add(number, path, current, members, file.fileno())
 
     def _add(self, number: int, path: str, key: str | None, members: dict[str, Member], descriptor: int) -> None:
@@ -159,7 +169,9 @@ class ShardCollection:
             self._descriptors[shard] = (os.getpid(), descriptor)
         content = os.pread(descriptor, member.size, member.offset)
         if len(content) != member.size:
-            raise InputError(f"{self.paths[shard]}: expected {member.size} bytes at {member.offset}, got {len(content)}")
+            raise InputError(
+                f"{self.paths[shard]}: expected {member.size} bytes at {member.offset}, got {len(content)}"
+            )
         return content
 
     def samples(self, index: int) -> tuple[Sample, ...]:

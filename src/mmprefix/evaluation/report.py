@@ -59,7 +59,9 @@ def accuracy_table(
         rows.append(["all", "", str(len(predictions)), f"{_accuracy(predictions):.4f}", *([""] if baseline else [])])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        "  ".join(cell.ljust(w) if n < 2 else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if n < 2 else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
     return "\n".join([title, lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from mmprefix.files import replacing
 from mmprefix.packing import BadSample, PackedBatch
@@ -138,8 +139,10 @@ class ResumableCSVLogger(CSVLogger):
 
     def __init__(self, run_folder: str) -> None:
         super().__init__(run_folder, name="", version="", flush_logs_every_n_steps=20)
+        self._experiment: _AppendingWriter | None = None
 
     @property
+    @rank_zero_experiment  # type: ignore[untyped-decorator]
     def experiment(self) -> ExperimentWriter:
         """The writer, on rank 0."""
         if self._experiment is None:

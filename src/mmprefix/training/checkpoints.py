@@ -30,7 +30,9 @@ _STEP = re.compile(r"^step=(\d+)\.ckpt$")
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and renames it: a full disk or a kill leaves the previous one whole."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
         """See `lightning.fabric.plugins.CheckpointIO.save_checkpoint`."""
         with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(checkpoint, file)
@@ -41,9 +43,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def newest_checkpoint(run_folder: Path) -> Path | None:
     """The checkpoint of the highest step under ``run_folder/checkpoints``, or None."""
     steps = {
-        int(match.group(1)): path
-        for path in (run_folder / FOLDER).glob("*.ckpt")
-        if (match := _STEP.match(path.name))
+        int(match.group(1)): path for path in (run_folder / FOLDER).glob("*.ckpt") if (match := _STEP.match(path.name))
     }
     return steps[max(steps)] if steps else None
 

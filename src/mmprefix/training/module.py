@@ -19,6 +19,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from mmprefix.decoder import DecoderArgs
 from mmprefix.errors import InputError
 from mmprefix.loss import LossNormalization, target_cross_entropy
 from mmprefix.masks import PrefixVisibility
@@ -33,7 +34,6 @@ from mmprefix.processing import (
     load_tokenizer,
     text_vocab_size,
 )
-from mmprefix.decoder import DecoderArgs
 from mmprefix.training.checkpoints import CONTENT_KEY
 from mmprefix.training.optim import OptimizerArgs, PartArgs, build_optimizer
 from mmprefix.vision import ConnectorArgs, VisionArgs
@@ -125,9 +125,7 @@ class MMPrefixModule(pl.LightningModule):
         self._exact_match: dict[str, ExactMatch] = {}
         self._evaluation_loss: list[tuple[Tensor, Tensor]] = []
         # What later unfreezing may switch on again; the rest (unused heads) never learns.
-        self._trainable = {
-            name: [p for p in self.part(name).parameters() if p.requires_grad] for name in PARTS
-        }
+        self._trainable = {name: [p for p in self.part(name).parameters() if p.requires_grad] for name in PARTS}
         self._set_freezing(step=0)
         if gradient_checkpointing:
             self.model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
@@ -153,7 +151,9 @@ class MMPrefixModule(pl.LightningModule):
         late = [name for name, part in self.part_args.items() if part.unfreeze_at_step is not None and not part.freeze]
         if late and self.trainer.world_size > 1:
             # DistributedDataParallel decides at start which gradients it reduces; a late one would stay local.
-            raise InputError(f"model.train_{late[0]}.unfreeze_at_step: expected one process, got {self.trainer.world_size}")
+            raise InputError(
+                f"model.train_{late[0]}.unfreeze_at_step: expected one process, got {self.trainer.world_size}"
+            )
         parts = {name: (self.part(name), args) for name, args in self.part_args.items()}
         optimizer, schedule = build_optimizer(parts, self.optimizer_args, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -283,7 +283,9 @@ class MMPrefixModule(pl.LightningModule):
             torch.distributed.all_gather_object(of_ranks, kinds)
             kinds = sorted({kind for names in of_ranks for kind in names})
         zero = torch.zeros((), device=self.device)
-        sums = torch.stack([sum((s for s, _ in self._evaluation_loss), zero), sum((c for _, c in self._evaluation_loss), zero)])
+        sums = torch.stack(
+            [sum((s for s, _ in self._evaluation_loss), zero), sum((c for _, c in self._evaluation_loss), zero)]
+        )
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         if sums[1] > 0:
             self.log(f"{split}/loss", sums[0] / sums[1], prog_bar=split == "val")

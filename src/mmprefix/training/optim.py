@@ -63,9 +63,7 @@ def schedule_factor(step: int, total_steps: int, warmup: float, final_lr: float)
     return final_lr + (1.0 - final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def parameter_groups(
-    parts: Mapping[str, tuple[nn.Module, PartArgs]], args: OptimizerArgs
-) -> list[dict[str, Any]]:
+def parameter_groups(parts: Mapping[str, tuple[nn.Module, PartArgs]], args: OptimizerArgs) -> list[dict[str, Any]]:
     """Groups for AdamW: for each part one with decay and one without, named ``part`` and ``part/no_decay``.
 
     Parameters that never train are left out; those that unfreeze later are in from the start.

@@ -1,0 +1,249 @@
+"""The command line as a user meets it: separate processes for what concerns start-up, exit status and signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mmprefix.cli import run
+from mmprefix.training import checkpoints
+from tests.test_training import MODEL
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def mmprefix(*arguments, timeout=240, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-m", "mmprefix", *map(str, arguments)],
+        capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT, **kwargs,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path, colour_shards):
+    shards = colour_shards()
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({
+        "model": MODEL,
+        "data": {
+            "train": str(shards / "train-*.tar"), "val": str(shards / "val-*.tar"), "batch_size": 6,
+            "max_target_tokens": 8,
+        },
+        "trainer": {
+            "default_root_dir": str(tmp_path / "run"), "max_epochs": 1, "accelerator": "cpu",
+            "log_every_n_steps": 1, "enable_progress_bar": False,
+        },
+    }))  # fmt: skip
+    return path
+
+
+def error_of(capfd, *arguments):
+    """Status and last line of stderr of a run in this process."""
+    capfd.readouterr()
+    try:
+        status = run([str(a) for a in arguments])
+    except SystemExit as exit_:
+        status = exit_.code
+    return status, capfd.readouterr().err.strip().splitlines()[-1]
+
+
+def test_help_and_version_import_nothing_heavy():
+    code = (
+        "import sys; from mmprefix.__main__ import main; status = main({}); "
+        "heavy = {{'torch', 'lightning', 'transformers', 'timm'}} & set(sys.modules); assert not heavy, heavy; "
+        "sys.exit(status)"
+    )
+    for arguments, shown in ((["--help"], "usage: python -m mmprefix COMMAND"), (["--version"], "mmprefix 0.1.0")):
+        done = subprocess.run([sys.executable, "-c", code.format(arguments)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(shown)
+
+
+def test_no_command_and_wrong_command():
+    assert mmprefix().returncode == 2
+    wrong = mmprefix("fitt")
+    assert wrong.returncode == 2
+    assert (
+        wrong.stderr == "error: expected one of fit, validate, test, predict, generate, got 'fitt'; did you mean fit?\n"
+    )
+
+
+def test_unknown_keys_are_refused_with_the_nearest(config, capfd, tmp_path):
+    status, line = error_of(capfd, "fit", "--config", config, "--data.batchsize", 3)
+    assert status == 2
+    assert line == "error: unrecognized arguments: --data.batchsize 3; did you mean data.batch_size?"
+    # An abbreviation is not the option it begins like.
+    status, line = error_of(capfd, "fit", "--config", config, "--trainer.max_epoch", 3)
+    assert (status, line.split(";")[1]) == (2, " did you mean trainer.max_epochs?")
+    for content, key in (
+        ({"data": {"batchsize": 3}}, "data.batch_size"),
+        ({"model": {"conector": {"kind": "mlp"}}}, "model.connector.kind"),
+        ({"model": {"optimizer": {"learning_rat": 1}}}, None),
+        ({"model": {"vision": {"nam": "x"}}}, None),
+    ):
+        wrong = tmp_path / "wrong.yaml"
+        wrong.write_text(yaml.safe_dump(content))
+        status, line = error_of(capfd, "fit", "--config", config, "--config", wrong)
+        assert status == 2
+        assert line.startswith("error: ")
+        assert next(iter(next(iter(content.values())))) in line
+        if key:
+            assert f"did you mean {key}?" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--data.train", "/nowhere/x-*.tar"], "data.train: expected shards at /nowhere/x-*.tar, the folder /nowhere does not exist"),
+        (["--data.batch_size", "0"], "data.batch_size: expected at least 1, got 0"),
+        (["--data.batch_size", "many"], "data.batch_size"),
+        (["--data.max_target_tokens", "2"], "target: expected at most 2 tokens (data.max_target_tokens), got "),
+        (["--model.vision.name", "vit_tiny_patch16_244"], "expected a timm model, got 'vit_tiny_patch16_244'; close to it: vit_tiny_patch16"),
+        (["--model.vision.kwargs", "{depht: 2}"], "timm cannot build test_vit"),
+        (["--model.vision.pretrained", "/nowhere.safetensors"], "expected a weights file, found none at /nowhere.safetensors"),
+        (["--model.decoder.config", "{model_type: bert}"], "expected a causal LM, got model type 'bert', a masked LM (BertLMHeadModel)"),
+        (["--model.decoder.config", "{model_type: t5}"], "expected a causal LM of transformers, got model type 't5'"),
+        (["--model.decoder.config", "{model_type: mamba, hidden_size: 32, num_hidden_layers: 1}"], "MambaForCausalLM can't be a prefix LM"),
+        (["--model.decoder.config", "{hidden_size: 32}"], "expected the key `model_type`"),
+        (["--model.decoder.name", "somewhere"], "expected exactly one of `name` and `config`, got both"),
+        (["--model.tokenizer.name", "null"], "model.tokenizer.name: expected a name, a folder or `byte`"),
+        (["--model.connector", "{kind: pixel_shuffle, factor: 3}"], "needs a token grid divisible by 3, test_vit has (2, 2)"),
+        (["--model.connector.kind", "conv"], "model.connector.kind"),
+        (["--model.decoder.attn_implementation", "flash_attention_2"], "flash_attention_2"),
+    ],
+)  # fmt: skip
+def test_bad_settings_give_one_clear_line(config, capfd, settings, message):
+    status, line = error_of(capfd, "fit", "--config", config, *settings)
+    assert status == 2
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_tokenizer_without_pad_or_eos_is_refused_and_can_be_told(config, capfd, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"[UNK]": 0, "</s>": 1, **{chr(97 + n): 2 + n for n in range(26)}}
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")))
+    bare.save_pretrained(tmp_path / "bare")
+    name = ["--model.tokenizer.name", tmp_path / "bare"]
+    status, line = error_of(capfd, "fit", "--config", config, *name)
+    assert status == 2
+    assert "has no eos_token; name one of its tokens with --model.tokenizer.eos_token" in line
+    status, line = error_of(capfd, "fit", "--config", config, *name, "--model.tokenizer.eos_token", "</s>")
+    assert "has no pad_token; name one of its tokens with --model.tokenizer.pad_token" in line
+    both = ["--model.tokenizer.eos_token", "</s>", "--model.tokenizer.pad_token", "</s>"]
+    assert run([str(a) for a in ("fit", "--config", config, *name, *both)]) == 0
+
+
+def test_missing_config_file(capfd):
+    status, line = error_of(capfd, "fit", "--config", "/nowhere.yaml")
+    assert status == 2
+    assert "/nowhere.yaml" in line
+
+
+def test_print_config_is_a_config(config, tmp_path):
+    printed = mmprefix("fit", "--config", config, "--print_config")
+    assert printed.returncode == 0, printed.stderr
+    values = yaml.safe_load(printed.stdout)
+    assert values["data"]["batch_size"] == 6
+    assert values["model"]["optimizer"]["warmup"] == 0.05
+    again = tmp_path / "printed.yaml"
+    again.write_text(printed.stdout)
+    assert run(["fit", "--config", str(again)]) == 0
+
+
+def test_generate_answers_about_a_picture(config, capfd, tmp_path, photos):
+    assert run(["fit", "--config", str(config)]) == 0
+    photos[0].save(tmp_path / "photo.jpg")
+    outputs = []
+    for where in (tmp_path / "run", checkpoints.newest_checkpoint(tmp_path / "run")):
+        done = mmprefix(
+            "generate", "--checkpoint", where, "--image", tmp_path / "photo.jpg", "--instruction", "is it red?"
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1]
+    assert outputs[0].count("\n") == 1
+    base = ["generate", "--instruction", "q", "--checkpoint", tmp_path / "run", "--image"]
+    status, line = error_of(capfd, *base, tmp_path / "none.png")
+    assert (status, line) == (2, f"error: --image: expected a picture file, found none at {tmp_path}/none.png")
+    (tmp_path / "text.png").write_text("no picture")
+    status, line = error_of(capfd, *base, tmp_path / "text.png")
+    assert status == 2
+    assert "text.png: image of 10 bytes cannot be decoded" in line
+    for where, message in (
+        (tmp_path / "nothing", "expected a checkpoint file or folder, there is none"),
+        (tmp_path / "text.png", "cannot read it"),
+        (tmp_path / "shards", "expected model/config.json or checkpoints/step=*.ckpt in it, found neither"),
+    ):
+        status, line = error_of(capfd, *base, tmp_path / "photo.jpg", "--checkpoint", where)
+        assert status == 2
+        assert message in line
+    torch.save({"x": 1}, tmp_path / "other.ckpt")
+    status, line = error_of(capfd, *base, tmp_path / "photo.jpg", "--checkpoint", tmp_path / "other.ckpt")
+    assert (status, "without the key 'mmprefix'" in line) == (2, True)
+
+
+def wait_for(path: Path, process, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not path.exists():
+        assert process.poll() is None, "ended before it was interrupted"
+        time.sleep(0.05)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_killed_and_interrupted_runs_resume_to_the_same_weights(config, tmp_path, signal_number):
+    """Real processes, real signals; 5 epochs of 4 steps."""
+    settings = ["--config", config, "--trainer.max_epochs", "5"]
+    whole = mmprefix("fit", *settings, "--trainer.default_root_dir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    folder = tmp_path / "broken"
+    command = [sys.executable, "-m", "mmprefix", "fit", *settings, "--trainer.default_root_dir", folder]
+    process = subprocess.Popen(
+        list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    wait_for(folder / "checkpoints" / "step=00000008.ckpt", process)
+    process.send_signal(signal_number)
+    output = process.communicate(timeout=60)[0].decode()
+    if signal_number == signal.SIGINT:
+        assert process.returncode == 130, output
+        assert "go on with --ckpt_path last" in output
+        assert "Traceback" not in output
+    again = mmprefix("fit", *settings, "--trainer.default_root_dir", folder, "--ckpt_path", "last")
+    assert again.returncode == 0, again.stderr
+    weights = [
+        torch.load(f / "checkpoints" / "step=00000020.ckpt", weights_only=True)["state_dict"]
+        for f in (tmp_path / "whole", folder)
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_two_processes_train_as_one(config, tmp_path):
+    """Two ranks with gloo, the global batch of one process: equal losses and weights, predictions complete."""
+    plain = ["--model.vision.kwargs", "{}", "--model.decoder.config.attention_dropout", "0.0", "--config"]
+    one = mmprefix("fit", "--config", config, *plain[:-1], "--trainer.default_root_dir", tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+    two = mmprefix(
+        "fit", "--config", config, *plain[:-1], "--trainer.default_root_dir", tmp_path / "two",
+        "--data.batch_size", 3, "--trainer.devices", 2, "--trainer.strategy", "ddp", timeout=400,
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    weights = [
+        torch.load(tmp_path / n / "checkpoints" / "step=00000004.ckpt", weights_only=True)["state_dict"]
+        for n in ("one", "two")
+    ]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-5, rtol=1e-3)
+    assert (tmp_path / "one" / "predictions.jsonl").read_text() == (tmp_path / "two" / "predictions.jsonl").read_text()
+    tables = [text[text.index("val: 6 images") :].split("\n\n")[0] for text in (one.stdout, two.stdout)]
+    assert tables[0] == tables[1]
