@@ -9,6 +9,7 @@ Shapes: I images, N image tokens of one image, D encoder width, W decoder width.
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -183,18 +184,9 @@ class VisionEncoder(nn.Module):
             InputError: a weights file that is missing or does not fit.
         """
         super().__init__()
-        overlay = None
+        self.model = timm.create_model(spec.name, pretrained=pretrained is True, num_classes=0, **spec.kwargs)
         if isinstance(pretrained, str):
-            if not Path(pretrained).is_file():
-                raise InputError(f"model.vision.pretrained: expected a weights file, found none at {pretrained}")
-            overlay = {"file": pretrained, "hf_hub_id": None, "url": ""}
-        try:
-            self.model = timm.create_model(
-                spec.name, pretrained=bool(pretrained), num_classes=0, pretrained_cfg_overlay=overlay, **spec.kwargs
-            )
-        except RuntimeError as error:
-            message = " ".join(str(error).split())[:300]
-            raise InputError(f"model.vision.pretrained: {spec.name}: cannot load {pretrained}: {message}") from error
+            _load_weights(self.model, spec, pretrained)
         self.num_tokens = spec.num_tokens
         for name in spec.unused:
             self.model.get_parameter(name).requires_grad_(False)
@@ -203,6 +195,23 @@ class VisionEncoder(nn.Module):
         """float ``[I, 3, H, W]``, normalised -> image tokens, float ``[I, N, D]``."""
         tokens, _ = _to_tokens(self.model, self.model.forward_features(pixel_values))
         return tokens
+
+
+def _load_weights(model: nn.Module, spec: VisionSpec, path: str) -> None:
+    """Loads a local file with timm's own conversion for the architecture; heads may be missing or left over."""
+    where = f"model.vision.pretrained: {path}"
+    if not Path(path).is_file():
+        raise InputError(f"model.vision.pretrained: expected a weights file, found none at {path}")
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    try:
+        keys = timm.models.load_checkpoint(model, path, strict=False, filter_fn=convert)
+    except Exception as error:  # whatever the reader of the file, the conversion or the shapes raise
+        raise InputError(f"{where}: expected weights of {spec.name}: {' '.join(str(error).split())[:300]}") from error
+    missing = sorted(set(keys.missing_keys) - set(spec.unused)) if keys else []
+    if missing:
+        raise InputError(
+            f"{where}: expected weights of {spec.name}, {len(missing)} tensors are missing: {', '.join(missing[:5])}"
+        )
 
 
 class PixelShuffle(nn.Module):

@@ -15,7 +15,7 @@ _IMAGE_SIDE = 144
 _CELL_WIDTH = 208
 _LINE_HEIGHT = 15
 _MARGIN = 10
-_MAX_LINES = 12
+_QUESTION_LINES, _ANSWER_LINES, _MAX_LINES = 3, 4, 16
 _INK, _RIGHT, _WRONG = (30, 30, 30), (0, 120, 40), (190, 20, 20)
 
 
@@ -75,11 +75,14 @@ def _lines(cell: Cell) -> list[tuple[str, tuple[int, int, int]]]:
     width = 30
     lines = [(cell.title, _INK)]
     for answer in cell.answers:
-        lines += [(line, _INK) for line in textwrap.wrap(answer.instruction, width)]
+        # A long question must not push its answer out of the cell.
+        question = textwrap.wrap(answer.instruction, width, max_lines=_QUESTION_LINES, placeholder=" ...")
+        lines += [(line, _INK) for line in question]
         said = f"-> {answer.prediction or '(nothing)'}"
         if not answer.correct:
             said += f"   (expected {answer.reference})"
-        lines += [(line, _RIGHT if answer.correct else _WRONG) for line in textwrap.wrap(said, width)]
+        said_lines = textwrap.wrap(said, width, max_lines=_ANSWER_LINES, placeholder=" ...")
+        lines += [(line, _RIGHT if answer.correct else _WRONG) for line in said_lines]
     if len(lines) > _MAX_LINES:
         lines = [*lines[: _MAX_LINES - 1], ("...", _INK)]
     return lines

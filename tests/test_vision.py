@@ -1,0 +1,129 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmprefix.errors import InputError
+from mmprefix.vision import (
+    ConnectorArgs,
+    ImageTransform,
+    PixelShuffle,
+    VisionArgs,
+    VisionEncoder,
+    VisionSpec,
+    build_connector,
+    resolve_vision,
+)
+
+SMALL = [
+    VisionArgs("test_vit", image_size=32),
+    VisionArgs("convnext_atto", image_size=64),
+    VisionArgs("resnet10t", image_size=64),
+    VisionArgs("swin_tiny_patch4_window7_224", kwargs={"depths": [1, 1, 1, 1]}),
+    VisionArgs("vit_base_patch16_siglip_224", kwargs={"depth": 1, "embed_dim": 48, "num_heads": 4}),
+    VisionArgs("vit_tiny_patch16_224", image_size=48, kwargs={"depth": 1, "reg_tokens": 3}),
+]
+
+
+@pytest.mark.parametrize("args", SMALL, ids=lambda args: args.name)
+def test_what_is_resolved_without_weights_is_what_the_encoder_gives(args):
+    spec = resolve_vision(args)
+    encoder = VisionEncoder(spec).eval()
+    height, width = spec.image_size
+    tokens = encoder(torch.randn(2, 3, height, width))
+    assert tokens.shape == (2, spec.num_tokens, spec.width)
+    assert spec.grid is not None
+    assert spec.grid[0] * spec.grid[1] == spec.num_tokens
+
+
+@pytest.mark.parametrize("args", SMALL, ids=lambda args: args.name)
+def test_every_trainable_parameter_gets_a_gradient(args):
+    """DistributedDataParallel waits for each; poolers and heads that tokens don't pass through must not be waited for."""
+    spec = resolve_vision(args)
+    encoder = VisionEncoder(spec)
+    encoder(torch.randn(2, 3, *spec.image_size)).square().sum().backward()
+    missing = [n for n, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+
+
+def test_heads_are_found_unused():
+    spec = resolve_vision(VisionArgs("vit_base_patch16_siglip_224", kwargs={"depth": 1}))
+    assert spec.unused
+    assert all(name.startswith("attn_pool.") for name in spec.unused)
+
+
+def test_data_config_is_timms_own():
+    import timm.data
+
+    for name in ("vit_base_patch16_siglip_224", "convnext_atto", "resnet10t"):
+        expected = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+        spec = resolve_vision(VisionArgs(name))
+        assert spec.mean == tuple(expected["mean"])
+        assert spec.std == tuple(expected["std"])
+        assert spec.interpolation == expected["interpolation"]
+        assert spec.image_size == expected["input_size"][1:]
+
+
+def test_spec_survives_json():
+    import json
+
+    spec = resolve_vision(SMALL[0])
+    assert VisionSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_local_weights_file_is_loaded(tmp_path):
+    spec = resolve_vision(SMALL[0])
+    source = VisionEncoder(spec)
+    torch.save(source.model.state_dict(), tmp_path / "weights.pth")
+    loaded = VisionEncoder(spec, pretrained=str(tmp_path / "weights.pth"))
+    for name, value in source.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    # Position embeddings of another image size are interpolated, by timm.
+    larger = resolve_vision(VisionArgs("test_vit", image_size=64))
+    assert VisionEncoder(larger, pretrained=str(tmp_path / "weights.pth")).num_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"depth": 7}, "expected weights of test_vit, 12 tensors are missing: blocks.6."),
+        ({"embed_dim": 96, "num_heads": 2}, "expected weights of test_vit: .*size mismatch"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(kwargs, message, tmp_path):
+    torch.save(VisionEncoder(resolve_vision(SMALL[0])).model.state_dict(), tmp_path / "weights.pth")
+    other = resolve_vision(VisionArgs("test_vit", image_size=32, kwargs=kwargs))
+    with pytest.raises(InputError, match=message):
+        VisionEncoder(other, pretrained=str(tmp_path / "weights.pth"))
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(InputError, match="expected weights of test_vit"):
+        VisionEncoder(other, pretrained=str(tmp_path / "text.pth"))
+
+
+def test_pixel_shuffle_matches_a_loop_over_blocks():
+    rows, columns, width, f = 4, 6, 5, 2
+    tokens = torch.randn(2, rows * columns, width)
+    grid = tokens.view(2, rows, columns, width)
+    slow = torch.stack([
+        torch.cat([grid[:, r + i, c + j] for i in range(f) for j in range(f)], dim=-1)
+        for r in range(0, rows, f) for c in range(0, columns, f)
+    ], dim=1)  # fmt: skip
+    assert torch.equal(PixelShuffle((rows, columns), f)(tokens), slow)
+
+
+@pytest.mark.parametrize(("kind", "num_tokens"), [("linear", 4), ("mlp", 4), ("pixel_shuffle", 1)])
+def test_connectors_give_the_tokens_they_promise(kind, num_tokens):
+    spec = resolve_vision(SMALL[0])
+    connector, promised = build_connector(ConnectorArgs(kind, factor=2), spec, decoder_width=24)
+    assert promised == num_tokens
+    assert connector(torch.randn(3, spec.num_tokens, spec.width)).shape == (3, num_tokens, 24)
+
+
+def test_transform_squashes_and_normalises(photos):
+    transform = ImageTransform((32, 48), (0.5, 0.4, 0.3), (0.2, 0.25, 0.5), "bilinear")
+    pixels = transform(photos[0])
+    resized = np.asarray(photos[0].resize((48, 32), Image.Resampling.BILINEAR), dtype=np.float32) / 255
+    expected = (resized - np.array([0.5, 0.4, 0.3])) / np.array([0.2, 0.25, 0.5])
+    assert pixels.dtype == torch.float32
+    np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), expected, atol=1e-5)
+    assert transform(photos[2].convert("L")).shape == (3, 32, 48)
