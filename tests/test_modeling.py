@@ -311,3 +311,20 @@ def test_uninstalled_decoder_is_the_librarys_own(photos):
             assert not hasattr(ALL_MASK_ATTENTION_FUNCTIONS[name], "library_mask")
     finally:
         install(model.decoder)
+
+
+def test_compiled_model_matches(photos):
+    """Captured by dynamo and run by its reference backend: values and gradients as without."""
+    model, processor = make_model()
+    batch = make_batch(processor, photos)
+
+    def loss_and_gradient():
+        model.zero_grad()
+        total, _ = target_cross_entropy(model.target_logits(batch), batch.labels, batch.target_lengths)
+        total.backward()
+        return total.detach(), model.connector.weight.grad.clone()
+
+    expected = loss_and_gradient()
+    model.compile(backend="aot_eager")
+    for value, reference in zip(loss_and_gradient(), expected, strict=True):
+        torch.testing.assert_close(value, reference, atol=1e-4, rtol=1e-4)

@@ -51,3 +51,12 @@ def test_local_links_lead_somewhere():
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_python_example_runs(model_and_processor, photos, tmp_path, capsys):
+    model, processor = model_and_processor
+    (example,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    exec(example.replace("runs/digits/model", str(tmp_path)), {"image": photos[0]})
+    assert capsys.readouterr().out.startswith("[")

@@ -39,6 +39,8 @@ Truncate = Literal["none", "instruction", "target", "both"]
 
 IMAGE_TOKEN = "<image>"
 
+_MAX_CACHED_TEXTS = 100_000
+
 
 @dataclass
 class TokenizerArgs:
@@ -159,6 +161,7 @@ class MMPrefixProcessor(ProcessorMixin):
         self.num_image_tokens = num_image_tokens
         self.separator = separator
         self.prefix_visibility: PrefixVisibility = prefix_visibility
+        self._ids_of_text: dict[str, tuple[int, ...]] = {}
 
     @cached_property
     def layout(self) -> PromptLayout:
@@ -167,7 +170,7 @@ class MMPrefixProcessor(ProcessorMixin):
         return PromptLayout(
             image=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
             bos=tokenizer.bos_token_id,
-            separator=tuple(self._ids(self.separator)),
+            separator=self._ids(self.separator),
             eos=tokenizer.eos_token_id,
         )
 
@@ -182,9 +185,15 @@ class MMPrefixProcessor(ProcessorMixin):
         transform: ImageTransform = self.image_processor.transform
         return transform
 
-    def _ids(self, text: str) -> list[int]:
-        # Text is data: "</s>" or "<image>" in an instruction are characters, not tokens that end or place something.
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    def _ids(self, text: str) -> tuple[int, ...]:
+        # Instructions repeat ("caption en"), and each epoch asks again: a tokenizer call costs 0.1 ms and more.
+        ids = self._ids_of_text.get(text)
+        if ids is None:
+            # Text is data: "</s>" or "<image>" in it are characters, not tokens that end or place something.
+            ids = tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+            if len(self._ids_of_text) < _MAX_CACHED_TEXTS:
+                self._ids_of_text[text] = ids
+        return ids
 
     def encode(
         self,
@@ -216,7 +225,7 @@ class MMPrefixProcessor(ProcessorMixin):
         ]
         return TokenSequence.build(self.layout, self.num_image_tokens if has_image else 0, instruction_ids, target_ids)
 
-    def _limited(self, name: str, text: str, limit: int | None, may_cut: bool) -> list[int]:
+    def _limited(self, name: str, text: str, limit: int | None, may_cut: bool) -> tuple[int, ...]:
         ids = self._ids(text)
         if limit is None or len(ids) <= limit:
             return ids

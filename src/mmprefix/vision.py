@@ -279,9 +279,9 @@ class ImageTransform:
 
     def to_tensor(self, image: Image.Image) -> Tensor:
         """RGB image of `size` -> normalised float32 ``[3, H, W]``."""
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255.0
-        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (pixels - mean) / std
+        mean, std = (np.array(v, dtype=np.float32) * 255 for v in (self.mean, self.std))
+        pixels = (np.asarray(image, dtype=np.float32) - mean) / std
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB image of any size -> normalised float32 ``[3, H, W]``."""
