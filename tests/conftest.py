@@ -63,6 +63,7 @@ def make_model(
     processor = MMPrefixProcessor(
         MMPrefixImageProcessor.from_spec(model.config.vision_spec), tokenizer,
         num_image_tokens=model.num_image_tokens, prefix_visibility=visibility,
+        shared_prefix=model.config.shared_prefix,
     )  # fmt: skip
     return model.eval(), processor
 

@@ -75,6 +75,7 @@ def test_defaults_and_explicit_fields():
         (as_json({"instruction": "q", "targets": "a"}), "a list of strings `targets`"),
         (as_json([{"instruction": "q", "target": "a"}, {"instruction": "q"}]), r"k.json\[1\]: expected a `target`"),
         (as_json({"instruction": "q", "target": "a", "answers": "a"}), "expected a list of strings `answers`"),
+        (as_json({"instruction": "q", "target": "a", "answers": []}), "expected at least one of `answers`"),
     ],
 )
 def test_incomplete_samples_are_refused_by_name(payload, message):
@@ -195,6 +196,15 @@ def test_decoding_real_and_odd_images(photos):
         source.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
         image = decode_image(buffer.getvalue())
         assert (image.mode, image.size) == ("RGB", photos[2].size)
+
+
+def test_16_bit_images_keep_their_range():
+    ramp = (np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64)
+    buffer = io.BytesIO()
+    Image.fromarray(ramp).save(buffer, "PNG")
+    assert Image.open(io.BytesIO(buffer.getvalue())).mode.startswith("I")
+    decoded = np.asarray(decode_image(buffer.getvalue()))[..., 0]
+    assert np.array_equal(decoded, ramp // 256)
 
 
 def test_exif_orientation_is_applied(photos):

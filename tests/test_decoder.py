@@ -4,7 +4,7 @@ from transformers import masking_utils
 
 from mmprefix import attention
 from mmprefix.attention import prefix_plan
-from mmprefix.decoder import DecoderArgs, build_decoder, check_prefix_lm, decoder_config, install
+from mmprefix.decoder import DecoderArgs, build_decoder, can_share_prefix, check_prefix_lm, decoder_config, install
 from mmprefix.errors import InputError
 from mmprefix.packing import PrefixPlan
 
@@ -49,7 +49,7 @@ def test_a_decoder_that_ignores_the_plan_is_refused():
 
 def test_a_decoder_that_leaks_is_refused(monkeypatch):
     monkeypatch.setattr(attention, "prefix_lm_visible", lambda q, k, visibility, own: torch.ones_like(own))
-    with pytest.raises(InputError, match="LlamaForCausalLM can't be a prefix LM: a target token leaks"):
+    with pytest.raises(InputError, match="LlamaForCausalLM is no causal LM: a target token leaks"):
         check_prefix_lm(small("llama"))
 
 
@@ -100,6 +100,21 @@ def test_the_plan_ends_with_its_block():
 def test_what_is_no_causal_lm_is_refused(args, message):
     with pytest.raises(InputError, match=message):
         decoder_config(args)
+
+
+def test_multimodal_checkpoints_are_refused_by_name(tmp_path):
+    from transformers import Gemma3Config
+
+    Gemma3Config().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="expected a text-only decoder, got .* 'gemma3' has a vision part of its own"):
+        decoder_config(DecoderArgs(name=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "shares"), [*((m, True) for m in ARCHITECTURES if m != "bloom"), ("bloom", False)]
+)
+def test_which_decoders_can_share_a_prefix(model_type, shares):
+    assert can_share_prefix(small(model_type)) == shares
 
 
 def test_local_folder_is_loaded_with_its_weights(tmp_path):

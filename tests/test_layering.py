@@ -28,9 +28,12 @@ def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module
+            if node.module in ("mmprefix", "mmprefix.data"):  # `from mmprefix import cli` imports a module, too
+                yield from (f"{node.module}.{alias.name}" for alias in node.names if alias.name != "__version__")
+            else:
+                yield node.module
 
 
 def edges():

@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from mmprefix.data.loading import Collator, EncodedRecord
 from mmprefix.errors import InputError
 from mmprefix.loss import target_cross_entropy
 from mmprefix.modeling import MMPrefixForConditionalGeneration
-from mmprefix.packing import collate, collate_prompts
+from mmprefix.packing import Reference, collate, collate_prompts
 from mmprefix.processing import MMPrefixProcessor
 from mmprefix.sequence import IGNORE_INDEX
 from mmprefix.vision import ConnectorArgs, VisionArgs
@@ -235,6 +236,15 @@ def test_one_unpadded_prompt_and_beams_generate(model_and_processor, photos):
     assert model.generate(**inputs, max_new_tokens=5, num_beams=3).shape[0] == 1
 
 
+def test_generation_without_a_cache_is_the_same(any_model, photos):
+    model, processor = any_model
+    inputs = processor(photos[:2], ["what is this?", "and?"])
+    cached, recomputed = (
+        model.generate(**inputs, max_new_tokens=8, do_sample=False, use_cache=flag) for flag in (True, False)
+    )
+    assert torch.equal(cached, recomputed)
+
+
 def test_static_cache_is_refused(model_and_processor, photos):
     model, processor = model_and_processor
     inputs = processor(photos[0], "what is this?")
@@ -286,6 +296,58 @@ def test_too_many_images_are_refused(model_and_processor, photos):
     inputs["pixel_values"] = inputs["pixel_values"].repeat(2, 1, 1, 1)
     with pytest.raises(ValueError, match="4 placeholders for 8 image tokens"):
         model(**inputs)
+
+
+def test_images_without_placeholders_are_refused(model_and_processor, photos):
+    model, processor = model_and_processor
+    inputs = processor(None, ["what?"])
+    with pytest.raises(ValueError, match="got 0 placeholders for 4 image tokens"):
+        model(**inputs, pixel_values=processor.transform(photos[0]).unsqueeze(0))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_implementation_is_the_one_asked_for_and_survives_saving(attention, tmp_path):
+    model, _ = make_model(attention=attention)
+    assert model.decoder.config._attn_implementation == attention
+    model.save_pretrained(tmp_path)
+    again = MMPrefixForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.decoder.config._attn_implementation == attention
+
+
+def test_soft_capped_decoders_get_attention_that_keeps_the_cap():
+    gemma2 = {**GEMMA3, "model_type": "gemma2", "attn_logit_softcapping": 50.0}
+    assert make_model(gemma2)[0].decoder.config._attn_implementation == "eager"
+    with pytest.raises(InputError, match="expected eager for gemma2, got sdpa, which drops its soft-cap"):
+        make_model(gemma2, attention="sdpa")
+
+
+def test_decoders_that_cannot_branch_get_a_sequence_for_each_target(photos):
+    """ALiBi counts distances by column: a second branch would be further from its prefix than it is alone."""
+    with pytest.warns(UserWarning, match="BloomForCausalLM: targets cannot share a prefix"):
+        model, processor = make_model({"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4})
+    assert not model.config.shared_prefix
+    assert not processor.shared_prefix
+    pixels = [processor.transform(photo) for photo in photos]
+    items = [
+        EncodedRecord(image, (processor.encode(instruction, targets),), (Reference(id=instruction),))
+        for image, (instruction, targets) in zip(pixels, QUESTIONS, strict=True)
+    ]
+    apart = Collator(processor.pad_id, "full", processor.shared_prefix).train(items)
+    shared = Collator(processor.pad_id, "full", shared_prefix=True).train(items)
+    assert apart.input_ids.shape[0] == 4
+    assert apart.image_of.tolist() == [0, 1, 1, 2]
+    assert [r.id for r in apart.references] == ["what is this?", "describe", "describe", "yes or no"]
+    losses = []
+    for image, (instruction, targets) in zip(pixels, QUESTIONS, strict=True):
+        losses += separate_losses(
+            model, processor.layout, image, processor.num_image_tokens,
+            processor._ids(instruction), [processor._ids(target) for target in targets],
+        )  # fmt: skip
+    with torch.no_grad():
+        total, count = target_cross_entropy(model.target_logits(apart), apart.labels, apart.target_lengths)
+        torch.testing.assert_close(total / count, torch.cat(losses).mean(), atol=1e-5, rtol=1e-5)
+        wrong, _ = target_cross_entropy(model.target_logits(shared), shared.labels, shared.target_lengths)
+    assert abs(wrong - total) > 1e-3, "sharing would have been wrong"
 
 
 def test_vocabulary_smaller_than_the_tokenizers_is_refused():

@@ -39,6 +39,16 @@ def test_without_bos_and_separator():
     assert s.label_positions.tolist() == [0, 1]
 
 
+def test_split_gives_what_each_target_builds_alone():
+    whole = TokenSequence.build(LAYOUT, 1, [10], [[20], [30, 31], [40]])
+    parts = whole.split()
+    assert len(parts) == 3
+    for part, target in zip(parts, ([20], [30, 31], [40]), strict=True):
+        alone = TokenSequence.build(LAYOUT, 1, [10], [target])
+        for name in vars(alone):
+            assert torch.equal(getattr(part, name), getattr(alone, name)), name
+
+
 def test_prefix_is_the_sequence_without_its_targets():
     s = TokenSequence.build(LAYOUT, 2, [10], [[20]])
     bare = TokenSequence.build(LAYOUT, 2, [10])

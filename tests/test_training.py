@@ -16,7 +16,7 @@ from mmprefix.processing import TokenizerArgs
 from mmprefix.training import callbacks, checkpoints
 from mmprefix.training.module import MMPrefixModule
 from mmprefix.training.optim import OptimizerArgs, PartArgs, parameter_groups, schedule_factor
-from tests.conftest import TINY_DECODER, TINY_VISION, colour_record
+from tests.conftest import TINY_DECODER, TINY_VISION, colour_record, make_batch
 
 MODEL = {
     "vision": {"name": "test_vit", "image_size": 32, "kwargs": {"drop_path_rate": 0.2}},
@@ -130,16 +130,17 @@ class _KillAfter(pl.Callback):
             raise RuntimeError("killed")
 
 
-@pytest.mark.parametrize("killed_at", [4, 6, 9])
-def test_resume_equals_the_uninterrupted_run_bit_by_bit(fit, monkeypatch, killed_at):
-    """Dropout, stochastic depth and augmentation are on; 4 steps an epoch."""
-    _, _, whole = fit("whole", trainer__max_epochs=3)
+@pytest.mark.parametrize(("killed_at", "workers"), [(4, 0), (6, 1), (9, 0)])
+def test_resume_equals_the_uninterrupted_run_bit_by_bit(fit, monkeypatch, killed_at, workers):
+    """Dropout, stochastic depth and augmentation are on; 4 steps an epoch, of which only the second is validated."""
+    settings = {"trainer__max_epochs": 3, "trainer__check_val_every_n_epoch": 2}
+    _, _, whole = fit("whole", **settings)
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step=00000008.ckpt", "step=00000012.ckpt"]
     with monkeypatch.context() as patch:
         patch.setattr(callbacks.Throughput, "on_train_batch_start", _KillAfter(killed_at).on_train_batch_start)
         with pytest.raises(RuntimeError, match="killed"):
-            fit("broken", trainer__max_epochs=3)
-    status, text, broken = fit("broken", trainer__max_epochs=3, ckpt_path="last")
+            fit("broken", data__num_workers=workers, **settings)
+    status, text, broken = fit("broken", ckpt_path="last", data__num_workers=workers, **settings)
     assert status == 0
     assert f"resuming from {broken}/checkpoints/step={killed_at // 4 * 4:08d}.ckpt" in text
     assert_same(weights(whole), weights(broken))
@@ -149,6 +150,48 @@ def test_resume_equals_the_uninterrupted_run_bit_by_bit(fit, monkeypatch, killed
     ]
     assert losses[0] == losses[1]
     assert (whole / "predictions.jsonl").read_text() == (broken / "predictions.jsonl").read_text()
+
+
+def test_resume_in_the_middle_of_an_epoch_continues_it(fit, monkeypatch, tmp_path):
+    """With a checkpoint every 3 steps, as a user may configure it; 4 steps an epoch, workers prefetching."""
+
+    def settings(name):
+        every_3_steps = {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {
+                "dirpath": str(tmp_path / "runs" / name / "checkpoints"), "filename": "step={step:08d}",
+                "auto_insert_metric_name": False, "every_n_train_steps": 3, "save_top_k": -1,
+            },
+        }  # fmt: skip
+        return {"config": {"trainer": {"callbacks": [every_3_steps]}}, "trainer__max_epochs": 3, "data__num_workers": 1}
+
+    _, _, whole = fit("whole", **settings("whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.Throughput, "on_train_batch_start", _KillAfter(7).on_train_batch_start)
+        with pytest.raises(RuntimeError, match="killed"):
+            fit("broken", **settings("broken"))
+    status, text, broken = fit("broken", ckpt_path="last", **settings("broken"))
+    assert status == 0
+    assert "step=00000006.ckpt" in text, "in the middle of the second epoch"
+    assert_same(weights(whole, 12), weights(broken, 12))
+
+
+def test_resume_from_an_older_checkpoint_leaves_the_newer_aside(fit):
+    _, _, folder = fit()
+    older = folder / "checkpoints" / "step=00000004.ckpt"
+    status, text, _ = fit(ckpt_path=older)
+    assert status == 0
+    assert f"a later checkpoint is kept as {folder}/checkpoints/step=00000008.ckpt.left" in text
+    assert checkpoints.newest_checkpoint(folder).name == "step=00000008.ckpt", "written anew"
+
+
+def test_a_run_that_cannot_start_moves_nothing(fit):
+    _, _, folder = fit(trainer__max_epochs=1)
+    status, text, _ = fit(data__train="/nowhere/*.tar")
+    assert status == 2
+    assert "kept as" not in text
+    assert (folder / "model" / "config.json").is_file()
+    assert not folder.with_name("run.1").exists()
 
 
 def test_resume_with_nothing_there_is_an_error(fit):
@@ -233,6 +276,21 @@ def test_nan_loss_names_step_and_samples_and_keeps_the_checkpoint(fit, monkeypat
     assert all(torch.isfinite(value).all() for value in weights(folder).values())
 
 
+def test_non_finite_gradient_under_a_finite_loss_is_refused_before_the_step(fit, monkeypatch):
+    original = MMPrefixModule.on_before_optimizer_step
+
+    def poisoned(self, optimizer):
+        original(self, optimizer)
+        if self.global_step == 5:
+            self.model.connector.weight.grad[0, 0] = float("inf")
+
+    monkeypatch.setattr(MMPrefixModule, "on_before_optimizer_step", poisoned)
+    status, text, folder = fit()
+    assert status == 2
+    assert "error: step 5 (epoch 1): the gradient is not finite; samples of the batch: " in text
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step=00000004.ckpt"]
+
+
 def test_full_disk_keeps_the_previous_checkpoint(fit, monkeypatch):
     save, count = torch.save, []
 
@@ -257,9 +315,15 @@ def test_skipped_images_are_reported_with_key_and_shard(fit, tmp_path):
     write_shard(tmp_path / "bad.tar", records)
     status, text, folder = fit(data__train=str(tmp_path / "bad.tar"), trainer__max_epochs=2, data__batch_size=1)
     assert status == 0, text
-    assert text.count("train: 1 image(s) skipped:") == 2, "once per epoch"
+    assert text.count("train: 1 image(s) skipped (all in") == 2, "once per epoch"
     assert f"{tmp_path}/bad.tar: 0003: image of 13 bytes cannot be decoded" in text
     assert [row["train/bad_samples"] for row in metric_rows(folder) if row["train/bad_samples"]] == ["1.0", "1.0"]
+    named = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert [(row["split"], row["epoch"], row["key"]) for row in named] == [("train", 0, "0003"), ("train", 1, "0003")]
+    status, text, _ = fit(command="predict", ckpt_path="last", data__predict=str(tmp_path / "bad.tar"))
+    assert status == 0
+    assert "predict: 1 image(s) skipped" in text
+    assert len((folder / "predictions.jsonl").read_text().splitlines()) == 12
     status, text, _ = fit(data__train=str(tmp_path / "bad.tar"), data__on_bad_sample="error")
     assert status == 2
     assert f"error: {tmp_path}/bad.tar: 0003: image of 13 bytes cannot be decoded" in text
@@ -308,13 +372,34 @@ def test_freezing_and_learning_rates_per_part(fit, settings, frozen, moved):
     assert [part for part in moved if not changed(part)] == []
 
 
-def test_bf16_checkpointing_and_workers_train(fit):
-    status, text, folder = fit(
-        trainer__precision="bf16-mixed", model__gradient_checkpointing="true", data__num_workers=1,
-        trainer__max_epochs=1,
+def test_bf16_trains_close_to_float32_but_not_in_it(fit):
+    model = {**MODEL, "vision": {"name": "test_vit", "image_size": 32}, "decoder": {"config": TINY_DECODER}}
+    losses = []
+    for precision in ("32-true", "bf16-mixed"):
+        status, text, folder = fit(
+            precision, config={"model": model}, trainer__precision=precision, trainer__max_epochs=1
+        )
+        assert status == 0, text
+        losses.append([float(row["train/loss"]) for row in metric_rows(folder) if row["train/loss"]])
+        assert all(value.dtype == torch.float32 for value in weights(folder).values() if value.is_floating_point())
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-5), "bf16 must show"
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradient_checkpointing_recomputes_activations_also_in_a_frozen_decoder(frozen, photos):
+    module = MMPrefixModule(
+        TINY_VISION, DecoderArgs(config=TINY_DECODER), tokenizer=TokenizerArgs("byte"), gradient_checkpointing=True,
+        train_decoder=PartArgs(freeze=frozen),
     )  # fmt: skip
-    assert status == 0, text
-    assert all(float(row["train/loss"]) < 10 for row in metric_rows(folder) if row["train/loss"])
+    module.train()
+    module._set_freezing(0)
+    calls = []
+    module.model.decoder.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    batch = make_batch(module.processor, photos)
+    module.model.target_logits(batch).sum().backward()
+    assert len(calls) == 2, "once forward, once again for the gradient"
+    assert module.model.decoder.model.layers[0].self_attn.training != frozen
 
 
 def test_gradient_checkpointing_does_not_change_the_training(fit):
@@ -342,7 +427,9 @@ def test_schedule_rises_linearly_and_falls_as_a_cosine():
 def test_weight_decay_is_on_matrices_only_and_unused_heads_are_left_out():
     module = MMPrefixModule(TINY_VISION, DecoderArgs(config=TINY_DECODER), tokenizer=TokenizerArgs("byte"))
     parts = {name: (module.part(name), PartArgs()) for name in ("vision", "connector", "decoder")}
+    parts["connector"] = (module.part("connector"), PartArgs(lr=0.5))
     groups = parameter_groups(parts, OptimizerArgs(lr=1.0, weight_decay=0.1))
+    assert [g["lr"] for g in groups] == [1.0, 1.0, 0.5, 0.5, 1.0, 1.0]
     assert [g["name"] for g in groups] == [
         "vision", "vision/no_decay", "connector", "connector/no_decay", "decoder", "decoder/no_decay",
     ]  # fmt: skip

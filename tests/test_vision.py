@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -50,6 +51,25 @@ def test_heads_are_found_unused():
     spec = resolve_vision(VisionArgs("vit_base_patch16_siglip_224", kwargs={"depth": 1}))
     assert spec.unused
     assert all(name.startswith("attn_pool.") for name in spec.unused)
+
+
+def test_encoders_without_one_feature_map_are_refused():
+    with pytest.raises(InputError, match="CoaT gives list, expected one feature map"):
+        resolve_vision(VisionArgs("coat_tiny"))
+
+
+def test_weights_that_cannot_be_fetched_are_one_line(monkeypatch):
+    spec = resolve_vision(SMALL[0])
+    create = timm.create_model
+
+    def offline(*args, pretrained, **kwargs):
+        if pretrained:
+            raise OSError("no such host\nsecond line")
+        return create(*args, pretrained=False, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(InputError, match="cannot get the weights of test_vit: no such host second line"):
+        VisionEncoder(spec, pretrained=True)
 
 
 def test_data_config_is_timms_own():

@@ -37,7 +37,14 @@ from mmprefix.training.callbacks import (
     Throughput,
     drop_rows_after,
 )
-from mmprefix.training.checkpoints import FILE_NAME, FOLDER, AtomicCheckpointIO, load_model, newest_checkpoint
+from mmprefix.training.checkpoints import (
+    FILE_NAME,
+    FOLDER,
+    AtomicCheckpointIO,
+    load_model,
+    newest_checkpoint,
+    set_aside_newer,
+)
 from mmprefix.training.module import MMPrefixModule
 
 EXIT_BAD_INPUT = 2
@@ -87,12 +94,7 @@ class MMPrefixCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         run_folder = Path(config.default_root_dir or "runs/latest")
         config.default_root_dir = str(run_folder)
-        resume = self._resolve_checkpoint(run_folder)
-        if rank_zero_only.rank == 0:
-            if self.subcommand == "fit" and resume is None and (kept := set_aside(run_folder)) is not None:
-                print(f"{run_folder} holds an earlier run: kept as {kept}")
-            if self.subcommand == "fit" and resume is not None:
-                drop_rows_after(run_folder / "metrics.csv", _step_of(resume))
+        self.resume_from = self._resolve_checkpoint(run_folder)
         if config.logger in (None, True):
             kwargs["logger"] = False if self.subcommand != "fit" else [
                 ResumableCSVLogger(str(run_folder)),
@@ -103,13 +105,14 @@ class MMPrefixCLI(LightningCLI):
             # By step, so that the newest two stay: a kill while one is written leaves the other.
             callbacks.append(ModelCheckpoint(
                 run_folder / FOLDER, FILE_NAME, monitor="step", mode="max", save_top_k=2,
+                save_on_train_epoch_end=True,  # every epoch, also those that are not validated
                 auto_insert_metric_name=False, enable_version_counter=False,
             ))  # fmt: skip
         if config.enable_progress_bar is not False and not any(isinstance(c, LightningProgressBar) for c in callbacks):
             # In a log file each refresh is a line of its own.
             callbacks.append(ProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
         self.report = PredictionReport(str(run_folder), self.model.processor.transform)
-        config.callbacks = [*callbacks, Throughput(), BadSampleReport(), self.report]
+        config.callbacks = [*callbacks, Throughput(), BadSampleReport(str(run_folder)), self.report]
         plugins = config.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
@@ -135,6 +138,21 @@ class MMPrefixCLI(LightningCLI):
             print(f"{'resuming from' if self.subcommand == 'fit' else 'weights from'} {path}")
         return path
 
+    def before_fit(self) -> None:
+        """Makes room in the run folder, once the data is known to be there: a typo must not move a good run away."""
+        self.datamodule.prepare_data()
+        self.datamodule.setup("fit")
+        if rank_zero_only.rank != 0 or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        run_folder = Path(self.trainer.default_root_dir)
+        if self.resume_from is None:
+            if (kept := set_aside(run_folder)) is not None:
+                print(f"{run_folder} holds an earlier run: kept as {kept}")
+            return
+        drop_rows_after(run_folder / "metrics.csv", _step_of(self.resume_from))
+        for left in set_aside_newer(self.resume_from):
+            print(f"a later checkpoint is kept as {left}")
+
     def after_fit(self) -> None:
         """Scores the test split (validation where there is none) with the last weights, and exports the model."""
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -148,7 +166,7 @@ class MMPrefixCLI(LightningCLI):
             with replacing(folder / "model") as temporary:
                 self.model.model.save_pretrained(temporary)
                 self.model.processor.save_pretrained(temporary)
-            print(f"{folder}: model/, checkpoints/, predictions.jsonl, predictions.png, metrics.csv, tensorboard/")
+            print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
 def _seed(value: bool | int) -> int:
@@ -171,6 +189,9 @@ def _quieten() -> None:
         r"`training_step` returned `None`",  # a batch of bad samples only; they are reported by name
         r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
         r"You are using a custom batch sampler `EvaluationBatchSampler` for prediction",
+        r"You're resuming from a checkpoint that ended before the epoch ended",  # the sampler knows where it was
+        r"Found \d+ module\(s\) in eval mode at the start of training",  # frozen parts, on purpose
+        r"Precision bf16-mixed is not supported by the model summary",
         r"LightningCLI's args parameter is intended to run from within Python",
     ):
         warnings.filterwarnings("ignore", message)

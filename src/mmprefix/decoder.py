@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -65,30 +65,47 @@ def decoder_config(args: DecoderArgs) -> PreTrainedConfig:
             raise InputError(
                 f"model.decoder.name: cannot read the config of {args.name!r}: {_one_line(error)}"
             ) from error
-        config = config.get_text_config(decoder=True) if hasattr(config, "text_config") else config
+        if hasattr(config, "text_config"):
+            raise InputError(
+                f"model.decoder.name: expected a text-only decoder, got {args.name!r}, whose model type "
+                f"{config.model_type!r} has a vision part of its own"
+            )
         _check_causal(config.model_type, f"model.decoder.name={args.name}")
     return config
 
 
 def build_decoder(args: DecoderArgs, config: PreTrainedConfig) -> PreTrainedModel:
     """The decoder with its weights, in float32, prefix mask not yet installed."""
-    if args.name is not None and args.pretrained:
-        try:
+    implementation = attention_implementation(args, config)
+    try:
+        if args.name is not None and args.pretrained:
             return AutoModelForCausalLM.from_pretrained(
-                args.name, dtype=torch.float32, attn_implementation=args.attn_implementation
+                args.name, dtype=torch.float32, attn_implementation=implementation
             )
-        except OSError as error:
-            raise InputError(f"model.decoder.name: cannot load {args.name!r}: {_one_line(error)}") from error
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=args.attn_implementation)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=implementation)
+    except OSError as error:
+        raise InputError(f"model.decoder.name: cannot load {args.name!r}: {_one_line(error)}") from error
+    except ValueError as error:  # an implementation that the architecture does not have, sizes that don't divide
+        raise InputError(f"model.decoder: {config.model_type}: {_one_line(error)}") from error
+
+
+def attention_implementation(args: DecoderArgs, config: PreTrainedConfig) -> str | None:
+    """What to ask transformers for; None leaves it the choice.
+
+    Raises:
+        InputError: sdpa for an architecture with a soft-cap on attention scores, which sdpa would drop.
+    """
+    soft_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if soft_capped and args.attn_implementation == "sdpa":
+        raise InputError(
+            f"model.decoder.attn_implementation: expected eager for {config.model_type}, got sdpa, which drops its soft-cap"
+        )
+    return "eager" if soft_capped else args.attn_implementation
 
 
 def _check_causal(model_type: str, where: str) -> None:
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise InputError(f"{where}: expected a causal LM of transformers, got model type {model_type!r}, which is none")
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
-    # BERT-like models appear in the mapping with an LM head of their own; their layers are bidirectional by default.
-    if name.endswith("LMHeadModel") and not name.startswith(("GPT2", "OpenAI")):
-        raise InputError(f"{where}: expected a causal LM, got model type {model_type!r}, a masked LM ({name})")
 
 
 def _one_line(error: BaseException) -> str:
@@ -149,8 +166,7 @@ def check_prefix_lm(decoder: PreTrainedModel) -> None:
     rows[2, prefix - 1] += torch.randn(width, generator=generator)
     # Real decoders see embeddings of a certain size; far beyond it a saturated layer could hide a change.
     rows = rows * decoder.get_input_embeddings().weight.float().std().cpu()
-    parameter = next(decoder.parameters())
-    index = torch.arange(total, device=parameter.device).expand(3, -1)
+    index = torch.arange(total, device=next(decoder.parameters()).device).expand(3, -1)
     zeros = torch.zeros_like(index)
     plan = PrefixPlan(
         segment=zeros,
@@ -158,20 +174,58 @@ def check_prefix_lm(decoder: PreTrainedModel) -> None:
         region=torch.where(index < prefix, int(Region.INSTRUCTION), int(Region.TARGET)),
         position=index,
     )
-    was_training = decoder.training
-    decoder.eval()
-    with prefix_plan(plan):
-        hidden = decoder(
-            inputs_embeds=rows.to(parameter), attention_mask=zeros + 1, position_ids=index,
-            use_cache=False, output_hidden_states=True,
-        ).hidden_states[-1].float()  # fmt: skip
-    decoder.train(was_training)
+    hidden = _hidden_states(decoder, rows, index, plan)
     scale = hidden[0].abs().max().item()
     leak = (hidden[1, :-1] - hidden[0, :-1]).abs().max().item()
     reach = (hidden[2, 0] - hidden[0, 0]).abs().max().item()
     architecture = type(decoder).__name__
-    tolerance = 1e-4 * scale
-    if not leak <= tolerance:
-        raise InputError(f"{architecture} can't be a prefix LM: a target token leaks into what comes before it")
+    if not leak <= 1e-4 * scale:
+        raise InputError(f"{architecture} is no causal LM: a target token leaks into what comes before it")
     if not reach > 1e-6 * scale:
         raise InputError(f"{architecture} can't be a prefix LM: its prefix stays causal under a bidirectional mask")
+
+
+@torch.no_grad()
+def can_share_prefix(decoder: PreTrainedModel) -> bool:
+    """Whether several targets may branch off one prefix: whether a second branch comes out as it does alone.
+
+    False for decoders that count distances by column (ALiBi) or carry a state along the row (recurrent hybrids).
+    """
+    prefix, branch = 4, 3
+    width = decoder.get_input_embeddings().weight.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randn(1, prefix + 2 * branch, width, generator=generator)
+    row = row * decoder.get_input_embeddings().weight.float().std().cpu()
+    device = next(decoder.parameters()).device
+    column = torch.arange(prefix + 2 * branch, device=device).unsqueeze(0)
+    branches = torch.where(column < prefix, PREFIX_BRANCH, (column - prefix) // branch)
+    position = torch.where(column < prefix + branch, column, column - branch)
+    in_prefix = column < prefix
+    region = torch.where(in_prefix, int(Region.INSTRUCTION), int(Region.TARGET))
+    plan = PrefixPlan(torch.zeros_like(column), branches, region, position)
+    shared = _hidden_states(decoder, row, position, plan)[:, -branch:]
+    kept = torch.cat([row[:, :prefix], row[:, -branch:]], dim=1)
+    column, in_prefix = column[:, : prefix + branch], in_prefix[:, : prefix + branch]
+    plan = PrefixPlan(
+        torch.zeros_like(column), torch.where(in_prefix, PREFIX_BRANCH, 0), region[:, : prefix + branch], column
+    )
+    alone = _hidden_states(decoder, kept, column, plan)[:, -branch:]
+    return bool((shared - alone).abs().max() <= 1e-4 * alone.abs().max())
+
+
+def _hidden_states(decoder: PreTrainedModel, rows: Tensor, position_ids: Tensor, plan: PrefixPlan) -> Tensor:
+    """Last hidden states, float32, of embeddings ``[B, T, W]`` under a plan; leaves the decoder's mode as it was."""
+    was_training = decoder.training
+    decoder.eval()
+    try:
+        with prefix_plan(plan):
+            hidden: Tensor = decoder(
+                inputs_embeds=rows.to(next(decoder.parameters())),
+                attention_mask=torch.ones_like(position_ids),
+                position_ids=position_ids,
+                use_cache=False,
+                output_hidden_states=True,
+            ).hidden_states[-1]
+    finally:
+        decoder.train(was_training)
+    return hidden.float()

@@ -34,6 +34,6 @@ def target_cross_entropy(
     """
     losses = F.cross_entropy(logits.float(), labels, reduction="none")
     if normalization == "tokens":
-        return losses.sum(), losses.new_tensor(float(labels.numel()))
+        return losses.sum(), losses.new_full((), labels.numel())
     weights = 1.0 / target_lengths.float()
     return (losses * weights).sum(), weights.sum()

@@ -9,6 +9,8 @@ Shapes: B rows, T tokens, I images, N image tokens of one image, M scored target
 
 from __future__ import annotations
 
+import copy
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +29,14 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput
 
 from mmprefix.attention import prefix_plan
-from mmprefix.decoder import DecoderArgs, build_decoder, check_prefix_lm, decoder_config, install
+from mmprefix.decoder import (
+    DecoderArgs,
+    build_decoder,
+    can_share_prefix,
+    check_prefix_lm,
+    decoder_config,
+    install,
+)
 from mmprefix.errors import InputError
 from mmprefix.masks import PrefixVisibility
 from mmprefix.packing import PackedBatch, PrefixPlan
@@ -44,6 +53,8 @@ class MMPrefixConfig(PreTrainedConfig):
         connector: ``{"kind": ..., "factor": ...}``, see `ConnectorArgs`.
         image_token_id: placeholder id of image positions; may lie beyond the decoder's vocabulary.
         prefix_visibility: `full`, `nested` or `causal`.
+        decoder_attention: `sdpa` or `eager`; transformers does not save an attention implementation by itself.
+        shared_prefix: whether several targets may branch off one prefix on this decoder.
     """
 
     model_type = "mmprefix"
@@ -56,6 +67,8 @@ class MMPrefixConfig(PreTrainedConfig):
         connector: dict[str, Any] | None = None,
         image_token_id: int = 0,
         prefix_visibility: PrefixVisibility = "full",
+        decoder_attention: str | None = None,
+        shared_prefix: bool = True,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -66,6 +79,8 @@ class MMPrefixConfig(PreTrainedConfig):
         self.connector = connector or {"kind": "linear"}
         self.image_token_id = image_token_id
         self.prefix_visibility = prefix_visibility
+        self.decoder_attention = decoder_attention
+        self.shared_prefix = shared_prefix
         if text_config is not None:
             # `save_pretrained` and `generate` read them from the outermost config.
             for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
@@ -110,7 +125,9 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         spec = config.vision_spec
         self.vision = VisionEncoder(spec)
-        self.decoder = install(AutoModelForCausalLM.from_config(config.text_config))
+        self.decoder = install(
+            AutoModelForCausalLM.from_config(config.text_config, attn_implementation=config.decoder_attention)
+        )
         width = self.decoder.get_input_embeddings().weight.shape[1]
         self.connector, self.num_image_tokens = build_connector(ConnectorArgs(**config.connector), spec, width)
         self.post_init()
@@ -150,13 +167,16 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"got vocab_size {text_config.vocab_size}"
             )
         language_model = build_decoder(decoder, text_config)
+        tokens: dict[str, Any] = dict(special_tokens or {})
         config = MMPrefixConfig(
             vision_config=spec.to_dict(),
-            text_config=language_model.config,
+            # A copy: the library sets the outer model's attention implementation on the config it is given.
+            text_config=copy.deepcopy(language_model.config),
             connector={"kind": connector.kind, "factor": connector.factor},
             image_token_id=image_token_id,
             prefix_visibility=prefix_visibility,
-            **(special_tokens or {}),
+            decoder_attention=language_model.config._attn_implementation,
+            **tokens,
         )
         with torch.device("meta"):  # only the frame: a second set of decoder weights would be made for nothing
             model = cls(config)
@@ -164,9 +184,15 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         width = language_model.get_input_embeddings().weight.shape[1]
         model.connector, _ = build_connector(connector, spec, width)
         model.decoder = install(language_model)
-        model.tie_weights()
         check_prefix_lm(model.decoder)
-        model.generation_config.update(**(special_tokens or {}))
+        config.shared_prefix = can_share_prefix(model.decoder)
+        if not config.shared_prefix:
+            warnings.warn(
+                f"{type(language_model).__name__}: targets cannot share a prefix; each becomes a sequence of its own",
+                stacklevel=2,
+            )
+        model.tie_weights()
+        model.generation_config.update(**tokens)
         return model
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -247,7 +273,9 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if inputs_embeds is None:
             assert input_ids is not None
-            inputs_embeds = self._embed(input_ids, pixel_values if cached == 0 else None, image_tokens, plan)
+            # With a cache, the images are in it already.
+            images = (None, None) if cached else (pixel_values, image_tokens)
+            inputs_embeds = self._embed(input_ids, *images, plan)
         if plan is None:
             plan = self._plan(input_ids, inputs_embeds, attention_mask, token_type_ids, cached, prefix_length)
         if attention_mask is None:
@@ -273,11 +301,17 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         return MMPrefixOutput(loss=loss, logits=logits, past_key_values=output.get("past_key_values"))
 
-    def target_logits(self, batch: PackedBatch) -> Tensor:
-        """Logits of the batch's target tokens, float ``[M, V]``, in the order of ``batch.labels``."""
+    def target_logits(self, batch: PackedBatch, image_tokens: Tensor | None = None) -> Tensor:
+        """Logits of the batch's target tokens, float ``[M, V]``, in the order of ``batch.labels``.
+
+        Args:
+            batch: from `packing.collate`.
+            image_tokens: float ``[I, N, W]`` from `get_image_tokens`, where they are known already.
+        """
         output = self(
             input_ids=batch.input_ids,
-            pixel_values=batch.pixel_values,
+            pixel_values=batch.pixel_values if image_tokens is None else None,
+            image_tokens=image_tokens,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             plan=batch.plan,
@@ -304,8 +338,6 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
             return placed.view_as(embeds)
         if int(is_image.sum()) != image_tokens.shape[0]:
-            if not is_image.any():  # a cached step: the images are in the cache already
-                return embeds
             raise ValueError(
                 f"expected {self.num_image_tokens} placeholders (token {self.config.image_token_id}) per image, "
                 f"got {int(is_image.sum())} placeholders for {image_tokens.shape[0]} image tokens"
@@ -338,6 +370,9 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
         else:
             is_image = input_ids == self.config.image_token_id
         is_target = None if token_type_ids is None or cached else token_type_ids == 1
+        if not cached and prefix_length is not None and prefix_length < length:
+            # Generation without a cache: what follows the prompt was generated.
+            is_target = (torch.arange(length, device=device) >= prefix_length).expand(batch, -1)
         return PrefixPlan.from_prompt(attention_mask[:, :length], is_image, is_target, self.config.prefix_visibility)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:

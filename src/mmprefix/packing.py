@@ -11,9 +11,9 @@ M scored target tokens of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +95,9 @@ class PrefixPlan:
         )
 
 
+Batch = TypeVar("Batch", bound="PrefixPlan | PackedBatch | PromptBatch | EvaluationBatch")
+
+
 class Reference(NamedTuple):
     """What is known of a sequence beside its tokens, for reports and metrics.
 
@@ -163,6 +166,10 @@ class PackedBatch:
         """Share of the batch's tokens that are padding, in [0, 1]."""
         return 1.0 - self.num_tokens / max(1, self.input_ids.numel())
 
+    def pin_memory(self) -> PackedBatch:
+        """The batch in page-locked memory; called by the DataLoader."""
+        return map_tensors(self, Tensor.pin_memory)
+
 
 @dataclass(frozen=True, eq=False)
 class PromptBatch:
@@ -183,12 +190,19 @@ class PromptBatch:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationBatch:
-    """A batch with its prefixes for generation, and with its targets for the loss where they are known."""
+    """A batch with its prefixes for generation, and with its targets for the loss where they are known.
+
+    The images are those of ``prompts``; ``targets`` holds none of its own, so that they travel and are encoded once.
+    """
 
     prompts: PromptBatch
     targets: PackedBatch | None
     references: tuple[Reference, ...]
-    bad: tuple[BadSample, ...] = field(default=())
+    bad: tuple[BadSample, ...] = ()
+
+    def pin_memory(self) -> EvaluationBatch:
+        """The batch in page-locked memory; called by the DataLoader."""
+        return map_tensors(self, Tensor.pin_memory)
 
 
 def collate(
@@ -281,13 +295,13 @@ def collate_prompts(
     return PromptBatch(input_ids, attention_mask, pixel_values, torch.tensor(image_of, dtype=torch.long))
 
 
-def map_tensors(batch: object, function: object) -> object:
+def map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
     """Applies ``function`` to every tensor of a (nested, frozen) batch dataclass and returns the new batch."""
-    changes: dict[str, object] = {}
-    for f in fields(batch):  # type: ignore[arg-type]
+    changes: dict[str, Any] = {}
+    for f in fields(batch):
         value = getattr(batch, f.name)
         if isinstance(value, Tensor):
-            changes[f.name] = function(value)  # type: ignore[operator]
+            changes[f.name] = function(value)
         elif isinstance(value, PrefixPlan | PromptBatch | PackedBatch):
             changes[f.name] = map_tensors(value, function)
-    return replace(batch, **changes)  # type: ignore[type-var]
+    return replace(batch, **changes)

@@ -145,6 +145,7 @@ class MMPrefixProcessor(ProcessorMixin):
         num_image_tokens: image tokens of one image, after the connector.
         separator: text between instruction and target.
         prefix_visibility: how prefix tokens see each other, for the plans of collated batches.
+        shared_prefix: whether several targets may branch off one prefix.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class MMPrefixProcessor(ProcessorMixin):
         num_image_tokens: int = 0,
         separator: str = "\n",
         prefix_visibility: PrefixVisibility = "full",
+        shared_prefix: bool = True,
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -161,6 +163,7 @@ class MMPrefixProcessor(ProcessorMixin):
         self.num_image_tokens = num_image_tokens
         self.separator = separator
         self.prefix_visibility: PrefixVisibility = prefix_visibility
+        self.shared_prefix = shared_prefix
         self._ids_of_text: dict[str, tuple[int, ...]] = {}
 
     @cached_property

@@ -142,6 +142,22 @@ class TokenSequence:
         """Number of targets (branches)."""
         return int(self.branches.max()) + 1
 
+    def split(self) -> list[TokenSequence]:
+        """One sequence for each target, each with the whole prefix; for decoders that cannot branch."""
+        sequences = []
+        in_prefix = self.branches == PREFIX_BRANCH
+        starts = self.label_positions == self.prefix_length - 1
+        label_branch = starts.cumsum(0) - 1
+        for branch in range(self.num_targets):
+            kept = in_prefix | (self.branches == branch)
+            of_branch = label_branch == branch
+            length = int(of_branch.sum())
+            sequences.append(TokenSequence(
+                self.ids[kept], self.regions[kept], self.branches[kept].clamp(max=0), self.positions[kept],
+                torch.arange(length) + self.prefix_length - 1, self.labels[of_branch], self.target_lengths[of_branch],
+            ))  # fmt: skip
+        return sequences
+
     def prefix(self) -> TokenSequence:
         """The same sample without its targets, as generation starts from it."""
         n = self.prefix_length

@@ -151,6 +151,10 @@ def _unused_parameters(model: nn.Module, tokens: Tensor) -> tuple[str, ...]:
 
 def _to_tokens(model: nn.Module, features: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
     """timm's features -> ``[I, N, D]`` without class and register tokens, and their grid."""
+    if not isinstance(features, Tensor):
+        raise InputError(
+            f"model.vision: {type(model).__name__} gives {type(features).__name__}, expected one feature map"
+        )
     if features.ndim == 4:
         if getattr(model, "output_fmt", "NCHW") != "NHWC":
             features = features.permute(0, 2, 3, 1)
@@ -184,7 +188,11 @@ class VisionEncoder(nn.Module):
             InputError: a weights file that is missing or does not fit.
         """
         super().__init__()
-        self.model = timm.create_model(spec.name, pretrained=pretrained is True, num_classes=0, **spec.kwargs)
+        try:
+            self.model = timm.create_model(spec.name, pretrained=pretrained is True, num_classes=0, **spec.kwargs)
+        except (OSError, RuntimeError) as error:  # no network, no weights under this name
+            message = " ".join(str(error).split())[:300]
+            raise InputError(f"model.vision: cannot get the weights of {spec.name}: {message}") from error
         if isinstance(pretrained, str):
             _load_weights(self.model, spec, pretrained)
         self.num_tokens = spec.num_tokens

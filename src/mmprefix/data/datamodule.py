@@ -17,6 +17,7 @@ from mmprefix.data.loading import (
     Collator,
     EpochBatchSampler,
     EvaluationBatchSampler,
+    LazyDataLoader,
     RecordDataset,
     SampleProcessor,
     TextLimits,
@@ -146,7 +147,7 @@ class ShardDataModule(pl.LightningDataModule):
             seed=self.seed,
             undecodable_is_fatal=self.undecodable_is_fatal,
         )
-        return DataLoader(
+        return LazyDataLoader(
             dataset,
             batch_sampler=sampler,
             collate_fn=collate,
@@ -154,17 +155,22 @@ class ShardDataModule(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             # A loader makes a base seed from torch's global generator; with one of its own, it leaves that alone.
             generator=torch.Generator(),
+            pin_memory=torch.cuda.is_available(),  # so that the copy to the device overlaps
         )
 
     @property
     def _collator(self) -> Collator:
         assert self.processor is not None
-        return Collator(self.processor.pad_id, self.processor.prefix_visibility)
+        return Collator(self.processor.pad_id, self.processor.prefix_visibility, self.processor.shared_prefix)
 
     def _ranks(self) -> dict[str, int]:
         if self.trainer is None:
             return {"rank": 0, "num_ranks": 1}
         return {"rank": self.trainer.global_rank, "num_ranks": self.trainer.world_size}
+
+    def _batches_done(self) -> int:
+        """Batches of the current epoch that a run resumed in its middle has behind it; 0 at the start of an epoch."""
+        return 0 if self.trainer is None else int(self.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of one epoch, shuffled by (seed, epoch)."""
@@ -172,7 +178,9 @@ class ShardDataModule(pl.LightningDataModule):
         ranks = self._ranks()
         if num_records < ranks["num_ranks"]:
             raise InputError(f"data.train: expected a record for each of {ranks['num_ranks']} ranks, got {num_records}")
-        sampler = EpochBatchSampler(num_records, self.batch_size, shuffle=True, seed=self.seed, **ranks)
+        sampler = EpochBatchSampler(
+            num_records, self.batch_size, shuffle=True, seed=self.seed, batches_done=self._batches_done, **ranks
+        )
         return self._loader("train", sampler, self._collator.train)
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:

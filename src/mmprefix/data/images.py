@@ -6,6 +6,7 @@ import io
 import math
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image, ImageOps
 from torch import Generator, rand
 
@@ -23,6 +24,8 @@ def decode_image(content: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content)) as image:
             upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip to 255, that is to white
+                upright = Image.fromarray((np.asarray(upright) // 256).clip(0, 255).astype(np.uint8))
             return upright.convert("RGB")
     # Pillow's decoders raise much besides OSError on hostile bytes: SyntaxError, struct.error, zlib.error, ...
     except Exception as error:

@@ -9,14 +9,15 @@ neither the number of workers nor a restart changes what a record looks like.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmprefix.data.images import RandomAffine, UndecodableImageError, decode_image
 from mmprefix.data.samples import Sample
@@ -35,6 +36,7 @@ class SampleProcessor(Protocol):
     """What the data needs of a processor."""
 
     prefix_visibility: PrefixVisibility
+    shared_prefix: bool
 
     @property
     def transform(self) -> ImageTransform:
@@ -99,6 +101,8 @@ class RecordDataset(Dataset[EncodedRecord | BadSample]):
             image = decode_image(self.shards.image_bytes(index))
         except UndecodableImageError as error:
             return BadSample(shard, record.key, str(error), fatal=self.undecodable_is_fatal)
+        except (InputError, OSError) as error:
+            return BadSample(shard, record.key, str(error), fatal=True)
         image = self.processor.transform.resize(image)
         if self.augment is not None:
             image = self.augment(image, torch.Generator().manual_seed(_mix(self.seed, epoch, index)))
@@ -141,6 +145,8 @@ class EpochBatchSampler(Sampler[list[EpochIndex]]):
     seed: int = 0
     rank: int = 0
     num_ranks: int = 1
+    batches_done: Callable[[], int] = lambda: 0
+    """How many batches of the epoch a resumed run has behind it, asked when an epoch begins."""
     epoch: int = field(default=0, init=False)
 
     @property
@@ -166,7 +172,7 @@ class EpochBatchSampler(Sampler[list[EpochIndex]]):
         order = np.arange(self.num_records)
         if self.shuffle:
             np.random.default_rng((self.seed, self.epoch)).shuffle(order)
-        for start, stop in self._spans():
+        for start, stop in islice(self._spans(), self.batches_done(), None):
             yield [(self.epoch, int(index)) for index in order[start:stop]]
 
 
@@ -188,6 +194,17 @@ class EvaluationBatchSampler(Sampler[list[EpochIndex]]):
             yield [(0, index) for index in mine[start : start + self.batch_size]]
 
 
+class LazyDataLoader(DataLoader[Any]):
+    """A DataLoader that asks its sampler for nothing before the first batch is wanted.
+
+    With workers, the stock loader prefetches as soon as it is iterated. Lightning iterates a loader before it has
+    restored the epoch of a resumed run and told the sampler: the first batches would be those of epoch 0.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()
+
+
 @dataclass(frozen=True)
 class Collator:
     """Encoded records -> a batch. Picklable, so that it runs in workers.
@@ -195,10 +212,12 @@ class Collator:
     Attributes:
         pad_id: id that fills rows.
         visibility: how prefix tokens see each other.
+        shared_prefix: whether several targets of a sample branch off one prefix; else each is a sequence of its own.
     """
 
     pad_id: int
     visibility: PrefixVisibility
+    shared_prefix: bool = True
 
     def train(self, items: Sequence[EncodedRecord | BadSample]) -> PackedBatch:
         """A batch to learn from."""
@@ -212,7 +231,7 @@ class Collator:
         has_targets = bool(sequences) and all(sequence.num_targets for sequence in sequences)
         return EvaluationBatch(
             prompts=collate_prompts(sequences, image_of, pixels, pad_id=self.pad_id),
-            targets=self._targets(records, ()) if has_targets else None,
+            targets=replace(self._targets(records, ()), pixel_values=None) if has_targets else None,
             references=tuple(reference for record in records for reference in record.references),
             bad=tuple(item for item in items if isinstance(item, BadSample)),
         )
@@ -220,6 +239,11 @@ class Collator:
     def _targets(self, records: Sequence[EncodedRecord], bad: Sequence[BadSample]) -> PackedBatch:
         sequences, image_of, pixels = _flatten(records)
         references = [reference for record in records for reference in record.references]
+        if not self.shared_prefix:
+            parts = [sequence.split() for sequence in sequences]
+            image_of = [image for image, part in zip(image_of, parts, strict=True) for _ in part]
+            references = [reference for reference, part in zip(references, parts, strict=True) for _ in part]
+            sequences = [sequence for part in parts for sequence in part]
         return collate(
             sequences, image_of, pixels, pad_id=self.pad_id, visibility=self.visibility, references=references, bad=bad
         )

@@ -84,6 +84,8 @@ def _parse_sample(entry: Mapping[str, Any], where: str, key: str, default_id: st
     answers = entry.get("answers", targets)
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         raise InputError(f"{where}: expected a list of strings `answers`, got {_shown(answers)}")
+    if "answers" in entry and not answers:
+        raise InputError(f"{where}: expected at least one of `answers`, got an empty list")
     return Sample(
         id=str(entry.get("id", default_id)),
         image_id=str(entry.get("image_id", key)),

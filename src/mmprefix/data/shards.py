@@ -26,6 +26,7 @@ from mmprefix.files import replacing
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _TAR_BLOCK = 512
+_MAX_OPEN_SHARDS = 256  # each process may open 1,024 files on many systems
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,11 @@ class ShardCollection:
         # doesn't use one; a spawned worker has none of them. Reopen on a change of process all the same.
         process, descriptor = self._descriptors.get(shard, (-1, -1))
         if process != os.getpid():
+            if len(self._descriptors) >= _MAX_OPEN_SHARDS:
+                oldest, (owner, stale) = next(iter(self._descriptors.items()))
+                del self._descriptors[oldest]
+                if owner == os.getpid():
+                    os.close(stale)
             descriptor = os.open(self.paths[shard], os.O_RDONLY)
             self._descriptors[shard] = (os.getpid(), descriptor)
         content = os.pread(descriptor, member.size, member.offset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ class Throughput(pl.Callback):
     """
 
     def __init__(self) -> None:
+        self._logged_at = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -41,7 +43,10 @@ class Throughput(pl.Callback):
         self._samples += batch.num_sequences
         self._tokens += batch.num_tokens
         self._padded += batch.input_ids.numel()
-        if trainer.global_step % trainer.log_every_n_steps == 0 and self._padded:  # type: ignore[attr-defined]
+        # Once per optimizer step: accumulated micro-batches share a step number.
+        due = trainer.global_step != self._logged_at and trainer.global_step % trainer.log_every_n_steps == 0
+        if due and self._padded:
+            self._logged_at = trainer.global_step
             seconds = time.perf_counter() - self._since
             pl_module.log("train/samples_per_second", trainer.world_size * self._samples / seconds)
             pl_module.log("train/tokens_per_second", trainer.world_size * self._tokens / seconds)
@@ -50,24 +55,32 @@ class Throughput(pl.Callback):
 
 
 class BadSampleReport(pl.Callback):
-    """Counts samples that were skipped, and names them at the end of each epoch."""
+    """Counts images that were skipped, names some at the end of each epoch, and all of them in ``skipped.jsonl``."""
 
     SHOWN = 10
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str) -> None:
+        self.file = Path(folder) / "skipped.jsonl"
         # By split: validation runs inside a training epoch.
-        self._bad: dict[str, list[BadSample]] = {"train": [], "val": [], "test": []}
+        self._bad: dict[str, list[BadSample]] = {"train": [], "val": [], "test": [], "predict": []}
 
-    def _report(self, pl_module: pl.LightningModule, split: str) -> None:
-        bad = self._bad[split]
-        pl_module.log(f"{split}/bad_samples", float(len(bad)), reduce_fx="sum", sync_dist=True)
-        if bad:
-            lines = [str(one) for one in bad[: self.SHOWN]]
-            if len(bad) > self.SHOWN:
-                lines.append(f"and {len(bad) - self.SHOWN} more")
-            # Not only on rank 0: each rank knows its own.
-            print(f"{split}: {len(bad)} image(s) skipped:", *lines, sep="\n  ", flush=True)
-        bad.clear()
+    def _report(self, trainer: pl.Trainer, split: str) -> None:
+        bad, self._bad[split] = self._bad[split], []
+        if not bad:
+            return
+        lines = [str(one) for one in bad[: self.SHOWN]]
+        if len(bad) > self.SHOWN:
+            lines.append(f"and {len(bad) - self.SHOWN} more")
+        # Not only on rank 0: each rank knows its own.
+        print(f"{split}: {len(bad)} image(s) skipped (all in {self.file}):", *lines, sep="\n  ", flush=True)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as file:
+            for one in bad:
+                where = {"split": split, "epoch": trainer.current_epoch, "shard": one.shard, "key": one.key}
+                file.write(json.dumps({**where, "reason": one.reason}, ensure_ascii=False) + "\n")
+
+    def _log(self, pl_module: pl.LightningModule, split: str) -> None:
+        pl_module.log(f"{split}/bad_samples", float(len(self._bad[split])), reduce_fx="sum", sync_dist=True)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -77,7 +90,8 @@ class BadSampleReport(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports."""
-        self._report(pl_module, "train")
+        self._log(pl_module, "train")
+        self._report(trainer, "train")
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
@@ -87,7 +101,8 @@ class BadSampleReport(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports."""
-        self._report(pl_module, "val")
+        self._log(pl_module, "val")
+        self._report(trainer, "val")
 
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
@@ -97,7 +112,18 @@ class BadSampleReport(pl.Callback):
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports."""
-        self._report(pl_module, "test")
+        self._log(pl_module, "test")
+        self._report(trainer, "test")
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
+    ) -> None:
+        """Collects."""
+        self._bad["predict"].extend(batch.bad)
+
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Reports; nothing can be logged while predicting."""
+        self._report(trainer, "predict")
 
 
 class ProgressBar(TQDMProgressBar):

@@ -48,6 +48,19 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
     return steps[max(steps)] if steps else None
 
 
+def set_aside_newer(checkpoint: Path) -> list[Path]:
+    """Renames checkpoints of later steps beside ``checkpoint``, or ``last`` would go back to the branch just left."""
+    match = _STEP.match(checkpoint.name)
+    if match is None:
+        return []
+    newer = [
+        path
+        for path in checkpoint.parent.glob("*.ckpt")
+        if (other := _STEP.match(path.name)) and int(other.group(1)) > int(match.group(1))
+    ]
+    return [path.rename(path.with_suffix(".ckpt.left")) for path in sorted(newer)]
+
+
 def load_model(path: Path) -> tuple[MMPrefixForConditionalGeneration, MMPrefixProcessor]:
     """Model and processor, ready to generate, from what a run left behind.
 

@@ -10,6 +10,7 @@ resumed draws what it would have drawn, and no generator state has to be saved.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,13 +116,14 @@ class MMPrefixModule(pl.LightningModule):
             num_image_tokens=self.model.num_image_tokens,
             separator=tokenizer.separator,
             prefix_visibility=prefix_visibility,
+            shared_prefix=self.model.config.shared_prefix,
         )
         self.loss_normalization: LossNormalization = loss_normalization
         self.optimizer_args = optimizer
         self.part_args = dict(zip(PARTS, (train_vision, train_connector, train_decoder), strict=True))
         self.num_beams = num_beams
         self.seed = seed
-        self._window = _Window()
+        self._window = self._last_window = _Window()
         self._exact_match: dict[str, ExactMatch] = {}
         self._evaluation_loss: list[tuple[Tensor, Tensor]] = []
         # What later unfreezing may switch on again; the rest (unused heads) never learns.
@@ -154,9 +156,17 @@ class MMPrefixModule(pl.LightningModule):
             raise InputError(
                 f"model.train_{late[0]}.unfreeze_at_step: expected one process, got {self.trainer.world_size}"
             )
+        total_steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(total_steps):
+            raise InputError("trainer: expected max_epochs or max_steps, which the schedule ends at, got neither")
         parts = {name: (self.part(name), args) for name, args in self.part_args.items()}
-        optimizer, schedule = build_optimizer(parts, self.optimizer_args, int(self.trainer.estimated_stepping_batches))
+        optimizer, schedule = build_optimizer(parts, self.optimizer_args, int(total_steps), fused=not self._scales_loss)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def _scales_loss(self) -> bool:
+        """Whether gradients are scaled for fp16: they may overflow then, and the scaler skips the step."""
+        return str(self.trainer.precision) == "16-mixed"
 
     def _set_freezing(self, step: int) -> None:
         for name, args in self.part_args.items():
@@ -164,6 +174,9 @@ class MMPrefixModule(pl.LightningModule):
             part = self.part(name)
             if frozen and part.training:
                 part.eval()  # batch statistics and dropout of a frozen part stay off, too
+                for module in part.modules():
+                    # Layers of transformers recompute activations in training mode only; what is inside stays as it is.
+                    module.training = getattr(module, "gradient_checkpointing", False) is True
             elif not frozen and self.training and not part.training:
                 part.train()
             for parameter in self._trainable[name]:
@@ -178,12 +191,15 @@ class MMPrefixModule(pl.LightningModule):
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor | None:
         """Summed loss of a micro-batch; None where every sample of it was bad."""
         if batch.labels.numel() == 0:
-            if self.trainer.world_size > 1:
-                raise InputError(f"{batch.bad[0] if batch.bad else 'a batch'}: no usable sample left in a rank's batch")
-            return None
-        loss_sum, count = target_cross_entropy(
-            self.model.target_logits(batch), batch.labels, batch.target_lengths, self.loss_normalization
-        )
+            if self.trainer.world_size == 1:
+                return None
+            # The other ranks reduce gradients with this one: it takes part, with zeros.
+            loss_sum = torch.stack([p.sum() * 0.0 for p in self.parameters() if p.requires_grad]).sum()
+            count = loss_sum.new_zeros(())
+        else:
+            loss_sum, count = target_cross_entropy(
+                self.model.target_logits(batch), batch.labels, batch.target_lengths, self.loss_normalization
+            )
         self._window.losses.append(loss_sum.detach())
         self._window.counts.append(count)
         self._window.ids.append(tuple(reference.id for reference in batch.references))
@@ -196,13 +212,17 @@ class MMPrefixModule(pl.LightningModule):
             NonFiniteLossError: before the weights are touched.
         """
         window, self._window = self._window, _Window()
+        self._last_window = window
         if not window.losses:
             return
         totals = torch.stack([torch.stack(window.losses).sum(), torch.stack(window.counts).sum()])
         totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
-        loss, count = totals[0] / totals[1], totals[1]
+        count = totals[1].clamp(min=1e-6)  # 0 where no rank had a usable sample; the sum is 0 then, too
+        loss = totals[0] / count
         if not torch.isfinite(loss):
-            self._refuse_step(window)
+            self._refuse_step(
+                "loss", [ids for x, ids in zip(window.losses, window.ids, strict=True) if not x.isfinite()]
+            )
         # Ranks are averaged by the strategy and micro-batches by the trainer: undo both, then divide by the count.
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches / count
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
@@ -212,16 +232,11 @@ class MMPrefixModule(pl.LightningModule):
             if "/" not in group["name"]:
                 self.log(f"lr/{group['name']}", group["lr"])
 
-    def _refuse_step(self, window: _Window) -> None:
-        ids = [
-            id_
-            for loss, batch_ids in zip(window.losses, window.ids, strict=True)
-            if not torch.isfinite(loss)
-            for id_ in batch_ids
-        ]
+    def _refuse_step(self, what: str, batches: list[tuple[str, ...]]) -> None:
+        ids = [id_ for batch in batches for id_ in batch]
         shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
         raise NonFiniteLossError(
-            f"step {self.global_step} (epoch {self.current_epoch}): the loss is not finite; samples of the batch: "
+            f"step {self.global_step} (epoch {self.current_epoch}): the {what} is not finite; samples of the batch: "
             f"{shown or 'on another rank'}; the last checkpoint is from before it"
         )
 
@@ -235,29 +250,37 @@ class MMPrefixModule(pl.LightningModule):
         gradients = [p for p in self.parameters() if p.grad is not None]
         by_norm = gradient_clip_algorithm in (None, "norm")
         limit = gradient_clip_val if by_norm and gradient_clip_val else float("inf")
-        self.log("train/grad_norm", torch.nn.utils.clip_grad_norm_(gradients, limit), prog_bar=False)
+        norm = torch.nn.utils.clip_grad_norm_(gradients, limit)
+        if not self._scales_loss and not torch.isfinite(norm):
+            self._refuse_step("gradient", self._last_window.ids)
+        self.log("train/grad_norm", norm)
         if not by_norm:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # Evaluation
 
     @torch.no_grad()
-    def generate(self, prompts: PromptBatch) -> list[str]:
-        """One text for each prefix."""
+    def generate(self, prompts: PromptBatch, image_tokens: Tensor | None) -> list[str]:
+        """One text for each prefix.
+
+        Args:
+            prompts: the prefixes.
+            image_tokens: float ``[I, N, W]``, of the images of ``prompts``.
+        """
         if prompts.input_ids.shape[0] == 0:
             return []
-        image_tokens = None
-        if prompts.pixel_values is not None:
-            image_tokens = self.model.get_image_tokens(prompts.pixel_values)[prompts.image_of]
         generated = self.model.generate(
             input_ids=prompts.input_ids,
             attention_mask=prompts.attention_mask,
-            image_tokens=image_tokens,
+            image_tokens=None if image_tokens is None else image_tokens[prompts.image_of],
             max_new_tokens=self.max_new_tokens,
             num_beams=self.num_beams,
             do_sample=False,
         )
         return self.processor.decode_generated(generated[:, prompts.input_ids.shape[1] :])
+
+    def _image_tokens(self, prompts: PromptBatch) -> Tensor | None:
+        return None if prompts.pixel_values is None else self.model.get_image_tokens(prompts.pixel_values)
 
     @property
     def max_new_tokens(self) -> int:
@@ -265,12 +288,14 @@ class MMPrefixModule(pl.LightningModule):
         return int(getattr(self.trainer.datamodule, "max_new_tokens", 256))  # type: ignore[attr-defined]
 
     def _evaluate(self, batch: EvaluationBatch) -> list[tuple[Reference, str]]:
+        image_tokens = self._image_tokens(batch.prompts)
         if batch.targets is not None:
+            logits = self.model.target_logits(batch.targets, image_tokens)
             targets = batch.targets
-            self._evaluation_loss.append(target_cross_entropy(
-                self.model.target_logits(targets), targets.labels, targets.target_lengths, self.loss_normalization
-            ))  # fmt: skip
-        predictions = list(zip(batch.references, self.generate(batch.prompts), strict=True))
+            self._evaluation_loss.append(
+                target_cross_entropy(logits, targets.labels, targets.target_lengths, self.loss_normalization)
+            )
+        predictions = list(zip(batch.references, self.generate(batch.prompts, image_tokens), strict=True))
         for reference, prediction in predictions:
             metric = self._exact_match.setdefault(reference.kind, ExactMatch().to(self.device))
             metric.update(prediction, reference.references)
@@ -319,7 +344,7 @@ class MMPrefixModule(pl.LightningModule):
 
     def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[tuple[Reference, str]]:
         """Answers only; targets are not needed."""
-        return list(zip(batch.references, self.generate(batch.prompts), strict=True))
+        return list(zip(batch.references, self.generate(batch.prompts, self._image_tokens(batch.prompts)), strict=True))
 
     # Checkpoints
 

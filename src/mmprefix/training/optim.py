@@ -84,11 +84,14 @@ def parameter_groups(parts: Mapping[str, tuple[nn.Module, PartArgs]], args: Opti
 
 
 def build_optimizer(
-    parts: Mapping[str, tuple[nn.Module, PartArgs]], args: OptimizerArgs, total_steps: int
+    parts: Mapping[str, tuple[nn.Module, PartArgs]], args: OptimizerArgs, total_steps: int, *, fused: bool = True
 ) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """The optimizer and its schedule, to be stepped once per optimizer step."""
+    """The optimizer and its schedule, to be stepped once per optimizer step.
+
+    ``fused`` must be off under fp16 loss scaling: a fused step unscales gradients itself, after they were clipped.
+    """
     optimizer = torch.optim.AdamW(
-        parameter_groups(parts, args), betas=(args.beta1, args.beta2), eps=args.eps, fused=True
+        parameter_groups(parts, args), betas=(args.beta1, args.beta2), eps=args.eps, fused=fused
     )
     schedule = LambdaLR(optimizer, lambda step: schedule_factor(step, total_steps, args.warmup, args.final_lr))
     return optimizer, schedule
