@@ -97,7 +97,9 @@ def main() -> None:
             medians = [statistics.median(row[key] for row in of_mode) for key in (*KINDS, "seconds")]
             print(f"| {mode} | median | " + " | ".join(f"{m:.4f}" for m in medians[:3]) + f" | {medians[3]:.1f} |")
     if options.json:
-        options.json.write_text(json.dumps({"command": sys.argv, "versions": versions, "rows": rows}, indent=1))
+        options.json.write_text(
+            json.dumps({"command": " ".join(["python", *sys.argv]), "versions": versions, "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":
