@@ -390,3 +390,20 @@ def test_compiled_model_matches(photos):
     model.compile(backend="aot_eager")
     for value, reference in zip(loss_and_gradient(), expected, strict=True):
         torch.testing.assert_close(value, reference, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("visibility", ["full", "nested", "causal"])
+def test_windowed_decoders_count_distances_inside_the_sample(visibility, photos):
+    """A second branch and a second sample of a row stand far from their prefix by column, not by position."""
+    model, processor = make_model(GEMMA3, visibility=visibility)
+    sequences = encode_all(processor)
+    pixels = torch.stack([processor.transform(photo) for photo in photos])
+    kwargs = {"pad_id": processor.pad_id, "visibility": visibility}
+    together = collate(sequences, [0, 1, 2], pixels, rows=[[0, 1, 2]], **kwargs)
+    parts = [sequence.split() for sequence in sequences]
+    image_of = [image for image, part in enumerate(parts) for _ in part]
+    apart = collate([s for part in parts for s in part], image_of, pixels, **kwargs)
+    assert together.input_ids.shape[0] == 1
+    assert apart.input_ids.shape[0] == 4
+    with torch.no_grad():
+        torch.testing.assert_close(model.target_logits(together), model.target_logits(apart), atol=2e-5, rtol=1e-4)
