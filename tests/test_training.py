@@ -85,6 +85,12 @@ def test_fit_leaves_everything_behind(fit):
         "checkpoints", "config.yaml", "metrics.csv", "model", "predictions.jsonl", "predictions.png", "tensorboard",
     ]  # fmt: skip
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert "val/predictions" in events.Tags()["images"]
+    assert len(events.Images("val/predictions")) == 2, "one for each validated epoch"
+    assert "train/loss" in events.Tags()["scalars"]
     assert (folder / "model" / "model.safetensors").is_file()
     rows = metric_rows(folder)
     for name in (
@@ -409,6 +415,20 @@ def test_gradient_checkpointing_does_not_change_the_training(fit):
         for flag in (False, True)
     ]
     assert_same(weights(folders[0]), weights(folders[1]), atol=1e-5, rtol=1e-4)
+
+
+def test_progress_bar_shows_the_time_left(fit, monkeypatch):
+    shown = []
+    original = callbacks.ProgressBar.get_metrics
+    monkeypatch.setattr(
+        callbacks.ProgressBar, "get_metrics", lambda self, *args: shown.append(original(self, *args)) or shown[-1]
+    )
+    status, text, _ = fit(trainer__enable_progress_bar="true")
+    assert status == 0, text
+    left = [metrics["left"] for metrics in shown if "left" in metrics]
+    assert left
+    assert left[-1] == "0:00:00"
+    assert all("v_num" not in metrics for metrics in shown)
 
 
 # Pieces

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -111,6 +111,8 @@ class MMPrefixCLI(LightningCLI):
         if config.enable_progress_bar is not False and not any(isinstance(c, LightningProgressBar) for c in callbacks):
             # In a log file each refresh is a line of its own.
             callbacks.append(ProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
+        if config.enable_model_summary is not False and not any(isinstance(c, ModelSummary) for c in callbacks):
+            callbacks.append(ModelSummary(max_depth=2))  # parameters of encoder, connector and decoder
         self.report = PredictionReport(str(run_folder), self.model.processor.transform)
         config.callbacks = [*callbacks, Throughput(), BadSampleReport(str(run_folder)), self.report]
         plugins = config.plugins or []

@@ -112,8 +112,7 @@ class PredictionReport(pl.Callback):
         self.folder = Path(folder)
         self.transform = transform
         self.num_images = num_images
-        self.lines: list[str] = []
-        """What a final evaluation printed last."""
+        self._text = ""
         self._start()
 
     def _start(self) -> None:
@@ -139,7 +138,7 @@ class PredictionReport(pl.Callback):
             images = len({reference.image_id for reference, _ in predictions})
             name, baseline = trainer.datamodule.baseline(split)  # type: ignore[attr-defined]
             text = accuracy_table(f"{split}: {images} images, {len(predictions)} samples", predictions, name, baseline)
-        print(f"\n{text}\n", flush=True)
+        self._text = text
 
     def _gathered(self, trainer: pl.Trainer) -> list[Prediction]:
         gathered = [self._predictions]
@@ -148,6 +147,23 @@ class PredictionReport(pl.Callback):
             torch.distributed.all_gather_object(gathered, self._predictions)
         once = {prediction[0].order: prediction for part in gathered for prediction in part}
         return [once[order] for order in sorted(once)]
+
+    def _print(self) -> None:
+        if self._text:  # at the very end, when the progress bar is closed
+            print(f"\n{self._text}\n", flush=True)
+        self._text = ""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prints the table."""
+        self._print()
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prints the table."""
+        self._print()
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prints the table."""
+        self._print()
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins anew: a sanity check may have left something."""
