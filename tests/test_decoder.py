@@ -127,3 +127,18 @@ def test_local_folder_is_loaded_with_its_weights(tmp_path):
     fresh = DecoderArgs(name=str(tmp_path), pretrained=False)
     other = build_decoder(fresh, decoder_config(fresh))
     assert not torch.equal(other.model.embed_tokens.weight, decoder.model.embed_tokens.weight)
+
+
+def test_no_row_of_the_mask_is_empty():
+    """Some attention kernels give NaN for a row without any key; padding therefore sees itself, and nothing else."""
+    padding = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    plan = PrefixPlan.from_prompt(padding, torch.zeros(2, 5, dtype=torch.bool))
+    attention.register_masks()
+    with prefix_plan(plan):
+        mask = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
+            batch_size=2, q_length=5, kv_length=5, attention_mask=padding.bool()
+        )
+    assert mask.shape == (2, 1, 5, 5)
+    assert mask.any(-1).all()
+    assert mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0]] * 3 + [[0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
+    assert mask[1].all()
