@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import resource
 
 import lightning.pytorch as pl
 import pytest
@@ -310,9 +311,26 @@ def test_full_disk_keeps_the_previous_checkpoint(fit, monkeypatch):
     monkeypatch.setattr(checkpoints.torch, "save", full)
     status, text, folder = fit()
     assert status == 1
-    assert "error: [Errno 28] No space left on device" in text
+    assert "error: [Errno 28] cannot save " in text
+    assert "No space left on device; the checkpoint before it is untouched" in text
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step=00000004.ckpt"]
     assert weights(folder)
+
+
+def test_a_write_that_fails_half_way_keeps_the_file_before_it(tmp_path):
+    """A real failing write: the process may not write files beyond 200 kB. torch reports it as a RuntimeError."""
+    path = tmp_path / "step=00000001.ckpt"
+    writer = checkpoints.AtomicCheckpointIO()
+    writer.save_checkpoint({"x": torch.ones(10)}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot save .*; the checkpoint before it is untouched"):
+            writer.save_checkpoint({"x": torch.ones(1_000_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert torch.equal(torch.load(path, weights_only=True)["x"], torch.ones(10))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_skipped_images_are_reported_with_key_and_shard(fit, tmp_path):

@@ -33,11 +33,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """See `lightning.fabric.plugins.CheckpointIO.save_checkpoint`."""
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())  # else a crash of the machine could leave a renamed, empty file
+        """See `lightning.fabric.plugins.CheckpointIO.save_checkpoint`.
+
+        Raises:
+            OSError: the file cannot be written; what stood there before is untouched.
+        """
+        try:
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())  # else a crash of the machine could leave a renamed, empty file
+        except (OSError, RuntimeError) as error:
+            # torch's writer hides a full disk behind a RuntimeError of its own, about a position.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            if cause is None:
+                raise
+            reason = f"cannot save {path}: {cause.strerror}; the checkpoint before it is untouched"
+            raise OSError(cause.errno, reason) from error
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
