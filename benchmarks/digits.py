@@ -5,6 +5,7 @@
     python benchmarks/digits.py --seeds 0 1 2      more seeds
     python benchmarks/digits.py --smoke            one epoch each: checks that the benchmark works
     python benchmarks/digits.py --json rows.json
+    python benchmarks/digits.py --check runs/digits   checks what a run left behind: CI does, after the README's command
 
 Each run is a process of its own, timed from its start to its end: imports, writing the set, training, validation,
 scoring the test half, fitting the baseline and saving are all in the wall time. Accuracy is recomputed from
@@ -28,6 +29,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 KINDS = ("digit", "parity", "size")
+FLOOR = 0.95
+"""What `--check` asks of every kind: loose, it tells a broken run from a working one on any machine."""
+LEFT_BEHIND = (
+    "metrics.csv", "predictions.jsonl", "predictions.png", "config.yaml", "model/model.safetensors",
+    "checkpoints/step=*.ckpt", "tensorboard/events.out.tfevents.*",
+)  # fmt: skip
 
 
 def truth(kind: str, digit: int) -> str:
@@ -46,6 +53,17 @@ def accuracies(predictions: Path) -> dict[str, float]:
         right[row["kind"]].append(row["prediction"] == truth(row["kind"], int(target[int(row["image_id"])])))
     assert all(len(answers) == 899 for answers in right.values()), {k: len(v) for k, v in right.items()}
     return {kind: sum(answers) / len(answers) for kind, answers in right.items()}
+
+
+def check(folder: Path) -> None:
+    """Exits with a message when a file is missing or an accuracy is below the floor."""
+    for pattern in LEFT_BEHIND:
+        if not list(folder.glob(pattern)):
+            sys.exit(f"{folder / pattern} is missing")
+    for kind, accuracy in accuracies(folder / "predictions.jsonl").items():
+        print(f"{kind}: {accuracy:.4f}")
+        if accuracy < FLOOR:
+            sys.exit(f"{kind}: expected an accuracy of at least {FLOOR}, got {accuracy:.4f}")
 
 
 def baseline() -> float:
@@ -82,7 +100,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--check", type=Path, metavar="RUN_FOLDER")
     options = parser.parse_args()
+    if options.check is not None:
+        check(options.check)
+        return
     rows = [run(mode, seed, options.smoke) for seed in options.seeds for mode in ("full", "causal")]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "timm", "lightning"))
     print(f"{platform.machine()}, Python {platform.python_version()}, {versions}")
