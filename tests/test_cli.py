@@ -103,6 +103,11 @@ def test_unknown_keys_are_refused_with_the_nearest(config, capfd, tmp_path):
     [
         (["--data.train", "/nowhere/x-*.tar"], "data.train: expected shards at /nowhere/x-*.tar, the folder /nowhere does not exist"),
         (["--data.batch_size", "0"], "data.batch_size: expected at least 1, got 0"),
+        (["--data.eval_batch_size", "0"], "data.eval_batch_size: expected at least 1, got 0"),
+        (["--data.num_workers", "-1"], "data.num_workers: expected at least 0, got -1"),
+        (["--model.num_beams", "0"], "model.num_beams: expected at least 1, got 0"),
+        (["--model.optimizer.warmup", "7"], "model.optimizer.warmup: expected at least 0 and below 1.0, got 7.0"),
+        (["--trainer.accelerator", "gpuu"], "gpuu"),
         (["--data.batch_size", "many"], "data.batch_size"),
         (["--data.max_target_tokens", "2"], "target: expected at most 2 tokens (data.max_target_tokens), got "),
         (["--model.vision.name", "vit_tiny_patch16_244"], "expected a timm model, got 'vit_tiny_patch16_244'; close to it: vit_tiny_patch16"),
@@ -201,7 +206,7 @@ def wait_for(path: Path, process, seconds=120):
     assert path.exists()
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_killed_and_interrupted_runs_resume_to_the_same_weights(config, tmp_path, signal_number):
     """Real processes, real signals; 5 epochs of 4 steps."""
     settings = ["--config", config, "--trainer.max_epochs", "5"]
@@ -215,8 +220,8 @@ def test_killed_and_interrupted_runs_resume_to_the_same_weights(config, tmp_path
     wait_for(folder / "checkpoints" / "step=00000008.ckpt", process)
     process.send_signal(signal_number)
     output = process.communicate(timeout=60)[0].decode()
-    if signal_number == signal.SIGINT:
-        assert process.returncode == 130, output
+    if signal_number != signal.SIGKILL:
+        assert process.returncode == 128 + signal_number, output
         assert "go on with --ckpt_path last" in output
         assert "Traceback" not in output
     again = mmprefix("fit", *settings, "--trainer.default_root_dir", folder, "--ckpt_path", "last")

@@ -65,6 +65,8 @@ def test_defaults_and_explicit_fields():
     ("payload", "message"),
     [
         (b"{", "s.tar: k.json: expected JSON"),
+        (b"[" * 100_000, "s.tar: k.json: expected JSON"),
+        (b'{"instruction": "\\ud800", "target": "a"}', "expected text in Unicode, got half of a surrogate pair"),
         (as_json([]), "at least one sample, got an empty list"),
         (as_json("x"), "expected an object with instruction, target, got str"),
         (as_json({"target": "a"}), "expected a string `instruction`, got none"),

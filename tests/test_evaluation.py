@@ -48,7 +48,7 @@ def test_table_shows_kinds_next_to_the_baseline():
         "-------------------------------------------------",
         "colour  which?             2       0.5000  0.7500",
         "shape   what shape?        1       1.0000       -",
-        "all                        3       0.6667        ",
+        "total                      3       0.6667        ",
     ]
 
 

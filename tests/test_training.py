@@ -207,7 +207,7 @@ def test_resume_with_nothing_there_is_an_error(fit):
     assert f"error: --ckpt_path last: expected {folder}/checkpoints/step=*.ckpt, there is none" in text
     status, text, _ = fit(ckpt_path="/nowhere.ckpt")
     assert status == 2
-    assert "error: --ckpt_path: expected a checkpoint, found none at /nowhere.ckpt" in text
+    assert "error: /nowhere.ckpt: expected a checkpoint file or folder, there is none" in text
 
 
 @pytest.mark.parametrize("normalization", ["tokens", "per_sample"])
@@ -347,21 +347,49 @@ def test_skipped_images_are_reported_with_key_and_shard(fit, tmp_path):
     status, text, _ = fit(command="predict", ckpt_path="last", data__predict=str(tmp_path / "bad.tar"))
     assert status == 0
     assert "predict: 1 image(s) skipped" in text
-    assert len((folder / "predictions.jsonl").read_text().splitlines()) == 12
+    assert len((folder / "predictions-predict.jsonl").read_text().splitlines()) == 12
     status, text, _ = fit(data__train=str(tmp_path / "bad.tar"), data__on_bad_sample="error")
     assert status == 2
     assert f"error: {tmp_path}/bad.tar: 0003: image of 13 bytes cannot be decoded" in text
 
 
+def test_nothing_usable_ends_the_run_without_a_checkpoint(fit, tmp_path):
+    write_shard(
+        tmp_path / "bad.tar", [(key, b"no picture", payload) for key, _, payload in map(colour_record, range(3))]
+    )
+    status, text, folder = fit(data__train=str(tmp_path / "bad.tar"))
+    assert status == 2
+    assert "error: data.train: expected images that can be decoded, all 3 were skipped: " in text
+    assert not list(folder.glob("checkpoints/*"))
+
+
+def test_broken_and_unfitting_checkpoints_are_one_line(fit):
+    _, _, folder = fit(trainer__max_epochs=1)
+    status, text, _ = fit(ckpt_path="last", model__decoder__config__hidden_size=32)
+    assert status == 2
+    assert "error: --ckpt_path: the checkpoint does not fit the configured model: " in text
+    path = checkpoints.newest_checkpoint(folder)
+    path.write_bytes(path.read_bytes()[:5000])
+    for command in ("fit", "validate"):
+        status, text, _ = fit(command=command, ckpt_path="last")
+        assert status == 2
+        assert f"error: {path}: expected a checkpoint of mmprefix, cannot read it: " in text
+
+
+def test_training_without_checkpoints_is_possible(fit):
+    status, text, folder = fit(trainer__enable_checkpointing="false", trainer__max_epochs=1)
+    assert status == 0, text
+    assert not (folder / "checkpoints").exists()
+
+
 def test_validate_and_predict_use_a_checkpoint(fit):
     _, _, folder = fit(trainer__max_epochs=1)
     predictions = (folder / "predictions.jsonl").read_text()
-    (folder / "predictions.jsonl").unlink()
     for command in ("validate", "predict"):
         status, text, _ = fit(command=command, ckpt_path="last")
         assert status == 0, text
         assert "val: 6 images" in text or "predict: 6 images" in text
-        assert (folder / "predictions.jsonl").read_text() == predictions
+        assert (folder / f"predictions-{command}.jsonl").read_text() == predictions
     status, text, _ = fit(command="validate")
     assert status == 2
     assert "validate: expected --ckpt_path FILE" in text

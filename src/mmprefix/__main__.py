@@ -47,9 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f"; did you mean {close[0]}?" if close else ""
         print(f"error: expected one of {', '.join(COMMANDS)}, got {arguments[0]!r}{hint}", file=sys.stderr)
         return 2
-    from mmprefix.cli import run
+    try:
+        from mmprefix.cli import run
 
-    return run(arguments)
+        return run(arguments)
+    except KeyboardInterrupt:  # while importing
+        return 130
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 import warnings
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from mmprefix import __version__
 from mmprefix.data.datamodule import ShardDataModule
@@ -43,12 +44,14 @@ from mmprefix.training.checkpoints import (
     AtomicCheckpointIO,
     load_model,
     newest_checkpoint,
+    read_checkpoint,
     set_aside_newer,
 )
 from mmprefix.training.module import MMPrefixModule
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 class OneLineParser(LightningArgumentParser):
@@ -101,7 +104,8 @@ class MMPrefixCLI(LightningCLI):
                 TensorBoardLogger(str(run_folder), name="", version="tensorboard"),
             ]  # fmt: skip
         callbacks = list(config.callbacks or [])
-        if self.subcommand == "fit" and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+        own_checkpoints = config.enable_checkpointing is False or any(isinstance(c, ModelCheckpoint) for c in callbacks)
+        if self.subcommand == "fit" and not own_checkpoints:
             # By step, so that the newest two stay: a kill while one is written leaves the other.
             callbacks.append(ModelCheckpoint(
                 run_folder / FOLDER, FILE_NAME, monitor="step", mode="max", save_top_k=2,
@@ -113,11 +117,19 @@ class MMPrefixCLI(LightningCLI):
             callbacks.append(ProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
         if config.enable_model_summary is not False and not any(isinstance(c, ModelSummary) for c in callbacks):
             callbacks.append(ModelSummary(max_depth=2))  # parameters of encoder, connector and decoder
-        self.report = PredictionReport(str(run_folder), self.model.processor.transform)
+        # What `fit` left is not overwritten by a later command.
+        name = "predictions" if self.subcommand == "fit" else f"predictions-{self.subcommand}"
+        self.report = PredictionReport(str(run_folder), self.model.processor.transform, name=name)
         config.callbacks = [*callbacks, Throughput(), BadSampleReport(str(run_folder)), self.report]
         plugins = config.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (TypeError, ValueError) as error:  # Lightning's own checks of its settings
+            raise InputError(f"trainer: {error}") from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would read hyper-parameters from the file, which ours don't have, before we can check it."""
 
     def _resolve_checkpoint(self, run_folder: Path) -> Path | None:
         """Turns ``last`` into a path, and says which.
@@ -133,8 +145,7 @@ class MMPrefixCLI(LightningCLI):
         path = newest_checkpoint(run_folder) if str(wanted) == "last" else Path(wanted)
         if path is None:
             raise InputError(f"--ckpt_path last: expected {run_folder / FOLDER}/step=*.ckpt, there is none")
-        if not path.exists():
-            raise InputError(f"--ckpt_path: expected a checkpoint, found none at {path}")
+        self.resume_step = int(read_checkpoint(path)["global_step"])
         self.config_init[self.subcommand]["ckpt_path"] = str(path)
         if rank_zero_only.rank == 0:
             print(f"{'resuming from' if self.subcommand == 'fit' else 'weights from'} {path}")
@@ -151,7 +162,7 @@ class MMPrefixCLI(LightningCLI):
             if (kept := set_aside(run_folder)) is not None:
                 print(f"{run_folder} holds an earlier run: kept as {kept}")
             return
-        drop_rows_after(run_folder / "metrics.csv", _step_of(self.resume_from))
+        drop_rows_after(run_folder / "metrics.csv", self.resume_step)
         for left in set_aside_newer(self.resume_from):
             print(f"a later checkpoint is kept as {left}")
 
@@ -173,11 +184,6 @@ class MMPrefixCLI(LightningCLI):
 
 def _seed(value: bool | int) -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", 0)) if isinstance(value, bool) else value
-
-
-def _step_of(checkpoint: Path) -> int:
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    return int(content["global_step"])
 
 
 def _quieten() -> None:
@@ -207,14 +213,19 @@ def _quieten() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+class _OneLineArguments(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"generate: {message}")
+
+
 def generate_command(arguments: list[str]) -> int:
     """``generate``: prints one answer about one image."""
-    parser = argparse.ArgumentParser("python -m mmprefix generate", description="Answers about one image.")
+    parser = _OneLineArguments("python -m mmprefix generate", description="Answers about one image.")
     parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, its model/ folder, or a .ckpt file")
     parser.add_argument("--image", required=True, type=Path, help="picture file")
     parser.add_argument("--instruction", required=True, help="text of the prefix")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--num-beams", type=int, default=1, help="1 is greedy")
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--num_beams", type=int, default=1, help="1 is greedy")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     if not options.image.is_file():
@@ -251,22 +262,35 @@ def run(arguments: list[str]) -> int:
             parser_kwargs={"version": f"mmprefix {__version__}"},
             args=arguments,
         )
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, MisconfigurationException) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except OSError as error:
         if error.errno is None:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except UnicodeDecodeError as error:
+        print(f"error: --config: expected a text file in UTF-8: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except RuntimeError as error:
+        if not str(error).startswith("Error(s) in loading state_dict"):
+            raise
+        text = " ".join(str(error).split())[:400]
+        print(f"error: --ckpt_path: the checkpoint does not fit the configured model: {text}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except SIGTERMException:
+        return _stopped("terminated", EXIT_TERMINATED)
     except KeyboardInterrupt:
-        return _interrupted()
+        return _stopped("interrupted", EXIT_INTERRUPTED)
     except SystemExit as error:
         # Lightning turns Ctrl-C into an exit of its own, after it has closed loggers and workers.
-        return _interrupted() if isinstance(error.__context__, KeyboardInterrupt) else int(error.code or 0)
+        if isinstance(error.__context__, KeyboardInterrupt):
+            return _stopped("interrupted", EXIT_INTERRUPTED)
+        return int(error.code or 0)
     return 0
 
 
-def _interrupted() -> int:
-    print("interrupted; go on with --ckpt_path last (from the end of the last complete epoch)", file=sys.stderr)
-    return EXIT_INTERRUPTED
+def _stopped(how: str, status: int) -> int:
+    print(f"{how}; go on with --ckpt_path last, if a first epoch was completed", file=sys.stderr)
+    return status

@@ -47,7 +47,7 @@ class ShardDataModule(pl.LightningDataModule):
         batch_size: int = 32,
         eval_batch_size: int = 128,
         num_workers: int = 0,
-        max_instruction_tokens: int | None = None,
+        max_instruction_tokens: int | None = 1024,
         max_target_tokens: int | None = 64,
         truncate: Literal["none", "instruction", "target", "both"] = "none",
         augmentation: RandomAffine | None = None,
@@ -69,7 +69,8 @@ class ShardDataModule(pl.LightningDataModule):
             batch_size: records (an image with everything asked about it) per step and device.
             eval_batch_size: the same, for evaluation.
             num_workers: loader processes per device.
-            max_instruction_tokens: longest instruction, without framing tokens.
+            max_instruction_tokens: longest instruction, without framing tokens. Attention grows with its square: one
+                runaway text must not take all memory.
             max_target_tokens: longest target, without EOS; also how much is generated at most.
             truncate: which text may be cut at its limit; `none` makes a longer one an error. Image tokens never are.
             augmentation: random affine transform of training images; none by default.
@@ -77,8 +78,13 @@ class ShardDataModule(pl.LightningDataModule):
             seed: of order and augmentation; the command line passes `seed_everything`.
         """
         super().__init__()
-        if batch_size < 1 or eval_batch_size < 1:
-            raise InputError(f"data.batch_size: expected at least 1, got {min(batch_size, eval_batch_size)}")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise InputError(f"data.{name}: expected at least {least}, got {value}")
         self.processor: SampleProcessor | None = processor  # Any above: the command line checks types of its own
         self.patterns: dict[str, Shards] = {"train": train, "val": val, "test": test, "predict": predict}
         self.builtin = dataset if train is None else None

@@ -29,7 +29,7 @@ def decode_image(content: bytes) -> Image.Image:
             return upright.convert("RGB")
     # Pillow's decoders raise much besides OSError on hostile bytes: SyntaxError, struct.error, zlib.error, ...
     except Exception as error:
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = " ".join(str(error).split()).split(" <_io.BytesIO")[0] or type(error).__name__
         raise UndecodableImageError(f"image of {len(content)} bytes cannot be decoded: {message}") from error
 
 

@@ -51,7 +51,7 @@ def parse_record(payload: bytes, key: str, shard: str, *, needs_target: bool = T
     where = f"{shard}: {key}.json"
     try:
         content = json.loads(payload)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: expected JSON, got {error}") from error
     entries = content if isinstance(content, list) else [content]
     if not entries:
@@ -84,6 +84,9 @@ def _parse_sample(entry: Mapping[str, Any], where: str, key: str, default_id: st
     answers = entry.get("answers", targets)
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         raise InputError(f"{where}: expected a list of strings `answers`, got {_shown(answers)}")
+    for text in (instruction, *targets, *answers):
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError(f"{where}: expected text in Unicode, got half of a surrogate pair in {text[:40]!a}")
     if "answers" in entry and not answers:
         raise InputError(f"{where}: expected at least one of `answers`, got an empty list")
     return Sample(

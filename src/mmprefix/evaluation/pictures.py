@@ -21,12 +21,12 @@ _INK, _RIGHT, _WRONG = (30, 30, 30), (0, 120, 40), (190, 20, 20)
 
 @dataclass(frozen=True)
 class Answer:
-    """One question on an image, what was expected, and what came."""
+    """One question on an image, what was expected, and what came; ``correct`` is None where nothing was expected."""
 
     instruction: str
     reference: str
     prediction: str
-    correct: bool
+    correct: bool | None
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ def _lines(cell: Cell) -> list[tuple[str, tuple[int, int, int]]]:
         question = textwrap.wrap(answer.instruction, width, max_lines=_QUESTION_LINES, placeholder=" ...")
         lines += [(line, _INK) for line in question]
         said = f"-> {answer.prediction or '(nothing)'}"
-        if not answer.correct:
+        if answer.correct is False:
             said += f"   (expected {answer.reference})"
         said_lines = textwrap.wrap(said, width, max_lines=_ANSWER_LINES, placeholder=" ...")
-        lines += [(line, _RIGHT if answer.correct else _WRONG) for line in said_lines]
+        lines += [(line, {True: _RIGHT, False: _WRONG, None: _INK}[answer.correct]) for line in said_lines]
     if len(lines) > _MAX_LINES:
         lines = [*lines[: _MAX_LINES - 1], ("...", _INK)]
     return lines

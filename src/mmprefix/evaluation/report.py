@@ -56,7 +56,7 @@ def accuracy_table(
         if baseline:
             rows[-1].append(f"{baseline[kind]:.4f}" if kind in baseline else "-")
     if len(kinds) > 1:
-        rows.append(["all", "", str(len(predictions)), f"{_accuracy(predictions):.4f}", *([""] if baseline else [])])
+        rows.append(["total", "", str(len(predictions)), f"{_accuracy(predictions):.4f}", *([""] if baseline else [])])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -85,10 +85,15 @@ class _Gallery:
             of_image.setdefault(image, []).append(prediction)
         for image, members in of_image.items():
             answers = tuple(
-                Answer(r.instruction, " | ".join(sorted(set(r.references))), said, exact_match(said, r.references))
+                Answer(
+                    r.instruction,
+                    " | ".join(sorted(set(r.references))),
+                    said,
+                    exact_match(said, r.references) if r.references else None,
+                )
                 for r, said in members
             )
-            group = self.right if all(answer.correct for answer in answers) else self.wrong
+            group = self.right if all(answer.correct is not False for answer in answers) else self.wrong
             if len(group) < self.room and batch.prompts.pixel_values is not None:
                 pixels = batch.prompts.pixel_values[image]
                 group.append(Cell(f"image {members[0][0].image_id}", to_image(pixels.float(), transform), answers))
@@ -101,17 +106,19 @@ class _Gallery:
 class PredictionReport(pl.Callback):
     """Collects predictions of a split; see the module's docstring for what it leaves where."""
 
-    def __init__(self, folder: str, transform: ImageTransform, num_images: int = 24) -> None:
+    def __init__(self, folder: str, transform: ImageTransform, num_images: int = 24, name: str = "predictions") -> None:
         """Settings.
 
         Args:
             folder: where files go.
             transform: how pixels were normalised, to show them.
             num_images: images in a picture.
+            name: of the files, without suffix.
         """
         self.folder = Path(folder)
         self.transform = transform
         self.num_images = num_images
+        self.name = name
         self._text = ""
         self._start()
 
@@ -128,9 +135,9 @@ class PredictionReport(pl.Callback):
         self._start()
         if not trainer.is_global_zero or not predictions:
             return
-        write_predictions(self.folder / "predictions.jsonl", predictions)
+        write_predictions(self.folder / f"{self.name}.jsonl", predictions)
         if cells := gallery.cells():
-            with replacing(self.folder / "predictions.png") as temporary:
+            with replacing(self.folder / f"{self.name}.png") as temporary:
                 draw_cells(cells).save(temporary, "PNG")
         if split == "predict" and not all(reference.references for reference, _ in predictions):
             text = f"predict: {len(predictions)} predictions"

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
+from mmprefix.errors import InputError
 from mmprefix.files import replacing
 from mmprefix.packing import BadSample, PackedBatch
 
@@ -61,6 +62,7 @@ class BadSampleReport(pl.Callback):
 
     def __init__(self, folder: str) -> None:
         self.file = Path(folder) / "skipped.jsonl"
+        self._usable = 0
         # By split: validation runs inside a training epoch.
         self._bad: dict[str, list[BadSample]] = {"train": [], "val": [], "test": [], "predict": []}
 
@@ -87,11 +89,16 @@ class BadSampleReport(pl.Callback):
     ) -> None:
         """Collects."""
         self._bad["train"].extend(batch.bad)
+        self._usable += batch.num_sequences
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Reports."""
+        """Reports; an epoch of which nothing was usable ends the run, before a checkpoint is made of it."""
+        number, usable = len(self._bad["train"]), self._usable
+        self._usable = 0
         self._log(pl_module, "train")
         self._report(trainer, "train")
+        if number and not usable:
+            raise InputError(f"data.train: expected images that can be decoded, all {number} were skipped: {self.file}")
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int

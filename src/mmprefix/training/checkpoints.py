@@ -75,6 +75,24 @@ def set_aside_newer(checkpoint: Path) -> list[Path]:
     return [path.rename(path.with_suffix(".ckpt.left")) for path in sorted(newer)]
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A ``.ckpt`` file's content, tensors mapped from the file rather than read.
+
+    Raises:
+        InputError: no file, not a checkpoint, or not one of ours.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: expected a checkpoint file or folder, there is none")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises whatever its unpickler or zip reader does
+        message = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: expected a checkpoint of mmprefix, cannot read it: {message}") from error
+    if not isinstance(checkpoint, dict) or CONTENT_KEY not in checkpoint:
+        raise InputError(f"{path}: expected a checkpoint of mmprefix, got one without the key {CONTENT_KEY!r}")
+    return checkpoint
+
+
 def load_model(path: Path) -> tuple[MMPrefixForConditionalGeneration, MMPrefixProcessor]:
     """Model and processor, ready to generate, from what a run left behind.
 
@@ -96,15 +114,7 @@ def load_model(path: Path) -> tuple[MMPrefixForConditionalGeneration, MMPrefixPr
         if newest is None:
             raise InputError(f"{path}: expected model/config.json or {FOLDER}/step=*.ckpt in it, found neither")
         path = newest
-    if not path.is_file():
-        raise InputError(f"{path}: expected a checkpoint file or folder, there is none")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its unpickler or zip reader does
-        message = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: expected a checkpoint of mmprefix, cannot read it: {message}") from error
-    if not isinstance(checkpoint, dict) or CONTENT_KEY not in checkpoint:
-        raise InputError(f"{path}: expected a checkpoint of mmprefix, got one without the key {CONTENT_KEY!r}")
+    checkpoint = read_checkpoint(path)
     content = checkpoint[CONTENT_KEY]
     model = MMPrefixForConditionalGeneration(MMPrefixConfig(**content["config"]))
     weights = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}

@@ -96,6 +96,9 @@ class MMPrefixModule(pl.LightningModule):
             seed: of dropout; the command line passes `seed_everything`.
         """
         super().__init__()
+        optimizer.check()
+        if num_beams < 1:
+            raise InputError(f"model.num_beams: expected at least 1, got {num_beams}")
         text_tokenizer = load_tokenizer(tokenizer, decoder.name)
         self.model = MMPrefixForConditionalGeneration.from_parts(
             vision,

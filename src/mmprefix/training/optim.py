@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from mmprefix.errors import InputError
+
 
 @dataclass
 class OptimizerArgs:
@@ -33,6 +35,16 @@ class OptimizerArgs:
     eps: float = 1e-8
     warmup: float = 0.05
     final_lr: float = 0.0
+
+    def check(self) -> None:
+        """Raises InputError for a value out of its range."""
+        for name, below in (
+            ("lr", math.inf), ("weight_decay", math.inf), ("beta1", 1.0), ("beta2", 1.0), ("eps", math.inf),
+            ("warmup", 1.0), ("final_lr", math.inf),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not 0 <= value < below:
+                raise InputError(f"model.optimizer.{name}: expected at least 0 and below {below}, got {value}")
 
 
 @dataclass
