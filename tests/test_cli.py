@@ -56,15 +56,14 @@ def error_of(capfd, *arguments):
 
 
 def test_help_and_version_import_nothing_heavy():
-    code = (
-        "import sys; from mmprefix.__main__ import main; status = main({}); "
-        "heavy = {{'torch', 'lightning', 'transformers', 'timm'}} & set(sys.modules); assert not heavy, heavy; "
-        "sys.exit(status)"
-    )
-    for arguments, shown in ((["--help"], "usage: python -m mmprefix COMMAND"), (["--version"], "mmprefix 0.1.0")):
-        done = subprocess.run([sys.executable, "-c", code.format(arguments)], capture_output=True, text=True)
+    for argument, shown in (("--help", "usage: python -m mmprefix COMMAND"), ("--version", "mmprefix 0.1.0")):
+        command = [sys.executable, "-X", "importtime", "-m", "mmprefix", argument]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(shown)
+        imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+        assert "mmprefix.__main__" in imported or "mmprefix" in imported, "the reader of imports must see them"
+        assert not {"torch", "lightning", "transformers", "timm"} & imported
 
 
 def test_no_command_and_wrong_command():

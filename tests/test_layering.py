@@ -11,12 +11,16 @@ FLOORS = {
     "sequence": 0, "masks": 0, "vision": 0, "metrics": 0,
     "packing": 1, "loss": 1, "attention": 1,
     "decoder": 2, "data": 2,
-    "modeling": 3, "processing": 3,
-    "training": 4, "evaluation": 4,
-    "cli": 5, "__main__": 6,
+    "generation": 3, "prefix_lm": 3, "probe": 3,
+    "conversion": 4, "modeling": 4, "processing": 4,
+    "training": 5, "evaluation": 5, "interop": 5,
+    "commands": 6, "cli": 6, "__main__": 7,
 }  # fmt: skip
 # On one floor, the right-hand side may be used by the left: sequence before masks, packing before attention, ...
-SAME_FLOOR = {("masks", "sequence"), ("attention", "packing"), ("processing", "modeling")}
+SAME_FLOOR = {
+    ("masks", "sequence"), ("attention", "packing"), ("prefix_lm", "generation"), ("probe", "generation"),
+    ("probe", "prefix_lm"), ("processing", "modeling"), ("interop", "training"), ("cli", "commands"),
+}  # fmt: skip
 
 
 def room(module):

@@ -147,3 +147,36 @@ def test_transform_squashes_and_normalises(photos):
     assert pixels.dtype == torch.float32
     np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), expected, atol=1e-5)
     assert transform(photos[2].convert("L")).shape == (3, 32, 48)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (VisionArgs("vit_tiny_patch16_224", image_size=100), "takes multiples of its patch size 16, got 100x100; the nearest are 96 and 112"),
+        (VisionArgs("vit_tiny_patch16_224", image_size=320, pretrained=True), "has pretrained position embeddings for 224x224, got 320x320; interpolate them with"),
+        (VisionArgs("vit_tiny_patch16_224", pretrained="x", kwargs={"img_size": 112}), "for 224x224, got 112x112"),
+    ],
+)  # fmt: skip
+def test_sizes_that_the_encoder_cannot_take(args, message):
+    with pytest.raises(InputError, match=message):
+        resolve_vision(args)
+
+
+def test_position_embeddings_are_interpolated_on_request(tmp_path):
+    import timm
+
+    small = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0)
+    torch.save(small.state_dict(), tmp_path / "weights.pth")
+    args = VisionArgs(
+        "vit_tiny_patch16_224", str(tmp_path / "weights.pth"), image_size=112,
+        interpolate_position_embeddings=True, kwargs={"depth": 1},
+    )  # fmt: skip
+    spec = resolve_vision(args)
+    assert spec.num_tokens == 49
+    encoder = VisionEncoder(spec, args.pretrained)
+    grid = small.pos_embed[:, 1:].unflatten(1, (14, 14))
+    averaged = grid.unflatten(1, (7, 2)).unflatten(3, (7, 2)).mean((2, 4))
+    found = encoder.model.pos_embed[:, 1:].unflatten(1, (7, 7))
+    correlation = torch.corrcoef(torch.stack([found.flatten(), averaged.flatten()]))[0, 1]
+    assert correlation > 0.9, "interpolated, not started anew"
+    assert torch.equal(encoder.model.blocks[0].attn.qkv.weight, small.blocks[0].attn.qkv.weight)

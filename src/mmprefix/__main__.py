@@ -17,6 +17,9 @@ commands:
   test       score the test split                    (the same options)
   predict    write predictions, no targets needed    (the same options)
   generate   answer about one image                  generate --checkpoint runs/X --image a.png --instruction "..."
+  probe      is this decoder an exact prefix LM?     probe --decoder NAME_OR_FOLDER
+  import-paligemma                                   import-paligemma --from NAME_OR_FOLDER --out DIR
+  export     for transformers, or as a PaliGemma     export --checkpoint runs/X --format transformers --out DIR
 
 Every setting of a config can be given on the command line (--data.batch_size 16). To see them all:
   python -m mmprefix fit --help                      all settings, with what they mean
@@ -28,7 +31,7 @@ options:
   --version      version of mmprefix
 """
 
-COMMANDS = ("fit", "validate", "test", "predict", "generate")
+COMMANDS = ("fit", "validate", "test", "predict", "generate", "probe", "import-paligemma", "export")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ would silently replace sliding windows, too.
 
 The plan travels in a ContextVar because the mask functions see the decoder's config and sizes only.
 
-What this module doesn't do: decide whether an architecture obeys (`decoder.check_prefix_lm` does).
+What this module doesn't do: decide whether an architecture obeys (`probe` does).
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ _current_plan: ContextVar[PrefixPlan | None] = ContextVar("mmprefix_plan", defau
 
 @contextmanager
 def prefix_plan(plan: PrefixPlan | None) -> Iterator[None]:
-    """Sets the plan that masks and logits of the decoder follow inside the block."""
+    """Sets the plan that masks and logits of the decoder follow inside the block.
+
+    Raises:
+        RuntimeError: a plan, but nobody to follow it: the decoder was never installed here, or is no more.
+    """
+    if plan is not None and not masks_registered():
+        raise RuntimeError("a prefix plan is set, but transformers' masks don't follow it: call install(decoder) first")
     token = _current_plan.set(plan)
     try:
         yield
@@ -98,6 +104,11 @@ def register_masks() -> None:
         library_mask = ALL_MASK_ATTENTION_FUNCTIONS[name]
         if not hasattr(library_mask, "library_mask"):  # not __wrapped__: the library decorates some of its own
             AttentionMaskInterface.register(name, _follow_plan(library_mask))
+
+
+def masks_registered() -> bool:
+    """Whether transformers' mask functions follow plans at the moment."""
+    return hasattr(ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], "library_mask")
 
 
 def unregister_masks() -> None:

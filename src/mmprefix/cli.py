@@ -1,4 +1,4 @@
-"""The command line: LightningCLI over the module and the data module, and ``generate``.
+"""The command line: LightningCLI over the module and the data module. The other commands are in `commands`.
 
 What a run leaves behind lies in one folder, ``trainer.default_root_dir``: checkpoints/, tensorboard/, metrics.csv,
 config.yaml, predictions.jsonl, predictions.png, model/. A new run never overwrites an older one: it is renamed first.
@@ -6,7 +6,6 @@ config.yaml, predictions.jsonl, predictions.png, model/. A new run never overwri
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import re
@@ -14,9 +13,8 @@ import sys
 import warnings
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
@@ -26,8 +24,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from mmprefix import __version__
+from mmprefix.commands import COMMANDS
 from mmprefix.data.datamodule import ShardDataModule
-from mmprefix.data.images import UndecodableImageError, decode_image
 from mmprefix.errors import InputError
 from mmprefix.evaluation.report import PredictionReport
 from mmprefix.files import replacing, set_aside
@@ -42,7 +40,6 @@ from mmprefix.training.checkpoints import (
     FILE_NAME,
     FOLDER,
     AtomicCheckpointIO,
-    load_model,
     newest_checkpoint,
     read_checkpoint,
     set_aside_newer,
@@ -213,43 +210,12 @@ def _quieten() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-class _OneLineArguments(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"generate: {message}")
-
-
-def generate_command(arguments: list[str]) -> int:
-    """``generate``: prints one answer about one image."""
-    parser = _OneLineArguments("python -m mmprefix generate", description="Answers about one image.")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, its model/ folder, or a .ckpt file")
-    parser.add_argument("--image", required=True, type=Path, help="picture file")
-    parser.add_argument("--instruction", required=True, help="text of the prefix")
-    parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--num_beams", type=int, default=1, help="1 is greedy")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args(arguments)
-    if not options.image.is_file():
-        raise InputError(f"--image: expected a picture file, found none at {options.image}")
-    try:
-        image = decode_image(options.image.read_bytes())
-    except UndecodableImageError as error:
-        raise InputError(f"--image: {options.image}: {error}") from error
-    model, processor = load_model(options.checkpoint)
-    model.to(options.device)
-    inputs = processor(images=image, text=options.instruction).to(options.device)
-    generated = model.generate(
-        **inputs, max_new_tokens=options.max_new_tokens, num_beams=options.num_beams, do_sample=False
-    )
-    print(processor.decode_generated(generated[:, inputs["input_ids"].shape[1] :])[0])
-    return 0
-
-
 def run(arguments: list[str]) -> int:
     """Runs a command; bad input becomes one line and status 2."""
     _quieten()
     try:
-        if arguments[0] == "generate":
-            return generate_command(arguments[1:])
+        if arguments[0] in COMMANDS:
+            return COMMANDS[arguments[0]](arguments[1:])
         MMPrefixCLI(
             MMPrefixModule,
             ShardDataModule,

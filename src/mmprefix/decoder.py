@@ -1,24 +1,33 @@
-"""Any transformers causal LM as a prefix LM: build it, install the prefix mask, and prove that it obeys.
+"""Any transformers causal LM as a prefix LM: build it, and make it follow the prefix mask.
 
-`build_decoder` makes the decoder from a hub name, a local folder or an inline config. `install` wraps the mask
-functions and the output layer; a decoder behaves as before when no plan is set. `check_prefix_lm` perturbs inputs and
-looks at outputs, so that an architecture which ignores the mask is refused by name instead of training on leaks.
+`build_decoder` makes the decoder from a hub name, a local folder or an inline config. `install` wraps transformers'
+mask functions and hooks into the output layer; a decoder behaves as before when no plan is set, and `uninstall` takes
+everything back. Whether an architecture obeys is found out in `probe`.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
+from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from mmprefix.attention import DENSE_IMPLEMENTATIONS, prefix_plan, register_masks, select_label_positions
+from mmprefix.attention import (
+    DENSE_IMPLEMENTATIONS,
+    current_plan,
+    register_masks,
+    select_label_positions,
+    unregister_masks,
+)
 from mmprefix.errors import InputError
-from mmprefix.packing import PrefixPlan
-from mmprefix.sequence import PREFIX_BRANCH, Region
+
+_installed: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass
@@ -30,20 +39,23 @@ class DecoderArgs:
         config: inline config with `model_type`, for a decoder from scratch, instead of `name`.
         pretrained: load the weights of `name`; false takes its config only.
         attn_implementation: `sdpa` or `eager`; by default sdpa where the architecture has it. flash_attention_2
-            drops the bidirectional prefix and is not offered.
+            drops the bidirectional prefix and is refused.
+        trust_remote_code: run the Python code that comes with `name`, if it needs any. Read it before.
     """
 
     name: str | None = None
     config: dict[str, Any] | None = None
     pretrained: bool = True
-    attn_implementation: Literal["sdpa", "eager"] | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
 
 
 def decoder_config(args: DecoderArgs) -> PreTrainedConfig:
     """The transformers config of the decoder.
 
     Raises:
-        InputError: neither or both of name and config, an unknown model type, or no causal LM.
+        InputError: neither or both of name and config, an unknown model type, no causal LM, or one that needs code of
+            its own.
     """
     if (args.name is None) == (args.config is None):
         raise InputError("model.decoder: expected exactly one of `name` and `config`, got " + (
@@ -59,42 +71,94 @@ def decoder_config(args: DecoderArgs) -> PreTrainedConfig:
         except (TypeError, ValueError) as error:
             raise InputError(f"model.decoder.config: {_one_line(error)}") from error
     else:
-        try:
-            config = AutoConfig.from_pretrained(args.name)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"model.decoder.name: cannot read the config of {args.name!r}: {_one_line(error)}"
-            ) from error
+        config = _config_of(str(args.name), args.trust_remote_code)
+        where = f"model.decoder.name={args.name}"
         if hasattr(config, "text_config"):
             raise InputError(
                 f"model.decoder.name: expected a text-only decoder, got {args.name!r}, whose model type "
                 f"{config.model_type!r} has a vision part of its own"
             )
-        _check_causal(config.model_type, f"model.decoder.name={args.name}")
+        if not (args.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})):
+            _check_causal(config.model_type, where)
+    _check_kind(config, "model.decoder.config" if args.config is not None else f"model.decoder.name={args.name}")
     return config
 
 
-def build_decoder(args: DecoderArgs, config: PreTrainedConfig) -> PreTrainedModel:
-    """The decoder with its weights, in float32, prefix mask not yet installed."""
-    implementation = attention_implementation(args, config)
+def _config_of(name: str, trust_remote_code: bool) -> PreTrainedConfig:
     try:
-        if args.name is not None and args.pretrained:
-            return AutoModelForCausalLM.from_pretrained(
-                args.name, dtype=torch.float32, attn_implementation=implementation
-            )
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=implementation)
-    except OSError as error:
-        raise InputError(f"model.decoder.name: cannot load {args.name!r}: {_one_line(error)}") from error
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"model.decoder.name: {name!r} needs Python code that comes with it; "
+                "read it, then allow it with model.decoder.trust_remote_code: true"
+            ) from error
+        raise InputError(f"model.decoder.name: cannot read the config of {name!r}: {_one_line(error)}") from error
+
+
+def build_decoder(args: DecoderArgs, config: PreTrainedConfig) -> PreTrainedModel:
+    """The decoder with its weights, in float32, prefix mask not yet installed.
+
+    Raises:
+        InputError: weights that cannot be had, or that are not exactly the model's.
+    """
+    kwargs: dict[str, Any] = {
+        "dtype": torch.float32,
+        "attn_implementation": attention_implementation(args, config),
+        "trust_remote_code": args.trust_remote_code,
+    }
+    if args.name is not None and args.pretrained:
+        model: PreTrainedModel = load_exactly(
+            AutoModelForCausalLM, args.name, f"model.decoder.name={args.name}", **kwargs
+        )
+        return model
+    try:
+        return AutoModelForCausalLM.from_config(config, **kwargs)
     except ValueError as error:  # an implementation that the architecture does not have, sizes that don't divide
         raise InputError(f"model.decoder: {config.model_type}: {_one_line(error)}") from error
+
+
+def load_exactly(model_class: Any, source: str | os.PathLike[str], where: str, **kwargs: Any) -> Any:
+    """``model_class.from_pretrained`` for weights that are exactly the model's.
+
+    By itself, transformers starts missing tensors at random and drops the ones it doesn't know.
+
+    Args:
+        model_class: a model of transformers, or one of its Auto classes.
+        source: hub name or local folder.
+        where: begins the message of an error.
+        kwargs: passed on.
+
+    Raises:
+        InputError: weights that cannot be read, or tensors that are missing, left over or of another shape, listed.
+    """
+    try:
+        # Asked to go on, it says which shapes differ.
+        model, info = model_class.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{where}: cannot load it: {_one_line(error)}") from error
+    problems = []
+    for kind, text in (("missing_keys", "missing"), ("unexpected_keys", "left over"), ("mismatched_keys", "misshapen")):
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind) or ())
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            problems.append(f"{len(names)} {text}: {', '.join(names[:8])}{more}")
+    if problems:
+        raise InputError(f"{where}: expected exactly the tensors of the model, got {'; '.join(problems)}")
+    return model
 
 
 def attention_implementation(args: DecoderArgs, config: PreTrainedConfig) -> str | None:
     """What to ask transformers for; None leaves it the choice.
 
     Raises:
-        InputError: sdpa for an architecture with a soft-cap on attention scores, which sdpa would drop.
+        InputError: an implementation without a dense mask, or sdpa for an architecture with a soft-cap on attention
+            scores, which sdpa would drop.
     """
+    if args.attn_implementation is not None:
+        _check_implementation(args.attn_implementation)
     soft_capped = getattr(config, "attn_logit_softcapping", None) is not None
     if soft_capped and args.attn_implementation == "sdpa":
         raise InputError(
@@ -103,129 +167,110 @@ def attention_implementation(args: DecoderArgs, config: PreTrainedConfig) -> str
     return "eager" if soft_capped else args.attn_implementation
 
 
-def _check_causal(model_type: str, where: str) -> None:
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise InputError(f"{where}: expected a causal LM of transformers, got model type {model_type!r}, which is none")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _before_output_layer(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (select_label_positions(args[0]), *args[1:])
-
-
-def install(decoder: PreTrainedModel) -> PreTrainedModel:
-    """Makes the decoder follow the plan of `attention.prefix_plan`. Idempotent.
-
-    Raises:
-        InputError: an attention implementation that takes no dense mask.
-    """
-    implementation = decoder.config._attn_implementation
+def _check_implementation(implementation: str) -> None:
     if implementation not in DENSE_IMPLEMENTATIONS:
         hint = ", which drops the bidirectional prefix silently" if "flash" in str(implementation) else ""
         raise InputError(
             f"model.decoder.attn_implementation: expected one of {', '.join(DENSE_IMPLEMENTATIONS)}, "
             f"got {implementation}{hint}"
         )
+
+
+def _check_causal(model_type: str, where: str) -> None:
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise InputError(f"{where}: expected a causal LM of transformers, got model type {model_type!r}, which is none")
+
+
+def _check_kind(config: PreTrainedConfig, where: str) -> None:
+    """Model types that have a causal head, too, but whose checkpoints are something else."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{where}: expected a causal LM, got {config.model_type!r}, an encoder-decoder")
+    masked = [name for name in getattr(config, "architectures", None) or () if name.endswith("ForMaskedLM")]
+    if masked:
+        raise InputError(f"{where}: expected a causal LM, got {masked[0]}, a masked LM")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def install(decoder: PreTrainedModel) -> PreTrainedModel:
+    """Makes the decoder follow the plan of `attention.prefix_plan`. Idempotent; works on PEFT-wrapped models.
+
+    Three things are put in place: transformers' mask functions are wrapped (once for all decoders), the output layer
+    computes the logits of label positions only, and causal masks that an architecture keeps in a buffer of its own
+    (gpt_neo) are opened at the first pass under a plan. Without a plan, all three do nothing. Call it again after
+    wrapping the decoder with PEFT, if that changed the output layer.
+
+    Raises:
+        InputError: an attention implementation that takes no dense mask, or a model without an output layer.
+    """
+    _check_implementation(decoder.config._attn_implementation)
     output_layer = decoder.get_output_embeddings()
     if output_layer is None:
         raise InputError(f"{type(decoder).__name__} has no output embeddings: expected a decoder with an LM head")
     register_masks()
-    if _before_output_layer not in output_layer._forward_pre_hooks.values():
-        output_layer.register_forward_pre_hook(_before_output_layer)
+    _installed.add(decoder)
+    # PEFT may have wrapped a layer that has the hook: two would pick positions twice.
+    _remove_hooks(output_layer, _before_output_layer)
+    output_layer.register_forward_pre_hook(_before_output_layer)
+    _remove_hooks(decoder, _open_causal_buffers)
+    for module in decoder.modules():
+        if _causal_buffers(module):
+            module.register_forward_pre_hook(_open_causal_buffers)
     return decoder
 
 
 def uninstall(decoder: PreTrainedModel) -> PreTrainedModel:
-    """Removes what `install` put on this decoder. The process-wide mask wrappers stay: they are inert without a plan."""
-    output_layer = decoder.get_output_embeddings()
-    for key, hook in list(output_layer._forward_pre_hooks.items()):
-        if hook is _before_output_layer:
-            del output_layer._forward_pre_hooks[key]
+    """Takes back what `install` did; with the last installed decoder, transformers is its own again, too."""
+    _remove_hooks(decoder, _before_output_layer)
+    _remove_hooks(decoder, _open_causal_buffers)
+    for module in decoder.modules():
+        if module.__dict__.pop(_OPENED, False):
+            for name in _causal_buffers(module):
+                setattr(module, name, module.get_buffer(name).tril())
+    _installed.discard(decoder)
+    if not _installed:
+        unregister_masks()
     return decoder
 
 
-@torch.no_grad()
-def check_prefix_lm(decoder: PreTrainedModel) -> None:
-    """Proves on the decoder itself that it obeys the rule, with 4 prefix and 3 target tokens in one forward pass.
+def _before_output_layer(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (select_label_positions(args[0]), *args[1:])
 
-    Row 0 is the base; row 1 changes the last target token, which no other token may notice; row 2 changes the last
-    prefix token, which the first must notice.
 
-    Raises:
-        InputError: a leak into the prefix or past the causal order, or a prefix that stayed causal.
+_OPENED = "mmprefix_opened"
+
+
+def _causal_buffers(module: nn.Module) -> list[str]:
+    """Names of the module's own ``[1, 1, S, S]`` bool buffers: causal masks applied beside the library's."""
+    return [
+        name
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.dtype == torch.bool and buffer.ndim == 4 and buffer.shape[-1] == buffer.shape[-2] > 1
+    ]
+
+
+def _open_causal_buffers(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Lets queries see later keys, where the library's mask lets them.
+
+    At the first pass and not in `install`: loading fills such buffers again after the model was built. Once open they
+    stay so: the library's mask is always complete beside them, and recomputation under gradient checkpointing, where
+    no plan is set, must find what the first pass found. What the buffer hides behind a query (a local window) stays.
     """
-    prefix, total = 4, 7
-    width = decoder.get_input_embeddings().weight.shape[1]
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(1, total, width, generator=generator)
-    rows = base.repeat(3, 1, 1)
-    rows[1, -1] += torch.randn(width, generator=generator)
-    rows[2, prefix - 1] += torch.randn(width, generator=generator)
-    # Real decoders see embeddings of a certain size; far beyond it a saturated layer could hide a change.
-    rows = rows * decoder.get_input_embeddings().weight.float().std().cpu()
-    index = torch.arange(total, device=next(decoder.parameters()).device).expand(3, -1)
-    zeros = torch.zeros_like(index)
-    plan = PrefixPlan(
-        segment=zeros,
-        branch=torch.where(index < prefix, PREFIX_BRANCH, 0),
-        region=torch.where(index < prefix, int(Region.INSTRUCTION), int(Region.TARGET)),
-        position=index,
-    )
-    hidden = _hidden_states(decoder, rows, index, plan)
-    scale = hidden[0].abs().max().item()
-    leak = (hidden[1, :-1] - hidden[0, :-1]).abs().max().item()
-    reach = (hidden[2, 0] - hidden[0, 0]).abs().max().item()
-    architecture = type(decoder).__name__
-    if not leak <= 1e-4 * scale:
-        raise InputError(f"{architecture} is no causal LM: a target token leaks into what comes before it")
-    if not reach > 1e-6 * scale:
-        raise InputError(f"{architecture} can't be a prefix LM: its prefix stays causal under a bidirectional mask")
+    if current_plan() is None:
+        return
+    for name in _causal_buffers(module):
+        buffer = module.get_buffer(name)
+        if not getattr(buffer, _OPENED, False):  # on the tensor: one that was moved or filled again is a new one
+            opened = buffer | torch.ones_like(buffer).triu(1)
+            setattr(opened, _OPENED, True)
+            setattr(module, name, opened)
+            module.__dict__[_OPENED] = True
 
 
-@torch.no_grad()
-def can_share_prefix(decoder: PreTrainedModel) -> bool:
-    """Whether several targets may branch off one prefix: whether a second branch comes out as it does alone.
-
-    False for decoders that count distances by column (ALiBi) or carry a state along the row (recurrent hybrids).
-    """
-    prefix, branch = 4, 3
-    width = decoder.get_input_embeddings().weight.shape[1]
-    generator = torch.Generator().manual_seed(0)
-    row = torch.randn(1, prefix + 2 * branch, width, generator=generator)
-    row = row * decoder.get_input_embeddings().weight.float().std().cpu()
-    device = next(decoder.parameters()).device
-    column = torch.arange(prefix + 2 * branch, device=device).unsqueeze(0)
-    branches = torch.where(column < prefix, PREFIX_BRANCH, (column - prefix) // branch)
-    position = torch.where(column < prefix + branch, column, column - branch)
-    in_prefix = column < prefix
-    region = torch.where(in_prefix, int(Region.INSTRUCTION), int(Region.TARGET))
-    plan = PrefixPlan(torch.zeros_like(column), branches, region, position)
-    shared = _hidden_states(decoder, row, position, plan)[:, -branch:]
-    kept = torch.cat([row[:, :prefix], row[:, -branch:]], dim=1)
-    column, in_prefix = column[:, : prefix + branch], in_prefix[:, : prefix + branch]
-    plan = PrefixPlan(
-        torch.zeros_like(column), torch.where(in_prefix, PREFIX_BRANCH, 0), region[:, : prefix + branch], column
-    )
-    alone = _hidden_states(decoder, kept, column, plan)[:, -branch:]
-    return bool((shared - alone).abs().max() <= 1e-4 * alone.abs().max())
-
-
-def _hidden_states(decoder: PreTrainedModel, rows: Tensor, position_ids: Tensor, plan: PrefixPlan) -> Tensor:
-    """Last hidden states, float32, of embeddings ``[B, T, W]`` under a plan; leaves the decoder's mode as it was."""
-    was_training = decoder.training
-    decoder.eval()
-    try:
-        with prefix_plan(plan):
-            hidden: Tensor = decoder(
-                inputs_embeds=rows.to(next(decoder.parameters())),
-                attention_mask=torch.ones_like(position_ids),
-                position_ids=position_ids,
-                use_cache=False,
-                output_hidden_states=True,
-            ).hidden_states[-1]
-    finally:
-        decoder.train(was_training)
-    return hidden.float()
+def _remove_hooks(root: nn.Module, hook: Any) -> None:
+    for module in root.modules():
+        for key, found in list(module._forward_pre_hooks.items()):
+            if found is hook:
+                del module._forward_pre_hooks[key]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,25 +22,18 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from mmprefix.attention import prefix_plan
-from mmprefix.decoder import (
-    DecoderArgs,
-    build_decoder,
-    can_share_prefix,
-    check_prefix_lm,
-    decoder_config,
-    install,
-)
+from mmprefix.decoder import DecoderArgs, build_decoder, decoder_config, install, uninstall
 from mmprefix.errors import InputError
+from mmprefix.generation import PrefixGenerationMixin, cached_length, plan_of_rows, run_decoder
 from mmprefix.masks import PrefixVisibility
 from mmprefix.packing import PackedBatch, PrefixPlan
+from mmprefix.probe import check_prefix_lm, probe
 from mmprefix.sequence import IGNORE_INDEX
 from mmprefix.vision import ConnectorArgs, VisionArgs, VisionEncoder, VisionSpec, build_connector, resolve_vision
 
@@ -55,6 +49,7 @@ class MMPrefixConfig(PreTrainedConfig):
         prefix_visibility: `full`, `nested` or `causal`.
         decoder_attention: `sdpa` or `eager`; transformers does not save an attention implementation by itself.
         shared_prefix: whether several targets may branch off one prefix on this decoder.
+        refused_caches: caches with which this decoder generates wrongly (`static`), as the probe found.
     """
 
     model_type = "mmprefix"
@@ -69,6 +64,7 @@ class MMPrefixConfig(PreTrainedConfig):
         prefix_visibility: PrefixVisibility = "full",
         decoder_attention: str | None = None,
         shared_prefix: bool = True,
+        refused_caches: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -81,6 +77,7 @@ class MMPrefixConfig(PreTrainedConfig):
         self.prefix_visibility = prefix_visibility
         self.decoder_attention = decoder_attention
         self.shared_prefix = shared_prefix
+        self.refused_caches = list(refused_caches)
         if text_config is not None:
             # `save_pretrained` and `generate` read them from the outermost config.
             for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
@@ -109,7 +106,7 @@ class MMPrefixOutput(ModelOutput):
     past_key_values: Cache | None = None
 
 
-class MMPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class MMPrefixForConditionalGeneration(PreTrainedModel, PrefixGenerationMixin):
     """A timm encoder, a connector and any causal LM of transformers, with a bidirectional prefix."""
 
     config_class = MMPrefixConfig
@@ -178,22 +175,44 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
             decoder_attention=language_model.config._attn_implementation,
             **tokens,
         )
-        with torch.device("meta"):  # only the frame: a second set of decoder weights would be made for nothing
-            model = cls(config)
-        model.vision = VisionEncoder(spec, vision.pretrained)
         width = language_model.get_input_embeddings().weight.shape[1]
-        model.connector, _ = build_connector(connector, spec, width)
-        model.decoder = install(language_model)
-        check_prefix_lm(model.decoder)
-        config.shared_prefix = can_share_prefix(model.decoder)
-        if not config.shared_prefix:
-            warnings.warn(
-                f"{type(language_model).__name__}: targets cannot share a prefix; each becomes a sequence of its own",
-                stacklevel=2,
-            )
-        model.tie_weights()
+        model = cls.assemble(
+            config, VisionEncoder(spec, vision.pretrained), build_connector(connector, spec, width)[0], language_model
+        )
         model.generation_config.update(**tokens)
         return model
+
+    @classmethod
+    def assemble(
+        cls, config: MMPrefixConfig, vision: VisionEncoder, connector: nn.Module, decoder: PreTrainedModel
+    ) -> MMPrefixForConditionalGeneration:
+        """A model around finished parts, which it takes as they are; the decoder is proved to obey.
+
+        Args:
+            config: of the whole; what the probe finds is entered here.
+            vision, connector, decoder: the parts, on one device.
+
+        Raises:
+            InputError: a decoder that does not obey the prefix mask.
+        """
+        with torch.device("meta"):  # only the frame: a second set of weights would be made for nothing
+            model = cls(config)
+        uninstall(model.decoder)
+        model.vision, model.connector, model.decoder = vision, connector, install(decoder)
+        report = probe(decoder.config, decoder.config._attn_implementation, decoder)
+        if report.refusal is not None:
+            raise InputError(report.refusal)
+        check_prefix_lm(decoder)
+        for line in report.warnings():
+            warnings.warn(line, stacklevel=3)
+        config.shared_prefix, config.refused_caches = report.can_share, list(report.refused_caches)
+        model.tie_weights()
+        return model
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies, or unpickles in another process, where nobody has wrapped transformers' masks yet."""
+        super().__setstate__(state)
+        install(self.decoder)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialises what `from_pretrained` did not find, and buffers that are never saved.
@@ -266,31 +285,26 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         if plan is not None and labels is not None and plan.label_positions is not None:
             raise ValueError("expected labels or a plan with label positions, got both")
-        if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
-            raise ValueError(
-                "expected a 2-D attention_mask: a ready-made mask (static caches make one) has no prefix in it"
-            )
-        cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        cached = cached_length(past_key_values)
         if inputs_embeds is None:
             assert input_ids is not None
             # With a cache, the images are in it already.
             images = (None, None) if cached else (pixel_values, image_tokens)
             inputs_embeds = self._embed(input_ids, *images, plan)
         if plan is None:
-            plan = self._plan(input_ids, inputs_embeds, attention_mask, token_type_ids, cached, prefix_length)
-        if attention_mask is None:
-            batch, length = inputs_embeds.shape[:2]
-            attention_mask = torch.ones((batch, cached + length), dtype=torch.long, device=inputs_embeds.device)
-        if position_ids is None:
-            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
-        with prefix_plan(plan):
-            output = self.decoder(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                **{**kwargs, "return_dict": True},
+            plan = plan_of_rows(
+                (inputs_embeds.shape[0], inputs_embeds.shape[1]),
+                inputs_embeds.device,
+                attention_mask,
+                is_image=None if input_ids is None else input_ids == self.config.image_token_id,
+                is_target=None if token_type_ids is None else token_type_ids == 1,
+                cached=cached,
+                prefix_length=prefix_length,
+                visibility=self.config.prefix_visibility,
             )
+        output = run_decoder(
+            self.decoder, inputs_embeds, plan, attention_mask, position_ids, past_key_values, **kwargs
+        )
         logits = output.logits
         if plan is not None and plan.label_positions is not None:
             logits = logits.squeeze(0)
@@ -344,58 +358,35 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         return embeds.masked_scatter(is_image.unsqueeze(-1), image_tokens)
 
-    def _plan(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        cached: int,
-        prefix_length: int | None,
-    ) -> PrefixPlan | None:
-        """The plan of rows with one sample each, or of the prefix that a cache holds.
-
-        With a cache of unknown prefix length there is none: the decoder's own mask shows a target token all that is
-        cached, which is right but for sliding windows.
-        """
-        batch, length = inputs_embeds.shape[:2]
-        device = inputs_embeds.device
-        if cached and prefix_length is None:
-            return None
-        length = prefix_length if cached and prefix_length is not None else length
-        if attention_mask is None:
-            attention_mask = torch.ones((batch, length), dtype=torch.long, device=device)
-        if cached or input_ids is None:
-            is_image = torch.zeros((batch, length), dtype=torch.bool, device=device)
-        else:
-            is_image = input_ids == self.config.image_token_id
-        is_target = None if token_type_ids is None or cached else token_type_ids == 1
-        if not cached and prefix_length is not None and prefix_length < length:
-            # Generation without a cache: what follows the prompt was generated.
-            is_target = (torch.arange(length, device=device) >= prefix_length).expand(batch, -1)
-        return PrefixPlan.from_prompt(attention_mask[:, :length], is_image, is_target, self.config.prefix_visibility)
-
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """transformers' own, without the images once they are in the cache."""
         first = kwargs.get("is_first_iteration", False)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if not first and kwargs.get("use_cache", True):
-            inputs["pixel_values"] = inputs["image_tokens"] = None
+            inputs["image_tokens"] = None
         return inputs
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`; the whole prompt is prefix, whatever is generated is target."""
-        prompt = kwargs.get("input_ids") if inputs is None else inputs
-        if prompt is not None:
-            kwargs.setdefault("prefix_length", prompt.shape[1])
-        return super().generate(inputs, *args, **kwargs)
+        """transformers' `generate`; the whole prompt is prefix, whatever is generated is target.
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        cache = model_kwargs.get("past_key_values")
-        if isinstance(cache, DynamicCache) and any(cache.is_sliding):
-            # A cache that forgets what left the window would forget the prefix, which stays visible to all.
-            model_kwargs["past_key_values"] = DynamicCache()
+        Images are encoded once, also for several beams or returned sequences.
+
+        Raises:
+            ValueError: images that can't be dealt out evenly to the prompts.
+        """
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        pixel_values = kwargs.pop("pixel_values", None)
+        if pixel_values is not None and kwargs.get("image_tokens") is None and prompt is not None:
+            with torch.no_grad():
+                image_tokens = self.get_image_tokens(pixel_values.to(self.device))
+            if len(image_tokens) % len(prompt):
+                raise ValueError(
+                    f"expected the same number of images in every prompt, got {len(image_tokens)} images "
+                    f"for {len(prompt)} prompts"
+                )
+            # One entry for each prompt: `generate` repeats the entries for its beams.
+            kwargs["image_tokens"] = image_tokens.reshape(len(prompt), -1, image_tokens.shape[-1])
+        return super().generate(inputs, *args, **kwargs)
 
 
 AutoConfig.register(MMPrefixConfig.model_type, MMPrefixConfig)

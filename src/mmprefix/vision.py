@@ -35,12 +35,15 @@ class VisionArgs:
         name: any model name of timm.
         pretrained: true for timm's weights, or the path of a local weights file; false starts from random weights.
         image_size: side of the square input in pixels; by default what timm's data config says.
+        interpolate_position_embeddings: allow another size than the pretrained weights were made for, where their
+            position embeddings have to be interpolated to it.
         kwargs: passed on to `timm.create_model`, for other depths, widths or patch sizes.
     """
 
     name: str
     pretrained: bool | str = False
     image_size: int | None = None
+    interpolate_position_embeddings: bool = False
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -122,6 +125,7 @@ def resolve_vision(args: VisionArgs) -> VisionSpec:
     elif "img_size" in kwargs:
         side = kwargs["img_size"]
         height, width = (side, side) if isinstance(side, int) else tuple(side)
+    _check_size(args, model, pretrained_cfg, height, width)
     try:
         features = model.forward_features(torch.empty(1, 3, height, width, device="meta"))
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -140,6 +144,26 @@ def resolve_vision(args: VisionArgs) -> VisionSpec:
         width=tokens.shape[2],
         unused=_unused_parameters(model, tokens),
     )
+
+
+def _check_size(args: VisionArgs, model: nn.Module, pretrained_cfg: Any, height: int, width: int) -> None:
+    """timm would cut off what patches don't cover, and interpolate position embeddings, without a word."""
+    where = f"model.vision.image_size: {args.name}"
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if isinstance(patch, tuple) and len(patch) == 2 and (height % patch[0] or width % patch[1]):
+        sides = sorted({max(1, side // p) * p for side, p in ((height, patch[0]), (width, patch[1]))})
+        raise InputError(
+            f"{where} takes multiples of its patch size {patch[0]}, got {height}x{width}; "
+            f"the nearest are {sides[0]} and {sides[0] + patch[0]}"
+        )
+    if not args.pretrained or args.interpolate_position_embeddings or pretrained_cfg is None:
+        return
+    made_for = tuple(pretrained_cfg.input_size[1:])
+    if pretrained_cfg.fixed_input_size and made_for != (height, width):
+        raise InputError(
+            f"{where} has pretrained position embeddings for {made_for[0]}x{made_for[1]}, got {height}x{width}; "
+            "interpolate them with model.vision.interpolate_position_embeddings: true"
+        )
 
 
 def _unused_parameters(model: nn.Module, tokens: Tensor) -> tuple[str, ...]:
@@ -201,6 +225,8 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """float ``[I, 3, H, W]``, normalised -> image tokens, float ``[I, N, D]``."""
+        # Pixels come as float32, weights perhaps in half precision.
+        pixel_values = pixel_values.to(next(self.model.parameters()).dtype)
         tokens, _ = _to_tokens(self.model, self.model.forward_features(pixel_values))
         return tokens
 

@@ -6,6 +6,7 @@ takes the one with the highest step: with atomic files, the newest is always who
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from mmprefix.decoder import load_exactly
 from mmprefix.errors import InputError
 from mmprefix.files import replacing
 from mmprefix.modeling import MMPrefixConfig, MMPrefixForConditionalGeneration
@@ -104,10 +106,14 @@ def load_model(path: Path) -> tuple[MMPrefixForConditionalGeneration, MMPrefixPr
     """
     if path.is_dir():
         if (path / "config.json").is_file():
-            return (
-                MMPrefixForConditionalGeneration.from_pretrained(path).eval(),
-                MMPrefixProcessor.from_pretrained(path),
-            )
+            model_type = json.loads((path / "config.json").read_text()).get("model_type")
+            if model_type != MMPrefixConfig.model_type:
+                raise InputError(
+                    f"{path}: expected a model folder of mmprefix, got model type {model_type!r}"
+                    + (": import it with `import-paligemma` first" if model_type == "paligemma" else "")
+                )
+            model: MMPrefixForConditionalGeneration = load_exactly(MMPrefixForConditionalGeneration, path, str(path))
+            return model.eval(), MMPrefixProcessor.from_pretrained(path)
         if (path / "model" / "config.json").is_file():
             return load_model(path / "model")
         newest = newest_checkpoint(path)
