@@ -23,7 +23,15 @@ VISION = {
     "num_attention_heads": 4, "patch_size": 14, "image_size": 56, "hidden_act": "gelu_pytorch_tanh",
     "vision_use_head": False,
 }  # fmt: skip
-CORPUS = ["caption en", "describe the picture", "what is this?", "a red flower in the sun", "a temple by a lake", "yes", "no"]
+CORPUS = [
+    "caption en",
+    "describe the picture",
+    "what is this?",
+    "a red flower in the sun",
+    "a temple by a lake",
+    "yes",
+    "no",
+]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -42,7 +50,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def save_paligemma(folder: Path, text_type: str = "gemma", dtype: torch.dtype = torch.float32, **vision: object) -> None:
+def save_paligemma(
+    folder: Path, text_type: str = "gemma", dtype: torch.dtype = torch.float32, **vision: object
+) -> None:
     """Writes a checkpoint whose weights are large enough for attention to matter."""
     torch.manual_seed(0)
     vision = {**VISION, **vision}
@@ -53,7 +63,12 @@ def save_paligemma(folder: Path, text_type: str = "gemma", dtype: torch.dtype = 
     processor = PaliGemmaProcessor(images, make_tokenizer())
     text = {**TEXT, "model_type": text_type, "vocab_size": len(processor.tokenizer) + 7}
     if text_type == "gemma2":
-        text |= {"sliding_window": 128, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 15.0}
+        text |= {
+            "sliding_window": 128,
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": 20.0,
+            "final_logit_softcapping": 15.0,
+        }
     config = PaliGemmaConfig(
         vision_config=vision, text_config=text, image_token_index=processor.image_token_id, projection_dim=64,
         hidden_size=64, vocab_size=text["vocab_size"], pad_token_id=0, eos_token_id=1, bos_token_id=2,

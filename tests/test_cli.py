@@ -71,7 +71,9 @@ def test_no_command_and_wrong_command():
     wrong = mmprefix("fitt")
     assert wrong.returncode == 2
     assert (
-        wrong.stderr == "error: expected one of fit, validate, test, predict, generate, got 'fitt'; did you mean fit?\n"
+        wrong.stderr
+        == "error: expected one of fit, validate, test, predict, generate, probe, import-paligemma, export, "
+        "got 'fitt'; did you mean fit?\n"
     )
 
 
@@ -112,15 +114,17 @@ def test_unknown_keys_are_refused_with_the_nearest(config, capfd, tmp_path):
         (["--model.vision.name", "vit_tiny_patch16_244"], "expected a timm model, got 'vit_tiny_patch16_244'; close to it: vit_tiny_patch16"),
         (["--model.vision.kwargs", "{depht: 2}"], "timm cannot build test_vit"),
         (["--model.vision.pretrained", "/nowhere.safetensors"], "expected a weights file, found none at /nowhere.safetensors"),
-        (["--model.decoder.config", "{model_type: bert}"], "BertLMHeadModel is no causal LM: a target token leaks into what comes before it"),
+        (["--model.decoder.config", "{model_type: bert}"], "BertLMHeadModel (bert, sdpa) can't be a prefix LM: property 1, 'no target token is seen before it', fails: target token"),
         (["--model.decoder.config", "{model_type: t5}"], "expected a causal LM of transformers, got model type 't5'"),
-        (["--model.decoder.config", "{model_type: mamba, hidden_size: 32, num_hidden_layers: 1}"], "MambaForCausalLM can't be a prefix LM"),
+        (["--model.decoder.config", "{model_type: mamba, hidden_size: 32, num_hidden_layers: 1}"], "MambaForCausalLM (mamba, eager) can't be a prefix LM: property 2"),
         (["--model.decoder.config", "{hidden_size: 32}"], "expected the key `model_type`"),
         (["--model.decoder.name", "somewhere"], "expected exactly one of `name` and `config`, got both"),
         (["--model.tokenizer.name", "null"], "model.tokenizer.name: expected a name, a folder or `byte`"),
         (["--model.connector", "{kind: pixel_shuffle, factor: 3}"], "needs a token grid divisible by 3, test_vit has (2, 2)"),
         (["--model.connector.kind", "conv"], "model.connector.kind"),
-        (["--model.decoder.attn_implementation", "flash_attention_2"], "flash_attention_2"),
+        (["--model.decoder.attn_implementation", "flash_attention_2"], "expected one of sdpa, eager, got flash_attention_2, which drops the bidirectional prefix"),
+        (["--model.vision.image_size", "33"], "takes multiples of its patch size 16, got 33x33; the nearest are 32 and 48"),
+        (["--model.pretrained", "/nowhere"], "model.pretrained: expected no model.vision beside it"),
     ],
 )  # fmt: skip
 def test_bad_settings_give_one_clear_line(config, capfd, settings, message):

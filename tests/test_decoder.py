@@ -132,10 +132,14 @@ def test_peft_wrapped_decoders_follow_the_plan(modules_to_save):
     decoder = small("llama")
     with torch.no_grad():
         expected = logits_under_plan(decoder, IDS)
-    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=modules_to_save, init_lora_weights=True)
+    config = peft.LoraConfig(
+        target_modules=["q_proj", "v_proj"], modules_to_save=modules_to_save, init_lora_weights=True
+    )
     wrapped = install(peft.get_peft_model(decoder, config))
     torch.testing.assert_close(logits_under_plan(wrapped, IDS).detach(), expected)  # fresh adapters add nothing
-    plan = PrefixPlan.from_prompt(torch.ones_like(IDS), torch.zeros_like(IDS).bool(), torch.arange(12).unsqueeze(0) >= 4)
+    plan = PrefixPlan.from_prompt(
+        torch.ones_like(IDS), torch.zeros_like(IDS).bool(), torch.arange(12).unsqueeze(0) >= 4
+    )
     plan = replace(plan, label_positions=torch.tensor([3, 4, 7]))
     with prefix_plan(plan):
         picked = wrapped(input_ids=IDS, attention_mask=torch.ones_like(IDS), use_cache=False).logits

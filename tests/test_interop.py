@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
+from transformers import Gemma2Config, GemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 from transformers.models.paligemma import modeling_paligemma
 
 from mmprefix.cli import run
@@ -100,7 +101,9 @@ def test_round_trip_of_every_tensor_is_bit_equal(source, ours, tmp_path):
     for part in ("text_config", "vision_config"):
         for config in configs:
             config[part].pop("dtype", None)
-    differing = {k for k in configs[0]["text_config"] if configs[0]["text_config"][k] != configs[1]["text_config"].get(k)}
+    differing = {
+        k for k in configs[0]["text_config"] if configs[0]["text_config"][k] != configs[1]["text_config"].get(k)
+    }
     assert differing <= {"bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"}, differing
     assert all(configs[1]["vision_config"][k] == v for k, v in configs[0]["vision_config"].items())
 
@@ -154,7 +157,18 @@ def test_dtype_generation_settings_and_sharding_travel_along(tmp_path):
     assert (generation["num_beams"], generation["max_new_tokens"]) == (2, 7)
 
 
-def test_published_encoder_has_its_timm_name(monkeypatch):
+def test_images_that_fill_the_window_are_announced():
+    from mmprefix.interop.paligemma import _warn_of_window
+
+    with pytest.warns(UserWarning, match="4096 image tokens and text don't fit the decoder's window of 4096"):
+        _warn_of_window(Gemma2Config(), 4096)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _warn_of_window(Gemma2Config(), 1024)
+        _warn_of_window(GemmaConfig(), 4096)
+
+
+def test_published_encoder_has_its_timm_name():
     from transformers import SiglipVisionConfig
 
     from mmprefix.interop.paligemma import _vision_spec
@@ -198,7 +212,10 @@ def test_other_image_sizes_interpolate_on_request(source, photos):
         (["--from", "{source}", "--out", "{full}"], "--out: expected a new or empty folder, {full} holds something"),
         (["--from", "{llama}", "--out", "{out}"], "expected a PaliGemma checkpoint, got model type 'llama'"),
         (["--from", "{full}", "--out", "{out}"], "cannot read its config"),
-        (["--from", "{source}", "--out", "{out}", "--image_size", "60"], "--image_size 60: model.vision.image_size: vit_base_patch16_siglip_gap_224 takes multiples of its patch size 14, got 60x60; the nearest are 56 and 70"),
+        (
+            ["--from", "{source}", "--out", "{out}", "--image_size", "60"],
+            "--image_size 60: model.vision.image_size: vit_base_patch16_siglip_gap_224 takes multiples of its patch size 14, got 60x60; the nearest are 56 and 70",
+        ),
         (["--from", "{missing}", "--out", "{out}"], "1 missing: lm_head.bias_that_is_not"),
         (["--from", "{source}"], "the following arguments are required: --out"),
         (["--from", "{source}", "--out", "{out}", "--form", "x"], "unrecognized arguments: --form x"),
@@ -258,7 +275,20 @@ def test_transformers_folder_loads_in_a_process_that_only_imports_mmprefix(photo
     """Auto classes and the pipeline, and the prompt's format travels along."""
     model, processor = make_model()
     write_pretrained(tmp_path / "saved", model, processor)
-    assert run(["export", "--checkpoint", str(tmp_path / "saved"), "--format", "transformers", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        run(
+            [
+                "export",
+                "--checkpoint",
+                str(tmp_path / "saved"),
+                "--format",
+                "transformers",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     photos[0].save(tmp_path / "photo.png")
     code = (
         "import sys, mmprefix\n"
@@ -272,11 +302,15 @@ def test_transformers_folder_loads_in_a_process_that_only_imports_mmprefix(photo
         "ids = model.generate(**inputs, max_new_tokens=4)[:, inputs['input_ids'].shape[1]:]\n"
         "print(repr([a['generated_text'] for a in answers])); print(repr(processor.tokenizer.decode(ids[0], skip_special_tokens=True)))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out"), str(tmp_path / "photo.png")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out"), str(tmp_path / "photo.png")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     answers, single = done.stdout.strip().splitlines()
     inputs = processor(photos[0], "what?")
-    expected = processor.decode_generated(model.generate(**inputs, max_new_tokens=4)[:, inputs["input_ids"].shape[1] :])[0]
+    expected = processor.decode_generated(
+        model.generate(**inputs, max_new_tokens=4)[:, inputs["input_ids"].shape[1] :]
+    )[0]
     assert expected.strip() == eval(single).strip()
     assert len(eval(answers)) == 2
     assert eval(answers)[0].strip() == expected.strip()
@@ -290,7 +324,9 @@ def test_interrupted_export_leaves_nothing(tmp_path, monkeypatch, capfd):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(MMPrefixProcessor, "save_pretrained", full_disk)
-    status = run(["export", "--checkpoint", str(tmp_path / "saved"), "--format", "transformers", "--out", str(tmp_path / "out")])
+    status = run(
+        ["export", "--checkpoint", str(tmp_path / "saved"), "--format", "transformers", "--out", str(tmp_path / "out")]
+    )
     assert status == 1
     assert "No space left on device" in capfd.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
@@ -306,7 +342,20 @@ def test_saved_weights_that_miss_a_tensor_are_refused(tmp_path, capfd):
     weights = load_file(tmp_path / "saved" / "model.safetensors")
     del weights["connector.weight"]
     save_file(weights, tmp_path / "saved" / "model.safetensors", metadata={"format": "pt"})
-    assert run(["export", "--checkpoint", str(tmp_path / "saved"), "--format", "transformers", "--out", str(tmp_path / "out")]) == 2
+    assert (
+        run(
+            [
+                "export",
+                "--checkpoint",
+                str(tmp_path / "saved"),
+                "--format",
+                "transformers",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 2
+    )
     assert "got 1 missing: connector.weight" in capfd.readouterr().err
     with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
         assert "connector.bias" in file.keys()  # noqa: SIM118

@@ -245,11 +245,22 @@ def test_generation_without_a_cache_is_the_same(any_model, photos):
     assert torch.equal(cached, recomputed)
 
 
-def test_static_cache_is_refused(model_and_processor, photos):
+def test_static_cache_generates_the_same(any_model, photos):
+    model, processor = any_model
+    inputs = processor(photos[:2], ["what is this?", "and?"])
+    dynamic, static = (
+        model.generate(**inputs, max_new_tokens=8, do_sample=False, cache_implementation=cache)
+        for cache in ("dynamic", "static")
+    )
+    assert torch.equal(dynamic, static)
+
+
+def test_ready_made_masks_are_refused(model_and_processor, photos):
     model, processor = model_and_processor
     inputs = processor(photos[0], "what is this?")
+    inputs["attention_mask"] = torch.ones(1, 1, inputs["input_ids"].shape[1], inputs["input_ids"].shape[1])
     with pytest.raises(ValueError, match="2-D attention_mask"):
-        model.generate(**inputs, max_new_tokens=3, cache_implementation="static")
+        model(**inputs)
 
 
 @pytest.mark.parametrize(

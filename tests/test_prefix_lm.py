@@ -131,7 +131,9 @@ def test_conversion_and_back_leaves_the_decoder_as_it_was():
         model = to_prefix_lm(decoder)
         prefix = (torch.arange(12) < 6).long().unsqueeze(0)
         assert not torch.allclose(model(input_ids=ids, bidirectional_mask=prefix).logits, native, atol=1e-3)
-        torch.testing.assert_close(model(input_ids=ids, bidirectional_mask=prefix * 0).logits, native, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            model(input_ids=ids, bidirectional_mask=prefix * 0).logits, native, atol=1e-5, rtol=1e-4
+        )
         again = to_causal_lm(model)
         assert again is decoder
         assert torch.equal(again(input_ids=ids).logits, native)
@@ -147,7 +149,10 @@ def test_a_saved_prefix_lm_never_reloads_as_causal(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(again) is PrefixLMForCausalLM
     with torch.no_grad():
-        assert torch.equal(again(input_ids=ids, bidirectional_mask=prefix).logits, model(input_ids=ids, bidirectional_mask=prefix).logits)
+        assert torch.equal(
+            again(input_ids=ids, bidirectional_mask=prefix).logits,
+            model(input_ids=ids, bidirectional_mask=prefix).logits,
+        )
         with pytest.raises(ValueError, match="expected bidirectional_mask"):
             again(input_ids=ids)
     # By the class of the decoder inside: nothing of the trained weights arrives.
@@ -182,7 +187,9 @@ def test_loss_is_that_of_targets_whatever_labels_say_of_the_prefix():
     losses = [-output.logits[row, position].log_softmax(-1)[token] for row, position, token in scored]
     torch.testing.assert_close(output.loss, torch.stack(losses).mean())
     careful = ids.masked_fill((prefix == 1) | (mask == 0), IGNORE_INDEX)
-    assert torch.equal(model(input_ids=ids, attention_mask=mask, bidirectional_mask=prefix, labels=careful).loss, output.loss)
+    assert torch.equal(
+        model(input_ids=ids, attention_mask=mask, bidirectional_mask=prefix, labels=careful).loss, output.loss
+    )
     output.loss.backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -247,7 +254,8 @@ def test_transformers_itself_is_wrong_with_what_is_refused():
     decoder.generation_config.eos_token_id = None
     inputs = left_padded()
     dynamic, static = (
-        decoder.generate(**inputs, **SETTINGS, do_sample=False, cache_implementation=cache) for cache in ("dynamic", "static")
+        decoder.generate(**inputs, **SETTINGS, do_sample=False, cache_implementation=cache)
+        for cache in ("dynamic", "static")
     )
     assert not torch.equal(dynamic, static)
 
@@ -289,7 +297,9 @@ def test_inputs_embeds_generate_the_same():
     model.generation_config.eos_token_id = None
     inputs = left_padded()
     embeds = model.get_input_embeddings()(inputs["input_ids"])
-    from_embeds = model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **SETTINGS, do_sample=False)
+    from_embeds = model.generate(
+        inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **SETTINGS, do_sample=False
+    )
     assert torch.equal(from_embeds, model.generate(**inputs, **SETTINGS, do_sample=False)[:, 8:])
     assert isinstance(model.decoder, LlamaForCausalLM)
     assert attention.masks_registered()

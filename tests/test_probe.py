@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, MambaConfig
 
-from mmprefix import attention, probe
+from mmprefix import probe
 from mmprefix.attention import prefix_plan
 from mmprefix.decoder import install, uninstall
 from mmprefix.errors import InputError
@@ -230,4 +230,3 @@ def test_gradient_checkpointing_recomputes_under_the_same_mask():
         for with_it, without in zip(*gradients, strict=True):
             torch.testing.assert_close(with_it, without, atol=1e-4, rtol=1e-4)
         uninstall(decoder)
-    assert not attention.masks_registered()

@@ -13,10 +13,12 @@ import yaml
 from mmprefix.cli import run
 from mmprefix.data.shards import write_shard
 from mmprefix.decoder import DecoderArgs
+from mmprefix.errors import InputError
 from mmprefix.processing import TokenizerArgs
 from mmprefix.training import callbacks, checkpoints
 from mmprefix.training.module import MMPrefixModule
 from mmprefix.training.optim import OptimizerArgs, PartArgs, parameter_groups, schedule_factor
+from mmprefix.vision import VisionArgs
 from tests.conftest import TINY_DECODER, TINY_VISION, colour_record, make_batch
 
 MODEL = {
@@ -510,3 +512,26 @@ def test_all_frozen_is_refused(fit):
     status, text, _ = fit(config={"model": {**MODEL, **frozen}})
     assert status == 2
     assert "all of vision, connector and decoder are frozen" in text
+
+
+def test_a_whole_model_is_the_start(tmp_path):
+    """An imported PaliGemma trains, in float32, and what stands beside it is refused."""
+    from mmprefix.interop.export import write_pretrained
+    from mmprefix.interop.paligemma import import_paligemma
+    from tests.paligemma import save_paligemma
+
+    save_paligemma(tmp_path / "source", dtype=torch.bfloat16)
+    imported = import_paligemma(str(tmp_path / "source"))
+    write_pretrained(tmp_path / "ours", *imported)
+    module = MMPrefixModule(pretrained=str(tmp_path / "ours"), prefix_visibility="nested")
+    assert module.model.dtype == torch.float32
+    assert module.model.training
+    assert module.model.config.prefix_visibility == module.processor.prefix_visibility == "nested"
+    for name, value in imported[0].state_dict().items():
+        assert torch.equal(module.model.state_dict()[name].bfloat16(), value)
+    with pytest.raises(InputError, match="expected no model.vision beside it, got VisionArgs"):
+        MMPrefixModule(pretrained=str(tmp_path / "ours"), vision=VisionArgs("test_vit"))
+    with pytest.raises(InputError, match="expected a timm model, got none"):
+        MMPrefixModule(
+            decoder=DecoderArgs(config={"model_type": "llama", "num_hidden_layers": 1}), tokenizer=TokenizerArgs("byte")
+        )

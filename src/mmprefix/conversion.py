@@ -1,10 +1,10 @@
 """A text-only causal LM as a prefix LM, and back: for people who have no images.
 
-    model = to_prefix_lm(AutoModelForCausalLM.from_pretrained(...))
-    model(input_ids=..., attention_mask=..., bidirectional_mask=..., labels=...).loss.backward()
-    model.generate(**tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt"))
-    model.save_pretrained(folder)          # AutoModelForCausalLM.from_pretrained gives a prefix LM again
-    causal = to_causal_lm(model)           # the model that came in
+model = to_prefix_lm(AutoModelForCausalLM.from_pretrained(...))
+model(input_ids=..., attention_mask=..., bidirectional_mask=..., labels=...).loss.backward()
+model.generate(**tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt"))
+model.save_pretrained(folder)          # AutoModelForCausalLM.from_pretrained gives a prefix LM again
+causal = to_causal_lm(model)           # the model that came in
 """
 
 from __future__ import annotations

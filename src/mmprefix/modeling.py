@@ -163,6 +163,12 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, PrefixGenerationMixin):
                 f"model.decoder: expected a vocabulary of at least {vocab_size} (the tokenizer's), "
                 f"got vocab_size {text_config.vocab_size}"
             )
+        if vocab_size is not None and decoder.name is not None and vocab_size < 0.5 * text_config.vocab_size:
+            warnings.warn(
+                f"{decoder.name}: its vocabulary has {text_config.vocab_size} tokens, the tokenizer {vocab_size}: "
+                "is it the decoder's own?",
+                stacklevel=2,
+            )
         language_model = build_decoder(decoder, text_config)
         tokens: dict[str, Any] = dict(special_tokens or {})
         config = MMPrefixConfig(
@@ -177,7 +183,10 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, PrefixGenerationMixin):
         )
         width = language_model.get_input_embeddings().weight.shape[1]
         model = cls.assemble(
-            config, VisionEncoder(spec, vision.pretrained), build_connector(connector, spec, width)[0], language_model
+            config,
+            VisionEncoder(spec, vision.pretrained, vision.interpolate_position_embeddings),
+            build_connector(connector, spec, width)[0],
+            language_model,
         )
         model.generation_config.update(**tokens)
         return model
@@ -302,9 +311,7 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, PrefixGenerationMixin):
                 prefix_length=prefix_length,
                 visibility=self.config.prefix_visibility,
             )
-        output = run_decoder(
-            self.decoder, inputs_embeds, plan, attention_mask, position_ids, past_key_values, **kwargs
-        )
+        output = run_decoder(self.decoder, inputs_embeds, plan, attention_mask, position_ids, past_key_values, **kwargs)
         logits = output.logits
         if plan is not None and plan.label_positions is not None:
             logits = logits.squeeze(0)

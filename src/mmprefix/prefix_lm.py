@@ -171,9 +171,7 @@ class PrefixLMForCausalLM(PreTrainedModel, PrefixGenerationMixin):
                 raise ValueError("labels need a bidirectional_mask: without it, nothing says what is scored")
             scored = is_target if attention_mask is None else is_target & attention_mask.bool()
             kwargs["labels"] = labels.masked_fill(~scored, IGNORE_INDEX)
-        return run_decoder(
-            self.decoder, inputs_embeds, plan, attention_mask, position_ids, past_key_values, **kwargs
-        )
+        return run_decoder(self.decoder, inputs_embeds, plan, attention_mask, position_ids, past_key_values, **kwargs)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`: the whole prompt is the prefix, whatever is generated is target.

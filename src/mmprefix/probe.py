@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from mmprefix.decoder import install, uninstall
@@ -170,7 +170,9 @@ class ProbeReport:
         return "\n".join(lines)
 
 
-def probe(config: PreTrainedConfig, attention: str | None = None, decoder: PreTrainedModel | None = None) -> ProbeReport:
+def probe(
+    config: PreTrainedConfig, attention: str | None = None, decoder: PreTrainedModel | None = None
+) -> ProbeReport:
     """Proves the six properties on a tiny random copy of a config. Takes a few seconds once, then it is remembered.
 
     Args:
@@ -382,7 +384,8 @@ def lay_out(rows: Sequence[Row], visibility: PrefixVisibility = "full") -> Prefi
             else:
                 tokens += [[PADDING_SEGMENT, PREFIX_BRANCH, int(Region.INSTRUCTION), 0]] * length
         columns.append(tokens)
-    return PrefixPlan(*torch.tensor(columns).unbind(-1), visibility=visibility)
+    segments, branches, regions, positions = torch.tensor(columns).unbind(-1)
+    return PrefixPlan(segments, branches, regions, positions, visibility)
 
 
 class _Subject:
@@ -410,11 +413,8 @@ class _Subject:
         positions = columns if plan is None else torch.where(left, (mask.cumsum(-1) - 1).clamp(min=0), plan.position)
         device = embeds.device
         plan = None if plan is None else map_tensors(plan, lambda t: t.to(device))
-        output = run_decoder(
-            self.decoder, embeds, plan, mask.to(device), positions.to(device), use_cache=False
-        )
+        output = run_decoder(self.decoder, embeds, plan, mask.to(device), positions.to(device), use_cache=False)
         return output.logits.float()  # type: ignore[no-any-return]
-
 
     def gradient(self, embeds: Tensor, plan: PrefixPlan | None, counted: Tensor | None = None) -> Tensor:
         """Gradient in the embeddings ``[B, T, W]`` of a fixed random projection of the logits.
@@ -459,7 +459,9 @@ def _target_is_hidden(s: _Subject) -> Property:
     gradient = None
     if s.gradients:
         counted = before.float()
-        gradients = s.gradient(rows[:1].repeat(TARGET, 1, 1), lay_out([[("prefix", PREFIX), ("target", TARGET)]] * TARGET), counted)
+        gradients = s.gradient(
+            rows[:1].repeat(TARGET, 1, 1), lay_out([[("prefix", PREFIX), ("target", TARGET)]] * TARGET), counted
+        )
         later = gradients.abs().amax(-1).cpu().masked_fill(before, 0).max().item()
         gradient = later / gradients.abs().max().item()
         if not gradient <= TOLERANCE:
@@ -633,7 +635,7 @@ def _cache_equals_full(s: _Subject) -> Property:
     mask = torch.stack([torch.nn.functional.pad(torch.ones_like(p), (width - p.numel(), 0)) for p in prompts])
     worst, failures = 0.0, []
     for cache in CACHES:
-        kwargs = {"cache_implementation": "static"} if cache == "static" else {}
+        kwargs: dict[str, Any] = {"cache_implementation": cache}
         try:
             output = model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=steps, do_sample=False, use_cache=True,
@@ -674,7 +676,9 @@ def probe_decoder(decoder: PreTrainedModel, gradients: bool = True) -> ProbeRepo
             parameter.requires_grad_(False)
         subject = _Subject(decoder, gradients)
         config = decoder.config
-        windows = {name: getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")}
+        windows = {
+            name: getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")
+        }
         windowed = any(value is not None for value in windows.values())
         properties = (
             _target_is_hidden(subject), _prefix_is_seen(subject), _padding_is_inert(subject),

@@ -51,12 +51,14 @@ class TokenizerArgs:
         pad_token: token to pad with, for tokenizers that name none.
         eos_token: token that ends a target, for tokenizers that name none.
         separator: text between instruction and target; tokenized on its own.
+        trust_remote_code: run the Python code that comes with `name`, if it needs any. Read it before.
     """
 
     name: str | None = None
     pad_token: str | None = None
     eos_token: str | None = None
     separator: str = "\n"
+    trust_remote_code: bool = False
 
 
 def load_tokenizer(args: TokenizerArgs, default: str | None) -> PreTrainedTokenizerBase:
@@ -79,9 +81,11 @@ def load_tokenizer(args: TokenizerArgs, default: str | None) -> PreTrainedTokeni
         tokenizer = ByT5Tokenizer(extra_ids=0, bos_token="<s>", **names)
     else:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, **names)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code, **names)
         except (OSError, ValueError) as error:
             message = " ".join(str(error).split())[:300]
+            if "trust_remote_code" in message:
+                message = "it needs Python code that comes with it; read it, then set model.tokenizer.trust_remote_code"
             raise InputError(f"model.tokenizer.name: cannot load {name!r}: {message}") from error
     for token in ("eos_token", "pad_token"):
         if getattr(tokenizer, token) is None:

@@ -40,7 +40,7 @@ class VisionArgs:
         kwargs: passed on to `timm.create_model`, for other depths, widths or patch sizes.
     """
 
-    name: str
+    name: str | None = None
     pretrained: bool | str = False
     image_size: int | None = None
     interpolate_position_embeddings: bool = False
@@ -104,6 +104,8 @@ def resolve_vision(args: VisionArgs) -> VisionSpec:
     Raises:
         InputError: an unknown name, arguments or an image size that the encoder does not take.
     """
+    if args.name is None:
+        raise InputError("model.vision.name: expected a timm model, got none")
     kwargs = dict(args.kwargs)
     try:
         pretrained_cfg = timm.models.get_pretrained_cfg(args.name, allow_unregistered=False)
@@ -156,8 +158,8 @@ def _check_size(args: VisionArgs, model: nn.Module, pretrained_cfg: Any, height:
             f"{where} takes multiples of its patch size {patch[0]}, got {height}x{width}; "
             f"the nearest are {sides[0]} and {sides[0] + patch[0]}"
         )
-    if not args.pretrained or args.interpolate_position_embeddings or pretrained_cfg is None:
-        return
+    if args.pretrained is not True or args.interpolate_position_embeddings or pretrained_cfg is None:
+        return  # what a weights file was made for is seen when it is loaded
     made_for = tuple(pretrained_cfg.input_size[1:])
     if pretrained_cfg.fixed_input_size and made_for != (height, width):
         raise InputError(
@@ -201,12 +203,14 @@ class VisionEncoder(nn.Module):
     Class and register tokens are dropped; feature maps of CNNs become tokens row by row.
     """
 
-    def __init__(self, spec: VisionSpec, pretrained: bool | str = False) -> None:
+    def __init__(
+        self, spec: VisionSpec, pretrained: bool | str = False, interpolate_position_embeddings: bool = False
+    ) -> None:
         """Builds the encoder.
 
         Args:
             spec: from `resolve_vision`.
-            pretrained: as in `VisionArgs`.
+            pretrained, interpolate_position_embeddings: as in `VisionArgs`.
 
         Raises:
             InputError: a weights file that is missing or does not fit.
@@ -218,7 +222,7 @@ class VisionEncoder(nn.Module):
             message = " ".join(str(error).split())[:300]
             raise InputError(f"model.vision: cannot get the weights of {spec.name}: {message}") from error
         if isinstance(pretrained, str):
-            _load_weights(self.model, spec, pretrained)
+            _load_weights(self.model, spec, pretrained, interpolate_position_embeddings)
         self.num_tokens = spec.num_tokens
         for name in spec.unused:
             self.model.get_parameter(name).requires_grad_(False)
@@ -231,16 +235,24 @@ class VisionEncoder(nn.Module):
         return tokens
 
 
-def _load_weights(model: nn.Module, spec: VisionSpec, path: str) -> None:
+def _load_weights(model: nn.Module, spec: VisionSpec, path: str, interpolate: bool) -> None:
     """Loads a local file with timm's own conversion for the architecture; heads may be missing or left over."""
     where = f"model.vision.pretrained: {path}"
     if not Path(path).is_file():
         raise InputError(f"model.vision.pretrained: expected a weights file, found none at {path}")
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
+        stored = timm.models.load_state_dict(path).get("pos_embed")
         keys = timm.models.load_checkpoint(model, path, strict=False, filter_fn=convert)
     except Exception as error:  # whatever the reader of the file, the conversion or the shapes raise
         raise InputError(f"{where}: expected weights of {spec.name}: {' '.join(str(error).split())[:300]}") from error
+    own = getattr(model, "pos_embed", None)
+    if not interpolate and isinstance(own, Tensor) and stored is not None and stored.shape != own.shape:
+        raise InputError(
+            f"{where}: has position embeddings {tuple(stored.shape)}, {spec.name} at {spec.image_size[0]}x"
+            f"{spec.image_size[1]} needs {tuple(own.shape)}; interpolate them with "
+            "model.vision.interpolate_position_embeddings: true"
+        )
     missing = sorted(set(keys.missing_keys) - set(spec.unused)) if keys else []
     if missing:
         raise InputError(

@@ -13,18 +13,22 @@ width is part of Gemma's own embedding layer. PaliGemma counts positions from 1 
 cannot tell apart.
 
 The prompt is PaliGemma's: image tokens, BOS, text, newline.
+
+Where the two differ, on purpose: in windowed layers (Gemma 2: 4096 tokens) our targets see the whole prefix, while
+transformers' see what lies in the window. It shows at 896 px only, whose 4096 image tokens fill it; a warning says so.
+And before 5.23, transformers' PaliGemma 2 forgets the soft-cap on its logits.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+import warnings
 from typing import Any
 
 import timm
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -46,6 +50,8 @@ from mmprefix.vision import VisionArgs, VisionEncoder, VisionSpec, resolve_visio
 SEPARATOR = "\n"
 _SO400M = (1152, 27, 16, 4304, 14)
 """Width, depth, heads, inner width and patch of the published checkpoints' encoder."""
+_TEXT_ROOM = 64
+"""Tokens of text that are expected beside the image."""
 _TEXT_MODEL_TYPES = ("gemma", "gemma2")
 
 # Module names of one block: transformers -> timm. Query, key and value are joined apart from these.
@@ -141,6 +147,7 @@ def import_paligemma(
             vision["pos_embed"].float(), list(spec.grid or ()), num_prefix_tokens=0
         ).to(vision["pos_embed"].dtype)
         processor = _our_processor(their_processor, config, spec, where)
+    _warn_of_window(text_config, spec.num_tokens)
     encoder = VisionEncoder(spec).to(theirs.dtype)
     encoder.model.load_state_dict(vision)
     model = MMPrefixForConditionalGeneration.assemble(
@@ -179,6 +186,16 @@ def _text_config(config: PaliGemmaConfig) -> tuple[PreTrainedConfig, str]:
     text_config.tie_word_embeddings = config.tie_word_embeddings
     soft_capped = getattr(text_config, "attn_logit_softcapping", None) is not None
     return text_config, "eager" if soft_capped else "sdpa"
+
+
+def _warn_of_window(text_config: PreTrainedConfig, num_image_tokens: int) -> None:
+    window = getattr(text_config, "sliding_window", None)
+    if window is not None and num_image_tokens + _TEXT_ROOM > window:
+        warnings.warn(
+            f"{num_image_tokens} image tokens and text don't fit the decoder's window of {window}: transformers hides "
+            "the first image tokens from targets in windowed layers, mmprefix doesn't",
+            stacklevel=3,
+        )
 
 
 def _decoder_around(
@@ -222,7 +239,9 @@ def _vision_spec(vision: SiglipVisionConfig, where: str) -> tuple[VisionSpec, di
 
 def _resized(spec: VisionSpec, kwargs: dict[str, Any], image_size: int, where: str) -> VisionSpec:
     try:
-        resized = resolve_vision(VisionArgs(spec.name, image_size=image_size, kwargs={**kwargs, "img_size": image_size}))
+        resized = resolve_vision(
+            VisionArgs(spec.name, image_size=image_size, kwargs={**kwargs, "img_size": image_size})
+        )
     except InputError as error:
         raise InputError(f"{where}: --image_size {image_size}: {error}") from error
     return resized
@@ -276,6 +295,7 @@ def export_paligemma(
         raise InputError(refuse.format("a newline as separator", repr(processor.separator)))
     encoder = model.vision.model
     vision_config = _siglip_config(encoder, config.vision_spec, refuse)
+    _warn_of_window(text_config, config.vision_spec.num_tokens)
     text_config.use_bidirectional_attention = None
     theirs_config = PaliGemmaConfig(
         vision_config=vision_config.to_dict() | {"model_type": "siglip_vision_model"},
@@ -305,12 +325,12 @@ def export_paligemma(
     return theirs, _their_processor(processor, config.vision_spec)
 
 
-def _siglip_config(encoder: nn.Module, spec: VisionSpec, refuse: str) -> SiglipVisionConfig:
+def _siglip_config(encoder: Any, spec: VisionSpec, refuse: str) -> SiglipVisionConfig:
     """The SigLIP config of a timm ViT, if it is one: a plain pre-norm ViT whose every tensor has its place."""
     names = set(encoder.state_dict()) - set(spec.unused)
-    blocks = getattr(encoder, "blocks", None)
+    blocks: Any = getattr(encoder, "blocks", ())
     expected: set[str] = set()
-    if blocks is not None and len(blocks):
+    if len(blocks):
         expected = {"patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed", "norm.weight", "norm.bias"} | {
             f"blocks.{number}.{module}.{kind}"
             for number in range(len(blocks))
@@ -319,13 +339,14 @@ def _siglip_config(encoder: nn.Module, spec: VisionSpec, refuse: str) -> SiglipV
         }
     if names != expected or getattr(encoder, "num_prefix_tokens", 1) != 0:
         differing = sorted(names ^ expected)[:3]
-        raise InputError(refuse.format("a SigLIP encoder (vit_*_siglip_gap_*)", f"{spec.name} ({', '.join(differing)})"))
-    assert blocks is not None
+        raise InputError(
+            refuse.format("a SigLIP encoder (vit_*_siglip_gap_*)", f"{spec.name} ({', '.join(differing)})")
+        )
     block = blocks[0]
     activation = {"GELUTanh": "gelu_pytorch_tanh", "GELU": "gelu"}.get(type(block.mlp.act).__name__)
     if activation is None:
         raise InputError(refuse.format("GELU in the encoder", type(block.mlp.act).__name__))
-    if block.norm1.eps != 1e-6 or encoder.norm.eps != 1e-6:  # type: ignore[union-attr,operator]
+    if block.norm1.eps != 1e-6 or encoder.norm.eps != 1e-6:
         raise InputError(refuse.format("layer norms with eps 1e-6", block.norm1.eps))
     height, width = spec.image_size
     if height != width:
@@ -336,7 +357,7 @@ def _siglip_config(encoder: nn.Module, spec: VisionSpec, refuse: str) -> SiglipV
         num_hidden_layers=len(blocks),
         num_attention_heads=block.attn.num_heads,
         image_size=height,
-        patch_size=encoder.patch_embed.proj.kernel_size[0],  # type: ignore[union-attr]
+        patch_size=encoder.patch_embed.proj.kernel_size[0],
         hidden_act=activation,
         layer_norm_eps=1e-6,
         vision_use_head=False,

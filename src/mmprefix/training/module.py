@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -35,7 +36,7 @@ from mmprefix.processing import (
     load_tokenizer,
     text_vocab_size,
 )
-from mmprefix.training.checkpoints import CONTENT_KEY
+from mmprefix.training.checkpoints import CONTENT_KEY, load_model
 from mmprefix.training.optim import OptimizerArgs, PartArgs, build_optimizer
 from mmprefix.vision import ConnectorArgs, VisionArgs
 
@@ -55,15 +56,48 @@ class _Window:
     ids: list[tuple[str, ...]] = field(default_factory=list)
 
 
+def _from_parts(
+    vision: VisionArgs,
+    decoder: DecoderArgs,
+    connector: ConnectorArgs,
+    tokenizer: TokenizerArgs,
+    prefix_visibility: PrefixVisibility,
+) -> tuple[MMPrefixForConditionalGeneration, MMPrefixProcessor]:
+    text_tokenizer = load_tokenizer(tokenizer, decoder.name)
+    model = MMPrefixForConditionalGeneration.from_parts(
+        vision,
+        connector,
+        decoder,
+        image_token_id=text_tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        prefix_visibility=prefix_visibility,
+        special_tokens={
+            name: getattr(text_tokenizer, name)
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+            if getattr(text_tokenizer, name) is not None
+        },
+        vocab_size=text_vocab_size(text_tokenizer),
+    )
+    processor = MMPrefixProcessor(
+        MMPrefixImageProcessor.from_spec(model.config.vision_spec),
+        text_tokenizer,
+        num_image_tokens=model.num_image_tokens,
+        separator=tokenizer.separator,
+        prefix_visibility=prefix_visibility,
+        shared_prefix=model.config.shared_prefix,
+    )
+    return model, processor
+
+
 class MMPrefixModule(pl.LightningModule):
     """A vision encoder, a connector and a decoder, fine-tuned as a prefix LM."""
 
     def __init__(
         self,
-        vision: VisionArgs,
-        decoder: DecoderArgs,
-        connector: ConnectorArgs = ConnectorArgs(),  # noqa: B008  (never mutated; jsonargparse shows it as default)
+        vision: VisionArgs = VisionArgs(),  # noqa: B008  (never mutated; jsonargparse shows it as default)
+        decoder: DecoderArgs = DecoderArgs(),  # noqa: B008
+        connector: ConnectorArgs = ConnectorArgs(),  # noqa: B008
         tokenizer: TokenizerArgs = TokenizerArgs(),  # noqa: B008
+        pretrained: str | None = None,
         prefix_visibility: PrefixVisibility = "full",
         loss_normalization: LossNormalization = "tokens",
         optimizer: OptimizerArgs = OptimizerArgs(),  # noqa: B008
@@ -82,6 +116,8 @@ class MMPrefixModule(pl.LightningModule):
             decoder: the transformers decoder.
             connector: from encoder to decoder width.
             tokenizer: by default the decoder's own.
+            pretrained: a whole model to start from, in place of the four above: the folder of `import-paligemma` or
+                `export`, an earlier run's folder, or its checkpoint.
             prefix_visibility: `full`: image and instruction see each other. `nested`: image tokens see only image
                 tokens. `causal`: the ordinary decoder, for comparison.
             loss_normalization: `tokens`: mean over all target tokens of an optimizer step. `per_sample`: mean over
@@ -99,28 +135,17 @@ class MMPrefixModule(pl.LightningModule):
         optimizer.check()
         if num_beams < 1:
             raise InputError(f"model.num_beams: expected at least 1, got {num_beams}")
-        text_tokenizer = load_tokenizer(tokenizer, decoder.name)
-        self.model = MMPrefixForConditionalGeneration.from_parts(
-            vision,
-            connector,
-            decoder,
-            image_token_id=text_tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-            prefix_visibility=prefix_visibility,
-            special_tokens={
-                name: getattr(text_tokenizer, name)
-                for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-                if getattr(text_tokenizer, name) is not None
-            },
-            vocab_size=text_vocab_size(text_tokenizer),
-        )
-        self.processor = MMPrefixProcessor(
-            MMPrefixImageProcessor.from_spec(self.model.config.vision_spec),
-            text_tokenizer,
-            num_image_tokens=self.model.num_image_tokens,
-            separator=tokenizer.separator,
-            prefix_visibility=prefix_visibility,
-            shared_prefix=self.model.config.shared_prefix,
-        )
+        if pretrained is not None:
+            given = {"vision": vision, "decoder": decoder, "connector": connector, "tokenizer": tokenizer}
+            for name, args in given.items():
+                if args != type(args)():
+                    raise InputError(f"model.pretrained: expected no model.{name} beside it, got {args}")
+            self.model, self.processor = load_model(Path(pretrained))
+            # Weights in half precision would lose small updates; computing in it is the trainer's choice.
+            self.model.float().train()
+            self.model.config.prefix_visibility = self.processor.prefix_visibility = prefix_visibility
+        else:
+            self.model, self.processor = _from_parts(vision, decoder, connector, tokenizer, prefix_visibility)
         self.loss_normalization: LossNormalization = loss_normalization
         self.optimizer_args = optimizer
         self.part_args = dict(zip(PARTS, (train_vision, train_connector, train_decoder), strict=True))
