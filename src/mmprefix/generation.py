@@ -1,4 +1,4 @@
-"""Rows of one sample each: the plan of a forward pass, and `generate` with a bidirectional prompt.
+"""Models with a prefix-LM decoder inside: a pass over rows of one sample each, and `generate`.
 
 Shared by the multimodal model and the text-only one. The whole prompt is prefix, whatever is generated is target:
 prefill sets a plan in which everything is prefix, cached steps set one that says how many columns of the cache are.
@@ -15,12 +15,13 @@ transformers does the decoding (greedy, sampling, beams); this module only keeps
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import GenerationMixin, PreTrainedConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
@@ -30,6 +31,7 @@ from transformers.cache_utils import (
 )
 
 from mmprefix.attention import prefix_plan
+from mmprefix.decoder import install, uninstall
 from mmprefix.masks import PrefixVisibility
 from mmprefix.packing import PrefixPlan
 
@@ -121,11 +123,82 @@ def run_decoder(
         )
 
 
-class PrefixGenerationMixin(GenerationMixin):
-    """`generate` with a bidirectional prompt.
+class PrefixDecoderConfig(PreTrainedConfig):
+    """Config of a model with a prefix-LM decoder inside.
 
-    For models whose `forward` takes ``prefix_length`` and whose config has ``text_config`` and ``refused_caches``.
+    Args:
+        text_config: config of the decoder, or its dict form.
+        decoder_attention: `sdpa` or `eager`; transformers does not save an attention implementation by itself.
+        refused_caches: caches with which this decoder generates wrongly (`static`), as the probe found.
     """
+
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  (transformers reads it from the class)
+
+    def __init__(
+        self,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        decoder_attention: str | None = None,
+        refused_caches: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(text_config, dict):
+            settings = dict(text_config)
+            text_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        self.text_config: Any = text_config
+        self.decoder_attention = decoder_attention
+        self.refused_caches = list(refused_caches)
+        if text_config is not None:
+            # `save_pretrained` and `generate` read them from the outermost config.
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+                kwargs.setdefault(name, getattr(text_config, name, None))
+        super().__init__(**kwargs)
+
+
+class PrefixDecoderModel(PreTrainedModel, GenerationMixin):
+    """A model with a prefix-LM decoder inside, and `generate` with a bidirectional prompt.
+
+    Subclasses have a `forward` that takes ``prefix_length``: how many columns are prompt.
+    """
+
+    config: PrefixDecoderConfig
+    base_model_prefix = "decoder"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: PrefixDecoderConfig) -> None:
+        super().__init__(config)
+        self.decoder = install(
+            AutoModelForCausalLM.from_config(config.text_config, attn_implementation=config.decoder_attention)
+        )
+
+    def replace_decoder(self, decoder: PreTrainedModel) -> None:
+        """Puts another decoder in the place of the present one, whose installation it takes back."""
+        uninstall(self.decoder)
+        self.decoder = install(decoder)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies, or unpickles in another process, where nobody has wrapped transformers' masks yet."""
+        super().__setstate__(state)
+        install(self.decoder)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's token embedding."""
+        return self.decoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the decoder's token embedding."""
+        self.decoder.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The decoder's output layer."""
+        return self.decoder.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the decoder's output layer."""
+        self.decoder.set_output_embeddings(value)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`; the whole prompt is prefix, whatever is generated is target."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,9 +26,9 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from mmprefix.decoder import DecoderArgs, build_decoder, decoder_config, install, uninstall
+from mmprefix.decoder import DecoderArgs, build_decoder, decoder_config
 from mmprefix.errors import InputError
-from mmprefix.generation import PrefixGenerationMixin, cached_length, plan_of_rows, run_decoder
+from mmprefix.generation import PrefixDecoderConfig, PrefixDecoderModel, cached_length, plan_of_rows, run_decoder
 from mmprefix.masks import PrefixVisibility
 from mmprefix.packing import PackedBatch, PrefixPlan
 from mmprefix.probe import check_prefix_lm, probe
@@ -38,7 +36,7 @@ from mmprefix.sequence import IGNORE_INDEX
 from mmprefix.vision import ConnectorArgs, VisionArgs, VisionEncoder, VisionSpec, build_connector, resolve_vision
 
 
-class MMPrefixConfig(PreTrainedConfig):
+class MMPrefixConfig(PrefixDecoderConfig):
     """Config of an encoder, a connector and a decoder.
 
     Args:
@@ -47,13 +45,11 @@ class MMPrefixConfig(PreTrainedConfig):
         connector: ``{"kind": ..., "factor": ...}``, see `ConnectorArgs`.
         image_token_id: placeholder id of image positions; may lie beyond the decoder's vocabulary.
         prefix_visibility: `full`, `nested` or `causal`.
-        decoder_attention: `sdpa` or `eager`; transformers does not save an attention implementation by itself.
         shared_prefix: whether several targets may branch off one prefix on this decoder.
-        refused_caches: caches with which this decoder generates wrongly (`static`), as the probe found.
+        kwargs: those of `PrefixDecoderConfig`.
     """
 
     model_type = "mmprefix"
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  (transformers reads it from the class)
 
     def __init__(
         self,
@@ -62,27 +58,15 @@ class MMPrefixConfig(PreTrainedConfig):
         connector: dict[str, Any] | None = None,
         image_token_id: int = 0,
         prefix_visibility: PrefixVisibility = "full",
-        decoder_attention: str | None = None,
         shared_prefix: bool = True,
-        refused_caches: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
-        if isinstance(text_config, dict):
-            settings = dict(text_config)
-            text_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         self.vision_config = vision_config
-        self.text_config = text_config
         self.connector = connector or {"kind": "linear"}
         self.image_token_id = image_token_id
         self.prefix_visibility = prefix_visibility
-        self.decoder_attention = decoder_attention
         self.shared_prefix = shared_prefix
-        self.refused_caches = list(refused_caches)
-        if text_config is not None:
-            # `save_pretrained` and `generate` read them from the outermost config.
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
-                kwargs.setdefault(name, getattr(text_config, name, None))
-        super().__init__(**kwargs)
+        super().__init__(text_config=text_config, **kwargs)
 
     @property
     def vision_spec(self) -> VisionSpec:
@@ -106,25 +90,17 @@ class MMPrefixOutput(ModelOutput):
     past_key_values: Cache | None = None
 
 
-class MMPrefixForConditionalGeneration(PreTrainedModel, PrefixGenerationMixin):
+class MMPrefixForConditionalGeneration(PrefixDecoderModel):
     """A timm encoder, a connector and any causal LM of transformers, with a bidirectional prefix."""
 
     config_class = MMPrefixConfig
-    base_model_prefix = "decoder"
-    main_input_name = "input_ids"
+    config: MMPrefixConfig
     input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = False
 
     def __init__(self, config: MMPrefixConfig) -> None:
         super().__init__(config)
         spec = config.vision_spec
         self.vision = VisionEncoder(spec)
-        self.decoder = install(
-            AutoModelForCausalLM.from_config(config.text_config, attn_implementation=config.decoder_attention)
-        )
         width = self.decoder.get_input_embeddings().weight.shape[1]
         self.connector, self.num_image_tokens = build_connector(ConnectorArgs(**config.connector), spec, width)
         self.post_init()
@@ -206,8 +182,8 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, PrefixGenerationMixin):
         """
         with torch.device("meta"):  # only the frame: a second set of weights would be made for nothing
             model = cls(config)
-        uninstall(model.decoder)
-        model.vision, model.connector, model.decoder = vision, connector, install(decoder)
+        model.vision, model.connector = vision, connector
+        model.replace_decoder(decoder)
         report = probe(decoder.config, decoder.config._attn_implementation, decoder)
         if report.refusal is not None:
             raise InputError(report.refusal)
@@ -218,11 +194,6 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, PrefixGenerationMixin):
         model.tie_weights()
         return model
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies, or unpickles in another process, where nobody has wrapped transformers' masks yet."""
-        super().__setstate__(state)
-        install(self.decoder)
-
     def _init_weights(self, module: nn.Module) -> None:
         """Initialises what `from_pretrained` did not find, and buffers that are never saved.
 
@@ -232,22 +203,6 @@ class MMPrefixForConditionalGeneration(PreTrainedModel, PrefixGenerationMixin):
             module.init_non_persistent_buffers()  # type: ignore[operator]
         elif isinstance(module, nn.Linear) and any(module is part for part in self.connector.modules()):
             module.reset_parameters()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The decoder's token embedding."""
-        return self.decoder.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the decoder's token embedding."""
-        self.decoder.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The decoder's output layer."""
-        return self.decoder.get_output_embeddings()
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replaces the decoder's output layer."""
-        self.decoder.set_output_embeddings(value)
 
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
         """float ``[I, 3, H, W]`` -> image tokens in the decoder's width, float ``[I, N, W]``."""

@@ -14,62 +14,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from mmprefix.decoder import install, uninstall
-from mmprefix.generation import PrefixGenerationMixin, cached_length, plan_of_rows, run_decoder
+from mmprefix.generation import PrefixDecoderConfig, PrefixDecoderModel, cached_length, plan_of_rows, run_decoder
 from mmprefix.sequence import IGNORE_INDEX
 
 
-class PrefixLMConfig(PreTrainedConfig):
-    """Config of a text-only prefix LM.
-
-    Args:
-        text_config: config of the decoder, or its dict form.
-        decoder_attention: `sdpa` or `eager`; transformers does not save an attention implementation by itself.
-        refused_caches: caches with which this decoder generates wrongly (`static`), as the probe found.
-    """
+class PrefixLMConfig(PrefixDecoderConfig):
+    """Config of a text-only prefix LM."""
 
     model_type = "prefix_lm"
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  (transformers reads it from the class)
 
-    def __init__(
-        self,
-        text_config: PreTrainedConfig | dict[str, Any] | None = None,
-        decoder_attention: str | None = None,
-        refused_caches: Sequence[str] = (),
-        **kwargs: Any,
-    ) -> None:
-        if isinstance(text_config, dict):
-            settings = dict(text_config)
-            text_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        self.text_config = text_config
-        self.decoder_attention = decoder_attention
-        self.refused_caches = list(refused_caches)
-        if text_config is not None:
-            # `save_pretrained` and `generate` read them from the outermost config.
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
-                kwargs.setdefault(name, getattr(text_config, name, None))
+    def __init__(self, **kwargs: Any) -> None:
+        # Written out: transformers gives a config class without an __init__ of its own a generated one.
         super().__init__(**kwargs)
 
 
-class PrefixLMForCausalLM(PreTrainedModel, PrefixGenerationMixin):
+class PrefixLMForCausalLM(PrefixDecoderModel):
     """Any causal LM of transformers with a bidirectional prefix."""
 
     config_class = PrefixLMConfig
-    base_model_prefix = "decoder"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = False
 
     def __init__(self, config: PrefixLMConfig) -> None:
         super().__init__(config)
-        self.decoder = install(
-            AutoModelForCausalLM.from_config(config.text_config, attn_implementation=config.decoder_attention)
-        )
         self.post_init()
 
     @classmethod
@@ -83,36 +51,14 @@ class PrefixLMForCausalLM(PreTrainedModel, PrefixGenerationMixin):
         )
         with torch.device("meta"):  # only the frame
             model = cls(config)
-        uninstall(model.decoder)
-        model.decoder = install(decoder)
+        model.replace_decoder(decoder)
         model.tie_weights()
         if decoder.generation_config is not None:
             model.generation_config = copy.deepcopy(decoder.generation_config)
         return model.train(decoder.training)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies, or unpickles in another process, where nobody has wrapped transformers' masks yet."""
-        super().__setstate__(state)
-        install(self.decoder)
-
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the decoder initialises itself."""
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The decoder's token embedding."""
-        return self.decoder.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the decoder's token embedding."""
-        self.decoder.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The decoder's output layer."""
-        return self.decoder.get_output_embeddings()
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replaces the decoder's output layer."""
-        self.decoder.set_output_embeddings(value)
 
     def forward(
         self,
