@@ -137,12 +137,17 @@ def test_exported_generates_the_same_20_tokens(ours, photos, tmp_path):
 
 def test_dtype_generation_settings_and_sharding_travel_along(tmp_path):
     save_paligemma(tmp_path / "source", dtype=torch.bfloat16)
+    template = "{{ messages[0]['content'][1]['text'] }}"
+    processor = PaliGemmaProcessor.from_pretrained(tmp_path / "source")
+    processor.chat_template = template
+    processor.save_pretrained(tmp_path / "source")
     config = tmp_path / "source" / "generation_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "num_beams": 2, "max_new_tokens": 7}))
     model, processor = import_paligemma(str(tmp_path / "source"))
     assert model.dtype == torch.bfloat16
     write_pretrained(tmp_path / "ours", model, processor, max_shard_size="100KB")
-    again, _ = load_model(tmp_path / "ours")
+    again, loaded = load_model(tmp_path / "ours")
+    assert (loaded.chat_template, loaded.separator) == (template, "\n")
     assert again.dtype == torch.bfloat16
     assert (again.generation_config.num_beams, again.generation_config.max_new_tokens) == (2, 7)
     export(tmp_path / "ours", "paligemma", tmp_path / "back", max_shard_size="100KB")
@@ -153,6 +158,7 @@ def test_dtype_generation_settings_and_sharding_travel_along(tmp_path):
     after = {k: v for shard in shards for k, v in load_file(shard).items()}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
+    assert PaliGemmaProcessor.from_pretrained(tmp_path / "back").chat_template == template
     generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
     assert (generation["num_beams"], generation["max_new_tokens"]) == (2, 7)
 
@@ -370,6 +376,20 @@ def test_images_are_encoded_once_for_all_beams(photos):
     handle.remove()
     assert seen == [2]
     assert output.shape[0] == 4
+    same_length = processor(photos[:2], ["what?", "when?"])
+    image = torch.full((2, 4), model.config.image_token_id)
+    two_images = torch.cat([image, same_length["input_ids"]], 1)
+    mask = torch.ones_like(two_images)
+    pixels = inputs["pixel_values"][[0, 1, 1, 0]]
+    together = model.generate(
+        input_ids=two_images, attention_mask=mask, pixel_values=pixels, max_new_tokens=3, num_beams=3, do_sample=False
+    )
+    for row in range(2):
+        alone = model.generate(
+            input_ids=two_images[row : row + 1], attention_mask=mask[row : row + 1],
+            pixel_values=pixels[2 * row : 2 * row + 2], max_new_tokens=3, num_beams=3, do_sample=False,
+        )  # fmt: skip
+        assert torch.equal(together[row], alone[0]), "beams keep their own images"
     with pytest.raises(ValueError, match="got 3 images for 2 prompts"):
         model.generate(**{**inputs, "pixel_values": inputs["pixel_values"][[0, 1, 1]]}, max_new_tokens=3)
     assert isinstance(model, MMPrefixForConditionalGeneration)

@@ -14,11 +14,6 @@ from mmprefix.sequence import IGNORE_INDEX
 from tests.architectures import ARCHITECTURES, NO_STATIC_CACHE, attention_of, config_of
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def causal_lm(name="mistral"):
     config = config_of(name)
     model = tiny_copy(config, attention_of(config))
@@ -241,6 +236,23 @@ def test_what_generation_cannot_do_is_refused():
     neo = to_prefix_lm_quietly(causal_lm("gpt_neo"))
     with pytest.raises(ValueError, match="static: transformers generates wrongly with it on gpt_neo"):
         neo.generate(**inputs, **SETTINGS, cache_implementation="static")
+
+
+def test_without_a_cache_that_works_everything_is_computed_again():
+    model = to_prefix_lm(causal_lm("llama"))
+    model.generation_config.eos_token_id = None
+    inputs = left_padded()
+    expected = model.generate(**inputs, **SETTINGS, do_sample=False)
+    model.config.refused_caches = ["dynamic", "static"]
+    lengths = []
+    handle = model.decoder.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    assert torch.equal(model.generate(**inputs, **SETTINGS, do_sample=False), expected)
+    handle.remove()
+    assert lengths == [8, 9, 10, 11, 12, 13]
+    with pytest.raises(ValueError, match="dynamic: transformers generates wrongly with it"):
+        model.generate(**inputs, **SETTINGS, cache_implementation="dynamic")
 
 
 def to_prefix_lm_quietly(model):

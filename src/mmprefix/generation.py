@@ -208,6 +208,9 @@ class PrefixDecoderModel(PreTrainedModel, GenerationMixin):
         return super().generate(inputs, *args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        if generation_config.cache_implementation is None and "dynamic" in self.config.refused_caches:
+            generation_config.use_cache = model_kwargs["use_cache"] = False  # slow, and right
+            return
         wanted = str(generation_config.cache_implementation or "dynamic")
         for refused in self.config.refused_caches:
             if refused in wanted:

@@ -337,17 +337,20 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             ValueError: images that can't be dealt out evenly to the prompts.
         """
         prompt = kwargs.get("input_ids") if inputs is None else inputs
-        pixel_values = kwargs.pop("pixel_values", None)
-        if pixel_values is not None and kwargs.get("image_tokens") is None and prompt is not None:
+        pixel_values, image_tokens = kwargs.pop("pixel_values", None), kwargs.pop("image_tokens", None)
+        if image_tokens is None and pixel_values is not None:
             with torch.no_grad():
                 image_tokens = self.get_image_tokens(pixel_values.to(self.device))
+        if image_tokens is not None and prompt is not None:
             if len(image_tokens) % len(prompt):
                 raise ValueError(
                     f"expected the same number of images in every prompt, got {len(image_tokens)} images "
                     f"for {len(prompt)} prompts"
                 )
             # One entry for each prompt: `generate` repeats the entries for its beams.
-            kwargs["image_tokens"] = image_tokens.reshape(len(prompt), -1, image_tokens.shape[-1])
+            image_tokens = image_tokens.reshape(len(prompt), -1, image_tokens.shape[-1])
+        if image_tokens is not None:
+            kwargs["image_tokens"] = image_tokens
         return super().generate(inputs, *args, **kwargs)
 
 

@@ -152,7 +152,11 @@ class ProbeReport:
             lines.append("samples cannot be packed into one row")
         if packing and not self.can_share:
             lines.append("targets cannot share a prefix; each becomes a sequence of its own")
-        lines += [f"generation with a {name} cache is wrong and refused" for name in self.refused_caches]
+        if "dynamic" in self.refused_caches:
+            lines.append("generation with a cache is wrong; it computes everything again for each token")
+        lines += [
+            f"generation with a {name} cache is wrong and refused" for name in self.refused_caches if name != "dynamic"
+        ]
         return [f"{self.architecture}: {line}" for line in lines]
 
     def table(self) -> str:
