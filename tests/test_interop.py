@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, GemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
@@ -18,7 +19,7 @@ from mmprefix.interop.export import export, write_pretrained
 from mmprefix.interop.paligemma import export_paligemma, import_paligemma, siglip_to_timm, timm_to_siglip
 from mmprefix.modeling import MMPrefixForConditionalGeneration
 from mmprefix.processing import MMPrefixProcessor
-from mmprefix.training.checkpoints import load_model
+from mmprefix.training.checkpoints import load_model, newest_checkpoint
 from mmprefix.vision import ConnectorArgs
 from tests.conftest import make_model
 from tests.paligemma import save_paligemma
@@ -390,7 +391,7 @@ def test_images_are_encoded_once_for_all_beams(photos):
             pixel_values=pixels[2 * row : 2 * row + 2], max_new_tokens=3, num_beams=3, do_sample=False,
         )  # fmt: skip
         assert torch.equal(together[row], alone[0]), "beams keep their own images"
-    with pytest.raises(ValueError, match="got 3 images for 2 prompts"):
+    with pytest.raises(ValueError, match="got 3 images of 4 tokens for prompts with"):
         model.generate(**{**inputs, "pixel_values": inputs["pixel_values"][[0, 1, 1]]}, max_new_tokens=3)
     assert isinstance(model, MMPrefixForConditionalGeneration)
 
@@ -409,3 +410,136 @@ def test_probe_command_prints_the_table(tmp_path, capfd):
     assert "can't be a prefix LM: property 1" in capfd.readouterr().out
     assert run(["probe", "--decoder", str(tmp_path / "mistral"), "--attn_implementation", "flash_attention_2"]) == 2
     assert "got flash_attention_2, which drops the bidirectional prefix silently" in capfd.readouterr().err
+
+
+def test_imported_trained_and_exported_is_what_was_trained(colour_shards, tmp_path, photos, capfd):
+    """From half-precision weights: training in float32 must not be rounded away on any way out."""
+    save_paligemma(tmp_path / "source", "gemma2", dtype=torch.bfloat16)
+    assert run(["import-paligemma", "--from", str(tmp_path / "source"), "--out", str(tmp_path / "ours")]) == 0
+    shards = colour_shards()
+    config = {
+        "model": {"pretrained": str(tmp_path / "ours"), "optimizer": {"lr": 1e-3}},
+        "data": {
+            "train": str(shards / "train-*.tar"), "val": str(shards / "val-*.tar"), "batch_size": 6, "num_workers": 0,
+            "max_target_tokens": 16,
+        },
+        "trainer": {
+            "max_steps": 2, "accelerator": "cpu", "default_root_dir": str(tmp_path / "run"),
+            "enable_progress_bar": False, "enable_model_summary": False,
+        },
+    }  # fmt: skip
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
+    assert run(["fit", "--config", str(tmp_path / "fit.yaml")]) == 0, capfd.readouterr().err
+    checkpoint = newest_checkpoint(tmp_path / "run")
+    trained = {k.removeprefix("model."): v for k, v in torch.load(checkpoint, weights_only=True)["state_dict"].items()}
+    before = load_model(tmp_path / "ours")[0].state_dict()
+    assert all(v.dtype == torch.float32 for v in trained.values())
+    assert not any(torch.equal(v, before[k].float()) for k, v in trained.items() if "weight" in k), "all of it trains"
+    for number, source in enumerate((checkpoint, tmp_path / "run")):
+        model, _ = load_model(source)
+        assert all(torch.equal(v, trained[k]) for k, v in model.state_dict().items())
+        assert model.generation_config.max_new_tokens == 20
+        assert model.config.text_config.dtype == torch.float32
+        for form in ("transformers", "paligemma"):
+            out = tmp_path / f"{form}-{number}"
+            assert run(["export", "--checkpoint", str(source), "--format", form, "--out", str(out)]) == 0
+        again, _ = load_model(tmp_path / f"transformers-{number}")
+        assert all(torch.equal(v, trained[k]) for k, v in again.state_dict().items())
+        theirs = PaliGemmaForConditionalGeneration.from_pretrained(out, attn_implementation="eager").eval()
+        assert theirs.dtype == torch.float32
+        inputs = their_inputs(PaliGemmaProcessor.from_pretrained(out), photos)
+        settings = {"max_new_tokens": 8, "do_sample": False}
+        expected = theirs.generate(**inputs, **settings)
+        inputs.pop("token_type_ids")
+        assert torch.equal(again.generate(**inputs, **settings), expected)
+    out = tmp_path / "half"
+    assert (
+        run(
+            [
+                "export",
+                "--checkpoint",
+                str(checkpoint),
+                "--format",
+                "paligemma",
+                "--out",
+                str(out),
+                "--dtype",
+                "bfloat16",
+            ]
+        )
+        == 0
+    )
+    assert all(v.dtype == torch.bfloat16 for v in load_file(out / "model.safetensors").values())
+
+
+def broken_model_folder(tmp_path, name, content):
+    write_pretrained(tmp_path / "saved", *make_model())
+    path = tmp_path / "saved" / name
+    path.unlink() if content is None else path.write_text(content)
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", '{"half', "config.json: expected a JSON object"),
+        ("config.json", "[1]", "config.json: expected a JSON object"),
+        ("processor_config.json", None, "expected processor and tokenizer files, cannot read them"),
+        ("tokenizer_config.json", '{"half', "expected processor and tokenizer files, cannot read them"),
+    ],
+)
+def test_broken_model_folders_give_one_line(name, content, message, tmp_path, capfd):
+    folder = broken_model_folder(tmp_path, name, content)
+    assert run(["export", "--checkpoint", str(folder), "--format", "transformers", "--out", str(tmp_path / "out")]) == 2
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith(f"error: {folder}")
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max_new_tokens", "0"], "--max_new_tokens: expected at least 1, got 0"),
+        (["--num_beams", "0"], "--num_beams: expected at least 1, got 0"),
+        (["--device", "cudaa"], "--device: cannot use cudaa"),
+    ],
+)
+def test_bad_settings_of_generate_give_one_line(arguments, message, tmp_path, photos, capfd):
+    write_pretrained(tmp_path / "saved", *make_model())
+    photos[2].save(tmp_path / "photo.png")
+    command = ["generate", "--checkpoint", str(tmp_path / "saved"), "--image", str(tmp_path / "photo.png")]
+    assert run([*command, "--instruction", "what?", *arguments]) == 2
+    assert message in capfd.readouterr().err.strip().splitlines()[-1]
+
+
+def test_sizes_that_are_none_are_refused_before_the_work(tmp_path, capfd):
+    for command in (["import-paligemma", "--from", "x"], ["export", "--checkpoint", "x", "--format", "transformers"]):
+        assert run([*command, "--out", str(tmp_path / "out"), "--max_shard_size", "banana"]) == 2
+        assert "--max_shard_size: expected a number with KB, MB or GB, got 'banana'" in capfd.readouterr().err
+
+
+def test_broken_tokenizer_on_import_gives_one_line(tmp_path, capfd):
+    save_paligemma(tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.json").write_text('{"a": 1}')
+    assert run(["import-paligemma", "--from", str(tmp_path / "source"), "--out", str(tmp_path / "out")]) == 2
+    assert "expected a PaliGemma processor, cannot read it" in capfd.readouterr().err
+
+
+def test_images_that_are_missing_or_uneven_are_refused(photos):
+    model, processor = make_model()
+    inputs = processor(photos[:2], ["what?", "when?"])
+    without = {k: v for k, v in inputs.items() if k != "pixel_values"}
+    with pytest.raises(ValueError, match="expected pixel_values for 8 image placeholders, got none"):
+        model(**without)
+    with pytest.raises(ValueError, match="expected pixel_values for 8 image placeholders, got none"):
+        model.generate(**without, max_new_tokens=2)
+    ids = inputs["input_ids"]
+    other = int(ids[0, 5])
+    uneven = torch.stack([torch.cat([ids[0, :4], ids[0]]), torch.cat([torch.full((8,), other), ids[1, 4:]])])
+    with pytest.raises(ValueError, match=r"got 2 images of 4 tokens for prompts with \[8, 0\] placeholders"):
+        model.generate(input_ids=uneven, pixel_values=inputs["pixel_values"], max_new_tokens=2, num_beams=2)
+
+
+def test_trainers_average_accumulated_losses_themselves():
+    assert make_model()[0].accepts_loss_kwargs is False

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
 
-from mmprefix import PrefixLMForCausalLM, attention, to_causal_lm, to_prefix_lm
+from mmprefix import PrefixLMForCausalLM, to_causal_lm, to_prefix_lm
+from mmprefix import attention as attention_module
 from mmprefix.errors import InputError
 from mmprefix.probe import tiny_copy
 from mmprefix.sequence import IGNORE_INDEX
@@ -281,9 +282,67 @@ def test_own_static_cache_generates_the_same():
     assert torch.equal(with_own, model.generate(**inputs, **SETTINGS, do_sample=False))
 
 
+def test_labels_that_a_trainer_counted_wrongly_are_refused():
+    """Trainer divides by the number of labels it sees; those of the prefix are not scored."""
+    model = to_prefix_lm(causal_lm("llama"))
+    ids = torch.arange(4, 10).unsqueeze(0)
+    prefix = torch.tensor([[1, 1, 1, 0, 0, 0]])
+    with pytest.raises(
+        ValueError, match="labels: expected -100 on the prefix and on padding beside num_items_in_batch"
+    ):
+        model(input_ids=ids, bidirectional_mask=prefix, labels=ids, num_items_in_batch=6)
+    masked = ids.masked_fill(prefix == 1, IGNORE_INDEX)
+    loss = model(input_ids=ids, bidirectional_mask=prefix, labels=masked, num_items_in_batch=6).loss
+    torch.testing.assert_close(loss * 2, model(input_ids=ids, bidirectional_mask=prefix, labels=ids).loss)
+
+
+def test_caches_that_have_not_seen_the_prompt_are_refused():
+    model = to_prefix_lm(causal_lm("llama"))
+    inputs = left_padded()
+    output = model.generate(**inputs, **SETTINGS, return_dict_in_generate=True)
+    longer = {k: torch.cat([v, v[:, -2:]], 1) for k, v in inputs.items()}
+    with pytest.raises(ValueError, match="expected an empty cache"):
+        model.generate(**longer, **SETTINGS, past_key_values=output.past_key_values)
+    ids = torch.arange(4, 8).expand(3, -1)
+    with pytest.raises(ValueError, match="bidirectional_mask: expected none with a cache"):
+        model(input_ids=ids, bidirectional_mask=torch.ones_like(ids), past_key_values=output.past_key_values)
+    neo = to_prefix_lm_quietly(causal_lm("gpt_neo"))
+    static = StaticCache(config=neo.decoder.config, max_cache_len=40)
+    with pytest.raises(ValueError, match="wrongly with a static cache on gpt_neo"):
+        neo.generate(**inputs, **SETTINGS, past_key_values=static)
+
+
+@pytest.mark.parametrize("settings", [{"prompt_lookup_num_tokens": 2}, {"assistant_model": "self"}])
+def test_assisted_generation_gives_the_same_tokens(settings):
+    model = to_prefix_lm(causal_lm("gemma3_text"))
+    model.generation_config.eos_token_id = None
+    if "assistant_model" in settings:
+        settings = {"assistant_model": to_prefix_lm(causal_lm("llama"))}
+    ids = torch.tensor([[5, 6, 7, 5, 6, 7, 8, 5, 6]])
+    expected = model.generate(ids, **SETTINGS, do_sample=False)
+    assert torch.equal(model.generate(ids, **SETTINGS, do_sample=False, **settings), expected)
+
+
+def test_the_model_itself_is_checked_not_only_its_architecture():
+    class Stubborn(LlamaForCausalLM):
+        def forward(self, attention_mask=None, **kwargs):
+            token = attention_module._current_plan.set(None)  # what code of its own might amount to
+            try:
+                return super().forward(attention_mask=attention_mask, **kwargs)
+            finally:
+                attention_module._current_plan.reset(token)
+
+    decoder = Stubborn(causal_lm("llama").config)
+    with pytest.raises(InputError, match="Stubborn can't be a prefix LM: its prefix stays causal"):
+        to_prefix_lm(decoder)
+    assert not any(module._forward_pre_hooks for module in decoder.modules())
+
+
 def test_no_causal_lm_is_converted():
     with pytest.raises(InputError, match="property 1"):
         to_prefix_lm(AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", num_hidden_layers=1, vocab_size=64)))
+    with pytest.raises(InputError, match="got PrefixLMForCausalLM, which is a prefix LM already"):
+        to_prefix_lm(to_prefix_lm(causal_lm("llama")))
     with pytest.raises(InputError, match="expected a model of transformers, got Linear"):
         to_prefix_lm(torch.nn.Linear(2, 2))
 
@@ -314,4 +373,4 @@ def test_inputs_embeds_generate_the_same():
     )
     assert torch.equal(from_embeds, model.generate(**inputs, **SETTINGS, do_sample=False)[:, 8:])
     assert isinstance(model.decoder, LlamaForCausalLM)
-    assert attention.masks_registered()
+    assert attention_module.masks_registered()

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, MambaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, LlamaConfig, LlamaForCausalLM, MambaConfig
 
 from mmprefix import probe
 from mmprefix.attention import prefix_plan
-from mmprefix.decoder import install, uninstall
+from mmprefix.decoder import install, is_installed, uninstall
 from mmprefix.errors import InputError
 from mmprefix.masks import dense_mask
 from mmprefix.probe import PREFIX, TARGET, ProbeReport, Property, check_prefix_lm, lay_out, probe_decoder, tiny_copy
@@ -169,6 +169,43 @@ def test_probe_leaves_nothing_behind():
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert not any(module._forward_pre_hooks for module in decoder.modules())
+
+
+def test_probe_leaves_an_installed_decoder_installed():
+    decoder = install(tiny_copy(config_of("gpt_neo")))
+    probe_decoder(decoder)
+    check_prefix_lm(decoder)
+    assert is_installed(decoder)
+    uninstall(decoder)
+
+
+def test_a_window_under_an_unknown_name_is_no_tiny_copy():
+    class OddConfig(LlamaConfig):
+        attribute_map = {"sliding_window": "reach"}  # noqa: RUF012
+
+    assert probe.tiny_settings(OddConfig(reach=512))["reach"] == probe.WINDOW
+    config = LlamaConfig()
+    monkey = type("Stuck", (LlamaConfig,), {"attention_window_size": 512})
+    with pytest.raises(ValueError, match="attention_window_size stays 512 in the copy"):
+        tiny_copy(monkey(**config.to_dict()))
+
+
+def test_decoder_that_can_not_be_probed_at_all_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(probe, "tiny_copy", lambda *a: 1 / 0)
+    monkeypatch.setattr(probe, "probe_decoder", lambda *a, **k: [][1])
+    decoder = AutoModelForCausalLM.from_config(tiny_copy(config_of("llama")).config)
+    with pytest.raises(InputError, match="neither as a tiny copy .ZeroDivisionError.* nor as it is: IndexError"):
+        probe.probe(config_of("mistral"), decoder=decoder)
+
+
+def test_code_of_ones_own_is_probed_each_time(tmp_path):
+    class OwnConfig(LlamaConfig):
+        model_type = "own"
+
+    AutoConfig.register("own", OwnConfig)
+    AutoModelForCausalLM.register(OwnConfig, type("Own", (LlamaForCausalLM,), {"config_class": OwnConfig}))
+    assert probe.probe(OwnConfig()).refusal is None
+    assert not (tmp_path / "cache").exists()
 
 
 def test_table_is_for_people():

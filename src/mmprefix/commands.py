@@ -15,10 +15,12 @@ import torch
 from mmprefix.data.images import UndecodableImageError, decode_image
 from mmprefix.decoder import DecoderArgs, attention_implementation, decoder_config
 from mmprefix.errors import InputError
-from mmprefix.interop.export import check_free, export, write_pretrained
+from mmprefix.interop.export import check_output, export, write_pretrained
 from mmprefix.interop.paligemma import import_paligemma
 from mmprefix.probe import probe
 from mmprefix.training.checkpoints import load_model
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,6 +44,9 @@ def generate(arguments: list[str]) -> int:
     parser.add_argument("--num_beams", type=int, default=1, help="1 is greedy")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
+    for name in ("max_new_tokens", "num_beams"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name}: expected at least 1, got {getattr(options, name)}")
     if not options.image.is_file():
         raise InputError(f"--image: expected a picture file, found none at {options.image}")
     try:
@@ -49,7 +54,10 @@ def generate(arguments: list[str]) -> int:
     except UndecodableImageError as error:
         raise InputError(f"--image: {options.image}: {error}") from error
     model, processor = load_model(options.checkpoint)
-    model.to(options.device)
+    try:
+        model.to(options.device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or none here
+        raise InputError(f"--device: cannot use {options.device}: {' '.join(str(error).split())[:200]}") from error
     inputs = processor(images=image, text=options.instruction).to(options.device)
     generated = model.generate(
         **inputs, max_new_tokens=options.max_new_tokens, num_beams=options.num_beams, do_sample=False
@@ -86,7 +94,7 @@ def import_paligemma_command(arguments: list[str]) -> int:
     )
     parser.add_argument("--max_shard_size", default="5GB", help="of one safetensors file")
     options = parser.parse_args(arguments)
-    check_free(options.out)
+    check_output(options.out, options.max_shard_size)
     model, processor = import_paligemma(options.source, options.image_size)
     write_pretrained(options.out, model, processor, max_shard_size=options.max_shard_size)
     spec = model.config.vision_spec
@@ -103,9 +111,11 @@ def export_command(arguments: list[str]) -> int:
     parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, its model/ folder, or a .ckpt file")
     parser.add_argument("--format", required=True, choices=("transformers", "paligemma"), dest="form")
     parser.add_argument("--out", required=True, type=Path, help="new folder")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the weights; by default as they were trained")
     parser.add_argument("--max_shard_size", default="5GB", help="of one safetensors file")
     options = parser.parse_args(arguments)
-    export(options.checkpoint, options.form, options.out, options.max_shard_size)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    export(options.checkpoint, options.form, options.out, options.max_shard_size, dtype)
     print(f"{options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}")
     return 0
 

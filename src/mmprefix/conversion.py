@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from mmprefix.decoder import uninstall
 from mmprefix.errors import InputError
+from mmprefix.generation import PrefixDecoderModel
 from mmprefix.prefix_lm import PrefixLMForCausalLM
-from mmprefix.probe import probe
+from mmprefix.probe import check_prefix_lm, probe
 
 
 def to_prefix_lm(model: PreTrainedModel) -> PrefixLMForCausalLM:
@@ -31,12 +32,20 @@ def to_prefix_lm(model: PreTrainedModel) -> PrefixLMForCausalLM:
     """
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"expected a model of transformers, got {type(model).__name__}; wrap with PEFT afterwards")
+    if isinstance(model, PrefixDecoderModel):
+        raise InputError(f"expected a causal LM, got {type(model).__name__}, which is a prefix LM already")
     report = probe(model.config, model.config._attn_implementation, model)
     if report.refusal is not None:
         raise InputError(report.refusal)
     for line in report.warnings(packing=False):
         warnings.warn(line, stacklevel=2)
-    return PrefixLMForCausalLM.around(model, report.refused_caches)
+    prefix_lm = PrefixLMForCausalLM.around(model, report.refused_caches)
+    try:
+        check_prefix_lm(model)
+    except InputError:
+        uninstall(model)
+        raise
+    return prefix_lm
 
 
 def to_causal_lm(model: PrefixLMForCausalLM) -> PreTrainedModel:

@@ -73,6 +73,8 @@ def decoder_config(args: DecoderArgs) -> PreTrainedConfig:
     else:
         config = _config_of(str(args.name), args.trust_remote_code)
         where = f"model.decoder.name={args.name}"
+        if config.model_type in ("prefix_lm", "mmprefix"):
+            raise InputError(f"{where}: expected a causal LM, got {config.model_type!r}, which is a prefix LM already")
         if hasattr(config, "text_config"):
             raise InputError(
                 f"model.decoder.name: expected a text-only decoder, got {args.name!r}, whose model type "
@@ -219,6 +221,11 @@ def install(decoder: PreTrainedModel) -> PreTrainedModel:
         if _causal_buffers(module):
             module.register_forward_pre_hook(_open_causal_buffers)
     return decoder
+
+
+def is_installed(decoder: nn.Module) -> bool:
+    """Whether `install` was called on this decoder, and `uninstall` wasn't since."""
+    return decoder in _installed
 
 
 def uninstall(decoder: PreTrainedModel) -> PreTrainedModel:

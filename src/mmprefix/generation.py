@@ -26,6 +26,7 @@ from transformers.cache_utils import (
     Cache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    StaticCache,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
@@ -221,14 +222,30 @@ class PrefixDecoderModel(PreTrainedModel, GenerationMixin):
         if getattr(generation_config, "prefill_chunk_size", None) is not None:
             raise ValueError("prefill_chunk_size: expected none, a prompt fed in chunks cannot be bidirectional")
         own = model_kwargs.get("past_key_values")
+        if own is not None and not getattr(generation_config, "is_assistant", False):
+            self._check_own_cache(own)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         cache = model_kwargs.get("past_key_values")
         if not isinstance(cache, Cache):
             return
         if own is None:
             _keep_everything(cache, max_cache_length=args[-1])
-        elif any(cache.is_sliding):
+        if any(cache.is_sliding):
             raise ValueError("past_key_values: expected a cache that keeps the whole prefix, got sliding-window layers")
+
+    def _check_own_cache(self, cache: Cache) -> None:
+        """Refuses a cache of the caller's with which generation would go wrong."""
+        name = "static" if isinstance(cache, StaticCache) else "dynamic"
+        if name in self.config.refused_caches:
+            raise ValueError(
+                f"past_key_values: transformers generates wrongly with a {name} cache on "
+                f"{self.config.text_config.model_type}, as the probe found"
+            )
+        if cached_length(cache):
+            raise ValueError(
+                "past_key_values: expected an empty cache: what it holds has not seen the rest of the prompt, "
+                "and the whole prompt is prefix"
+            )
 
     @staticmethod
     def create_masks_for_generate(

@@ -96,6 +96,8 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
     config_class = MMPrefixConfig
     config: MMPrefixConfig
     input_modalities = ("image", "text")
+    # The loss is a mean over the batch's own targets; trainers that accumulate have to average it themselves.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: MMPrefixConfig) -> None:
         super().__init__(config)
@@ -254,7 +256,7 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             assert input_ids is not None
             # With a cache, the images are in it already.
             images = (None, None) if cached else (pixel_values, image_tokens)
-            inputs_embeds = self._embed(input_ids, *images, plan)
+            inputs_embeds = self._embed(input_ids, *images, plan, cached)
         if plan is None:
             plan = plan_of_rows(
                 (inputs_embeds.shape[0], inputs_embeds.shape[1]),
@@ -297,7 +299,12 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         return output.logits
 
     def _embed(
-        self, input_ids: Tensor, pixel_values: Tensor | None, image_tokens: Tensor | None, plan: PrefixPlan | None
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        image_tokens: Tensor | None,
+        plan: PrefixPlan | None,
+        cached: int,
     ) -> Tensor:
         """Token embeddings ``[B, T, W]`` with image tokens in place."""
         is_image = input_ids == self.config.image_token_id
@@ -306,6 +313,8 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         if image_tokens is None and pixel_values is not None:
             image_tokens = self.get_image_tokens(pixel_values)
         if image_tokens is None:
+            if not cached:
+                self._check_no_images(is_image, plan)
             return embeds
         image_tokens = image_tokens.flatten(0, 1).to(embeds.dtype)
         if plan is not None and plan.image_positions is not None and plan.image_sources is not None:
@@ -319,6 +328,15 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
                 f"got {int(is_image.sum())} placeholders for {image_tokens.shape[0]} image tokens"
             )
         return embeds.masked_scatter(is_image.unsqueeze(-1), image_tokens)
+
+    def _check_no_images(self, is_image: Tensor, plan: PrefixPlan | None) -> None:
+        """Placeholders are never looked up: without images, they would be read as some token."""
+        if plan is not None and plan.image_positions is not None:
+            placeholders = plan.image_positions.numel()  # known without asking the device
+        else:
+            placeholders = int(is_image.sum())
+        if placeholders:
+            raise ValueError(f"expected pixel_values for {placeholders} image placeholders, got none")
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """transformers' own, without the images once they are in the cache."""
@@ -342,13 +360,15 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             with torch.no_grad():
                 image_tokens = self.get_image_tokens(pixel_values.to(self.device))
         if image_tokens is not None and prompt is not None:
-            if len(image_tokens) % len(prompt):
+            placeholders = (prompt == self.config.image_token_id).sum(1).tolist()
+            each, rest = divmod(image_tokens.shape[0] * image_tokens.shape[1], len(prompt))
+            if rest or set(placeholders) != {each}:
                 raise ValueError(
-                    f"expected the same number of images in every prompt, got {len(image_tokens)} images "
-                    f"for {len(prompt)} prompts"
+                    f"expected the same number of images in every prompt, got {len(image_tokens)} images of "
+                    f"{image_tokens.shape[1]} tokens for prompts with {placeholders} placeholders"
                 )
             # One entry for each prompt: `generate` repeats the entries for its beams.
-            image_tokens = image_tokens.reshape(len(prompt), -1, image_tokens.shape[-1])
+            image_tokens = image_tokens.reshape(len(prompt), each, image_tokens.shape[-1])
         if image_tokens is not None:
             kwargs["image_tokens"] = image_tokens
         return super().generate(inputs, *args, **kwargs)

@@ -99,6 +99,8 @@ class PrefixLMForCausalLM(PrefixDecoderModel):
         batch, length = inputs_embeds.shape[:2]
         cached = cached_length(past_key_values)
         is_target = None
+        if cached and bidirectional_mask is not None:
+            raise ValueError("bidirectional_mask: expected none with a cache, whose columns have seen what they see")
         if not cached:
             if bidirectional_mask is None and prefix_length is None:
                 raise ValueError(
@@ -116,6 +118,12 @@ class PrefixLMForCausalLM(PrefixDecoderModel):
             if is_target is None:
                 raise ValueError("labels need a bidirectional_mask: without it, nothing says what is scored")
             scored = is_target if attention_mask is None else is_target & attention_mask.bool()
+            if kwargs.get("num_items_in_batch") is not None and bool((~scored & (labels != IGNORE_INDEX)).any()):
+                # It divides the loss, and was counted with labels that are not scored.
+                raise ValueError(
+                    f"labels: expected {IGNORE_INDEX} on the prefix and on padding beside num_items_in_batch, "
+                    "which counts every other label"
+                )
             kwargs["labels"] = labels.masked_fill(~scored, IGNORE_INDEX)
         return run_decoder(self.decoder, inputs_embeds, plan, attention_mask, position_ids, past_key_values, **kwargs)
 

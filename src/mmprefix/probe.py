@@ -35,7 +35,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from mmprefix.decoder import install, uninstall
+from mmprefix.decoder import install, is_installed, uninstall
 from mmprefix.errors import InputError
 from mmprefix.files import replacing
 from mmprefix.generation import run_decoder
@@ -189,7 +189,9 @@ def probe(
         InputError: no copy can be made, and there is no decoder to take its place.
     """
     path = _cache_path(config, attention)
-    report = _read_report(path)
+    # Code that comes with a checkpoint may change under the same config: its report is not remembered.
+    own_code = not type(config).__module__.startswith("transformers.")
+    report = None if own_code else _read_report(path)
     if report is None:
         try:
             copied = tiny_copy(config, attention)
@@ -202,8 +204,15 @@ def probe(
                 raise InputError(
                     f"probe: no tiny copy of model type {config.model_type!r} can be made and run: {reason}"
                 ) from error
-            return probe_decoder(decoder, gradients=False)
-        _write_report(path, report)
+            try:
+                return probe_decoder(decoder, gradients=False)
+            except Exception as own_error:
+                raise InputError(
+                    f"probe: {type(decoder).__name__} can be run neither as a tiny copy ({reason}) nor as it is: "
+                    f"{type(own_error).__name__}: {' '.join(str(own_error).split())[:200]}"
+                ) from own_error
+        if not own_code:
+            _write_report(path, report)
     return report
 
 
@@ -241,6 +250,8 @@ def _write_report(path: Path, report: ProbeReport) -> None:
 _HEADS, _KEY_VALUE_HEADS, _HEAD_DIM = 4, 2, 16
 _WIDTH = _HEADS * _HEAD_DIM
 
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
+
 _SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model"), _WIDTH),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads"), _HEADS),
@@ -253,7 +264,7 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("num_local_experts", "n_routed_experts", "num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "n_group"), 2),
     **dict.fromkeys(("topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
-    **dict.fromkeys(("sliding_window", "attention_chunk_size", "window_size"), WINDOW),
+    **dict.fromkeys(_WINDOWS, WINDOW),
     # Recurrent hybrids: every second layer attends, and heads x head size is twice the width.
     **dict.fromkeys(("attn_layer_period", "expert_layer_period", "mamba_expand"), 2),
     **dict.fromkeys(("attn_layer_offset", "expert_layer_offset", "mamba_n_groups"), 1),
@@ -287,11 +298,14 @@ def tiny_settings(config: PreTrainedConfig) -> dict[str, Any]:
     for name in _LAYER_NUMBERS:
         if isinstance(settings.get(name), list):
             settings[name] = [new for new, old in enumerate(kept) if old in settings[name]]
+    if isinstance(settings.get("block_types"), list):  # recurrent_gemma: a pattern that the layers repeat
+        count = max(count, len(settings["block_types"]))
     if "attention_types" in settings:  # gpt_neo: [[kinds, repetitions], ...]
         settings["attention_types"] = [[list(dict.fromkeys(k for ks, _ in settings["attention_types"] for k in ks)), 1]]
         settings.pop("attention_layers", None)
         count = len(settings["attention_types"][0][0])
     for name, size in _SIZES.items():
+        name = config.attribute_map.get(name, name)
         if isinstance(settings.get(name), int) and not isinstance(settings[name], bool):
             settings[name] = size
     for name in _LAYER_COUNTS:
@@ -354,6 +368,9 @@ def tiny_copy(config: PreTrainedConfig, attention: str | None = None) -> PreTrai
     show.
     """
     tiny = type(config)(**tiny_settings(config))
+    long = [name for name in _WINDOWS if (getattr(tiny, name, None) or 0) > WINDOW]
+    if long:  # under a name that we don't know: the properties would not reach over it
+        raise ValueError(f"{long[0]} stays {getattr(tiny, long[0])} in the copy")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(tiny, dtype=torch.float32, attn_implementation=attention)
@@ -671,7 +688,7 @@ def probe_decoder(decoder: PreTrainedModel, gradients: bool = True) -> ProbeRepo
         decoder: any causal LM; left as it came.
         gradients: also look at gradients; costs the memory of a backward pass.
     """
-    was_training = decoder.training
+    was_training, was_installed = decoder.training, is_installed(decoder)
     frozen = [p for p in decoder.parameters() if p.requires_grad]
     decoder.eval()
     install(decoder)
@@ -680,9 +697,7 @@ def probe_decoder(decoder: PreTrainedModel, gradients: bool = True) -> ProbeRepo
             parameter.requires_grad_(False)
         subject = _Subject(decoder, gradients)
         config = decoder.config
-        windows = {
-            name: getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")
-        }
+        windows = {name: getattr(config, name, None) for name in _WINDOWS}
         windowed = any(value is not None for value in windows.values())
         properties = (
             _target_is_hidden(subject), _prefix_is_seen(subject), _padding_is_inert(subject),
@@ -692,8 +707,10 @@ def probe_decoder(decoder: PreTrainedModel, gradients: bool = True) -> ProbeRepo
         for parameter in frozen:
             parameter.requires_grad_(True)
         decoder.train(was_training)
-        uninstall(decoder)
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ["attention"]
+        if not was_installed:
+            uninstall(decoder)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    kinds = kinds or getattr(config, "block_types", None) or ["attention"]
     sizes = [f"{name.replace('_', ' ')} {value}" for name, value in windows.items() if value is not None]
     return ProbeReport(
         architecture=type(decoder).__name__,
@@ -701,7 +718,8 @@ def probe_decoder(decoder: PreTrainedModel, gradients: bool = True) -> ProbeRepo
         attention=str(config._attn_implementation),
         layers=", ".join([*dict.fromkeys(str(kind) for kind in kinds), *sizes]),
         properties=properties,
-        stateful=bool(getattr(decoder, "_is_stateful", False)),
+        stateful=bool(getattr(decoder, "_is_stateful", False))
+        or any(word in str(kind) for kind in kinds for word in ("linear", "conv", "mamba", "recurrent")),
     )
 
 

@@ -136,8 +136,9 @@ def import_paligemma(
     theirs = load_exactly(PaliGemmaForConditionalGeneration, source, where, dtype="auto", attn_implementation="eager")
     try:
         their_processor = PaliGemmaProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{where}: cannot load its processor: {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:  # files that are missing or broken, each reader with errors of its own
+        message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(f"{where}: expected a PaliGemma processor, cannot read it: {message}") from error
     decoder = _decoder_around(theirs, text_config, implementation)
     processor = _our_processor(their_processor, config, spec, where)
     vision = siglip_to_timm(_siglip(theirs))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from transformers import GenerationConfig
 
 from mmprefix.decoder import load_exactly
 from mmprefix.errors import InputError
@@ -106,14 +107,15 @@ def load_model(path: Path) -> tuple[MMPrefixForConditionalGeneration, MMPrefixPr
     """
     if path.is_dir():
         if (path / "config.json").is_file():
-            model_type = json.loads((path / "config.json").read_text()).get("model_type")
-            if model_type != MMPrefixConfig.model_type:
-                raise InputError(
-                    f"{path}: expected a model folder of mmprefix, got model type {model_type!r}"
-                    + (": import it with `import-paligemma` first" if model_type == "paligemma" else "")
-                )
+            _check_model_type(path)
             model: MMPrefixForConditionalGeneration = load_exactly(MMPrefixForConditionalGeneration, path, str(path))
-            return model.eval(), MMPrefixProcessor.from_pretrained(path)
+            try:
+                return model.eval(), MMPrefixProcessor.from_pretrained(path)
+            except Exception as error:  # files that are missing or broken, each reader with errors of its own
+                message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                raise InputError(
+                    f"{path}: expected processor and tokenizer files, cannot read them: {message}"
+                ) from error
         if (path / "model" / "config.json").is_file():
             return load_model(path / "model")
         newest = newest_checkpoint(path)
@@ -124,5 +126,21 @@ def load_model(path: Path) -> tuple[MMPrefixForConditionalGeneration, MMPrefixPr
     content = checkpoint[CONTENT_KEY]
     model = MMPrefixForConditionalGeneration(MMPrefixConfig(**content["config"]))
     weights = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
-    model.load_state_dict(weights)
+    # Assigned, not copied: they keep the precision they were trained in, whatever the config says.
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    for config in (model.config, model.config.text_config, model.decoder.config):
+        config.dtype = model.dtype
+    if "generation_config" in content:
+        model.generation_config = GenerationConfig.from_dict(content["generation_config"])
     return model.eval(), MMPrefixProcessor.from_files(content["processor"])
+
+
+def _check_model_type(folder: Path) -> None:
+    try:
+        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder}/config.json: expected a JSON object: {error}") from error
+    if model_type != MMPrefixConfig.model_type:
+        hint = ": import it with `import-paligemma` first" if model_type == "paligemma" else ""
+        raise InputError(f"{folder}: expected a model folder of mmprefix, got model type {model_type!r}{hint}")

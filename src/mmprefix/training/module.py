@@ -98,7 +98,7 @@ class MMPrefixModule(pl.LightningModule):
         connector: ConnectorArgs = ConnectorArgs(),  # noqa: B008
         tokenizer: TokenizerArgs = TokenizerArgs(),  # noqa: B008
         pretrained: str | None = None,
-        prefix_visibility: PrefixVisibility = "full",
+        prefix_visibility: PrefixVisibility | None = None,
         loss_normalization: LossNormalization = "tokens",
         optimizer: OptimizerArgs = OptimizerArgs(),  # noqa: B008
         train_vision: PartArgs = PartArgs(),  # noqa: B008
@@ -118,8 +118,9 @@ class MMPrefixModule(pl.LightningModule):
             tokenizer: by default the decoder's own.
             pretrained: a whole model to start from, in place of the four above: the folder of `import-paligemma` or
                 `export`, an earlier run's folder, or its checkpoint.
-            prefix_visibility: `full`: image and instruction see each other. `nested`: image tokens see only image
-                tokens. `causal`: the ordinary decoder, for comparison.
+            prefix_visibility: `full`, the default: image and instruction see each other. `nested`: image tokens see only image
+                tokens. `causal`: the ordinary decoder, for comparison. With `pretrained`, the
+                default is the model's own.
             loss_normalization: `tokens`: mean over all target tokens of an optimizer step. `per_sample`: mean over
                 each target's tokens, then over targets, as PaliGemma trains.
             optimizer: AdamW and its schedule.
@@ -143,9 +144,12 @@ class MMPrefixModule(pl.LightningModule):
             self.model, self.processor = load_model(Path(pretrained))
             # Weights in half precision would lose small updates; computing in it is the trainer's choice.
             self.model.float().train()
-            self.model.config.prefix_visibility = self.processor.prefix_visibility = prefix_visibility
+            for config in (self.model.config, self.model.config.text_config, self.model.decoder.config):
+                config.dtype = torch.float32  # what is saved says what it is
+            if prefix_visibility is not None:
+                self.model.config.prefix_visibility = self.processor.prefix_visibility = prefix_visibility
         else:
-            self.model, self.processor = _from_parts(vision, decoder, connector, tokenizer, prefix_visibility)
+            self.model, self.processor = _from_parts(vision, decoder, connector, tokenizer, prefix_visibility or "full")
         self.loss_normalization: LossNormalization = loss_normalization
         self.optimizer_args = optimizer
         self.part_args = dict(zip(PARTS, (train_vision, train_connector, train_decoder), strict=True))
@@ -378,4 +382,8 @@ class MMPrefixModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Puts config and processor into the checkpoint, so that it can be used without anything beside it."""
-        checkpoint[CONTENT_KEY] = {"config": self.model.config.to_dict(), "processor": self.processor.to_files()}
+        checkpoint[CONTENT_KEY] = {
+            "config": self.model.config.to_dict(),
+            "generation_config": self.model.generation_config.to_dict(),
+            "processor": self.processor.to_files(),
+        }
