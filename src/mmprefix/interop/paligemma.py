@@ -159,6 +159,7 @@ def import_paligemma(
             image_token_id=config.image_token_id,
             decoder_attention=implementation,
             dtype=str(theirs.dtype).removeprefix("torch."),
+            **_special_tokens(config),
         ),
         encoder,
         theirs.model.multi_modal_projector.linear,
@@ -167,6 +168,12 @@ def import_paligemma(
     if theirs.generation_config is not None:
         model.generation_config = copy.deepcopy(theirs.generation_config)
     return model, processor
+
+
+def _special_tokens(config: PreTrainedConfig) -> dict[str, Any]:
+    """Those that the outer config names; the others are the decoder's."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
 
 
 def _siglip(model: PaliGemmaForConditionalGeneration) -> dict[str, Tensor]:
@@ -306,7 +313,7 @@ def export_paligemma(
         hidden_size=text_config.hidden_size,
         vocab_size=text_config.vocab_size,
         tie_word_embeddings=text_config.tie_word_embeddings,
-        **{name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        **_special_tokens(config),
     )
     with torch.device("meta"):
         theirs = PaliGemmaForConditionalGeneration(theirs_config)
