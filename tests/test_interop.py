@@ -382,15 +382,16 @@ def test_images_are_encoded_once_for_all_beams(photos):
     two_images = torch.cat([image, same_length["input_ids"]], 1)
     mask = torch.ones_like(two_images)
     pixels = inputs["pixel_values"][[0, 1, 1, 0]]
-    together = model.generate(
-        input_ids=two_images, attention_mask=mask, pixel_values=pixels, max_new_tokens=3, num_beams=3, do_sample=False
+    prefills = []
+    handle = model.decoder.register_forward_pre_hook(
+        lambda _, args, kwargs: prefills.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
-    for row in range(2):
-        alone = model.generate(
-            input_ids=two_images[row : row + 1], attention_mask=mask[row : row + 1],
-            pixel_values=pixels[2 * row : 2 * row + 2], max_new_tokens=3, num_beams=3, do_sample=False,
-        )  # fmt: skip
-        assert torch.equal(together[row], alone[0]), "beams keep their own images"
+    prompts = {"input_ids": two_images, "attention_mask": mask, "pixel_values": pixels}
+    for num_beams in (1, 3):
+        model.generate(**prompts, max_new_tokens=1, num_beams=num_beams, do_sample=False)
+    handle.remove()
+    assert prefills[1].shape[0] == 6
+    assert torch.equal(prefills[1], prefills[0].repeat_interleave(3, 0)), "beams keep their own images"
     with pytest.raises(ValueError, match="got 3 images of 4 tokens for prompts with"):
         model.generate(**{**inputs, "pixel_values": inputs["pixel_values"][[0, 1, 1]]}, max_new_tokens=3)
     assert isinstance(model, MMPrefixForConditionalGeneration)

@@ -106,3 +106,10 @@ def test_a_forgotten_prefix_in_cached_decoding(monkeypatch):
     monkeypatch.setattr(generation, "_keep_everything", lambda cache, length: None)
     assert 6 in failing("mistral")
     assert torch.is_grad_enabled()
+
+
+def test_a_buffer_that_is_opened_but_for_the_next_token(monkeypatch):
+    """Later layers would pass on what a position does not see itself."""
+    original = torch.Tensor.triu
+    monkeypatch.setattr(torch.Tensor, "triu", lambda self, diagonal=0: original(self, diagonal + (self.ndim == 4)))
+    assert 2 in failing("gpt_neo")

@@ -190,8 +190,9 @@ def test_loss_is_that_of_targets_whatever_labels_say_of_the_prefix():
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_padded_on_either_side_is_the_same():
-    model = to_prefix_lm(causal_lm("mistral"))
+@pytest.mark.parametrize("name", ["mistral", "gpt2"])  # gpt2's positions are learned, not relative
+def test_padded_on_either_side_is_the_same(name):
+    model = to_prefix_lm(causal_lm(name))
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     prefix = torch.tensor([[1, 1, 1, 0, 0]])
     pad, one = torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 5, dtype=torch.long)

@@ -168,7 +168,7 @@ def test_probe_leaves_nothing_behind():
     after = dict((*decoder.state_dict().items(), *decoder.named_buffers()))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
-    assert not any(module._forward_pre_hooks for module in decoder.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in decoder.modules())
 
 
 def test_probe_leaves_an_installed_decoder_installed():

@@ -4,7 +4,7 @@ There is no list of supported models. `probe` makes a tiny random copy of the de
 than the sequences it feeds, and looks at what moves when something changes:
 
 1. Change a target token: nothing before it moves, and no prefix position.
-2. Change the last prefix token: the first position moves.
+2. Change a prefix token: every prefix position moves, and those before it in the first layer that looks ahead.
 3. What stands in padding moves nothing, and a padded row equals the same row unpadded.
 4. Samples packed into one row, and several targets branching off one prefix, equal the same samples alone.
 5. With a causal prefix, the outputs are the decoder's own (a lost sliding window would show).
@@ -427,6 +427,19 @@ class _Subject:
 
     def logits(self, embeds: Tensor, plan: PrefixPlan | None) -> Tensor:
         """float32 ``[B, T, V]``; without a plan, the decoder's own."""
+        return self._run(embeds, plan).logits.float()  # type: ignore[no-any-return]
+
+    def layers(self, embeds: Tensor, plan: PrefixPlan) -> list[Tensor]:
+        """float32 ``[B, T, ...]`` after each layer; where copying the decoder is too dear, its logits only."""
+        if not self.gradients:
+            return [self.logits(embeds, plan)]
+        # On a copy: transformers leaves hooks on a model that was asked for its hidden states.
+        copied = _Subject(install(copy.deepcopy(self.decoder)), gradients=False)
+        output = copied._run(embeds, plan, output_hidden_states=True)
+        uninstall(copied.decoder)
+        return [states.float() for states in output.hidden_states[1:]]
+
+    def _run(self, embeds: Tensor, plan: PrefixPlan | None, **kwargs: Any) -> Any:
         columns = torch.arange(embeds.shape[1]).expand(embeds.shape[:2])
         mask = torch.ones_like(columns) if plan is None else (plan.segment != PADDING_SEGMENT).long()
         # Rows padded on the left have plans that count columns; their tokens count from the first real one.
@@ -434,8 +447,7 @@ class _Subject:
         positions = columns if plan is None else torch.where(left, (mask.cumsum(-1) - 1).clamp(min=0), plan.position)
         device = embeds.device
         plan = None if plan is None else map_tensors(plan, lambda t: t.to(device))
-        output = run_decoder(self.decoder, embeds, plan, mask.to(device), positions.to(device), use_cache=False)
-        return output.logits.float()  # type: ignore[no-any-return]
+        return run_decoder(self.decoder, embeds, plan, mask.to(device), positions.to(device), use_cache=False, **kwargs)
 
     def gradient(self, embeds: Tensor, plan: PrefixPlan | None, counted: Tensor | None = None) -> Tensor:
         """Gradient in the embeddings ``[B, T, W]`` of a fixed random projection of the logits.
@@ -495,10 +507,14 @@ def _prefix_is_seen(s: _Subject) -> Property:
     rows = s.random(1, PREFIX + TARGET).repeat(PREFIX + 1, 1, 1)
     for k in range(PREFIX):
         rows[k + 1, k] += s.random(1)[0]
+    # In the first layer that looks ahead at all, every position must see all that lies ahead of it: later layers could
+    # pass on what it does not see itself. (Recurrent layers before it look back only.)
+    ahead = torch.ones(PREFIX, PREFIX, dtype=torch.bool).tril(-1)  # changed token after the position that looks
     with torch.no_grad():
-        logits = s.logits(rows, plan)
-    moved = (logits[1:] - logits[:1]).abs().amax(-1) / logits.abs().max()
-    effect = moved[:, :PREFIX].min().item()
+        layers = s.layers(rows, plan)
+    moves = [((h[1:] - h[:1]).abs().amax(-1)[:, :PREFIX] / h.abs().max()).cpu() for h in layers]
+    first = next((moved for moved in moves if moved[ahead].max() > 1e-6), moves[-1])
+    effect = min(first[ahead].min().item(), moves[-1].min().item())
     failures = [] if effect > 1e-6 else ["its prefix stays causal under a bidirectional mask"]
     gradient = None
     if s.gradients:
