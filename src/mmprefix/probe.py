@@ -284,8 +284,8 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 def tiny_settings(config: PreTrainedConfig) -> dict[str, Any]:
     """The settings of a config with every size made small; what decides how it attends stays.
 
-    The copy keeps the first layers, up to one of every kind; grouped heads stay grouped; windows are shorter than
-    the sequences of the probe.
+    The copy keeps one layer of each kind, two at least; grouped heads stay grouped; windows are shorter than the
+    sequences of the probe.
     """
     settings = copy.deepcopy(config.to_dict())
     for name in ("_name_or_path", "transformers_version", "architectures", "dtype", "auto_map", "quantization_config"):
@@ -317,8 +317,7 @@ def tiny_settings(config: PreTrainedConfig) -> dict[str, Any]:
             settings[name] = _HEADS if own == heads else 1 if own == 1 else _KEY_VALUE_HEADS
     if "word_embed_proj_dim" in settings:  # opt: a projection where it differs from the width
         settings["word_embed_proj_dim"] = _WIDTH if config.word_embed_proj_dim == config.hidden_size else _WIDTH // 2
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        settings[name] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}[name]
+    settings |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     _shorten_rope_factors(settings, config)
     return settings
 
