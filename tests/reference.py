@@ -19,14 +19,41 @@ def may_see(q: dict[str, int], k: dict[str, int], visibility: str) -> bool:
         return q["branch"] == k["branch"] and k["position"] <= q["position"]
     if visibility == "causal":
         return k["position"] <= q["position"]
-    if visibility == "nested" and q["region"] == Region.IMAGE:
-        return k["region"] == Region.IMAGE
+    if visibility == "nested" and k["region"] != Region.IMAGE:
+        return q["region"] != Region.IMAGE and q["question"] == k["question"]
     return True
 
 
 def mask_by_loops(tokens: list[dict[str, int]], visibility: str) -> Tensor:
     """bool ``[T, T]``."""
     return torch.tensor([[may_see(q, k, visibility) for k in tokens] for q in tokens])
+
+
+def attention_by_loops(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[tuple[int, int]], causal: bool,
+    window: int = -1, prefix_in_window: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attention ``[Q, H, D]`` of packed samples with ``(queries, keys)`` tokens each: a softmax for each query.
+
+    The last query of a sample stands at its last key. In a causal call, keys behind a query are hidden, and those that
+    its window has left, unless they stand before all queries (the prefix) and the window is not said to count there.
+    """
+    groups = query.shape[1] // key.shape[1]
+    rows, first_q, first_k = [], 0, 0
+    for num_q, num_k in lengths:
+        for i in range(num_q):
+            at = num_k - num_q + i
+            seen = []
+            for j in range(num_k):
+                in_prefix = j < num_k - num_q
+                in_window = window < 0 or at - j < window or (in_prefix and not prefix_in_window)
+                if not causal or (j <= at and in_window):
+                    seen.append(first_k + j)
+            k, v = (x[seen].repeat_interleave(groups, dim=1) for x in (key, value))
+            scores = torch.einsum("hd,khd->hk", query[first_q + i], k) * query.shape[-1] ** -0.5
+            rows.append(torch.einsum("hk,khd->hd", scores.softmax(-1), v))
+        first_q, first_k = first_q + num_q, first_k + num_k
+    return torch.stack(rows)
 
 
 def separate_losses(

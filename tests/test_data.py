@@ -317,11 +317,11 @@ def test_undecodable_image_is_left_out_and_named(tmp_path, processor):
     items = [dataset[0, n] for n in range(4)]
     assert isinstance(items[2], BadSample)
     batch = Collator(processor.pad_id, "full").train(items)
-    assert batch.num_sequences == 6
+    assert batch.num_samples == 6
     assert [(bad.key, bad.fatal) for bad in batch.bad] == [("0002", False)]
     assert "x.tar: 0002: image of 13 bytes cannot be decoded" in str(batch.bad[0])
     empty = Collator(processor.pad_id, "full").train(items[2:3])
-    assert empty.num_sequences == 0
+    assert empty.num_samples == 0
     assert empty.labels.numel() == 0
 
 

@@ -87,7 +87,7 @@ def test_without_a_plan_nothing_changes(model_type):
 
 def test_installing_twice_is_installing_once_and_the_last_one_out_takes_all_back():
     native = {name: masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[name] for name in attention.DENSE_IMPLEMENTATIONS}
-    native = {name: getattr(function, "library_mask", function) for name, function in native.items()}
+    native = {name: getattr(function, "library_function", function) for name, function in native.items()}
     first, second = small("llama"), small("gpt_neo")
     install(first)
     assert len(first.get_output_embeddings()._forward_pre_hooks) == 1

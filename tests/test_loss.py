@@ -2,7 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmprefix.loss import target_cross_entropy
+from mmprefix import loss
+from mmprefix.loss import LogitTransform, linear_cross_entropy, target_cross_entropy
+from mmprefix.sequence import IGNORE_INDEX
 
 LENGTHS = [3, 1, 4]
 
@@ -46,3 +48,67 @@ def test_half_precision_logits_are_summed_in_float32(case):
     total, _ = target_cross_entropy(logits.bfloat16(), labels, lengths)
     assert total.dtype == torch.float32
     torch.testing.assert_close(total, F.cross_entropy(logits.bfloat16().float(), labels, reduction="sum"))
+
+
+def test_fillers_count_nothing(case):
+    logits, labels, lengths = case
+    expected = target_cross_entropy(logits[:5], labels[:5], lengths[:5], "per_sample")
+    labels = labels.clone()
+    labels[5:] = IGNORE_INDEX
+    torch.testing.assert_close(target_cross_entropy(logits, labels, lengths, "per_sample"), expected)
+
+
+@pytest.mark.parametrize("chunk", [1000, 33, 11])
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5), LogitTransform(2.0, 3.0)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("normalization", ["tokens", "per_sample"])
+def test_linear_cross_entropy_matches_logits(case, chunk, transform, bias, normalization, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk)
+    _, labels, lengths = case
+    labels[-1] = IGNORE_INDEX
+    layer = torch.nn.Linear(6, 11, bias=bias).double()
+    hidden = (3 * torch.randn(8, 6, dtype=torch.double)).requires_grad_()
+    learns = [hidden, *layer.parameters()]
+    fast, fast_count = linear_cross_entropy(hidden, layer, labels, lengths, normalization, transform)
+    losses = F.cross_entropy(transform(layer(hidden)), labels, reduction="none", ignore_index=IGNORE_INDEX)
+    shares = (labels != IGNORE_INDEX) / (lengths if normalization == "per_sample" else 1)
+    slow = (losses * shares).sum()
+    torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(fast_count, shares.sum().float())
+    # 1.5: the gradient that arrives is used, too.
+    found, expected = (torch.autograd.grad(1.5 * value, learns) for value in (fast, slow))
+    torch.testing.assert_close(found, expected)
+
+
+def test_linear_cross_entropy_of_frozen_layers_and_without_gradients(case):
+    _, labels, lengths = case
+    layer = torch.nn.Linear(6, 11).requires_grad_(False)
+    hidden = torch.randn(8, 6, requires_grad=True)
+    total, _ = linear_cross_entropy(hidden, layer, labels, lengths)
+    total.backward()
+    assert hidden.grad is not None
+    assert layer.weight.grad is None
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, layer, labels, lengths)[0], total.detach())
+
+
+def test_linear_cross_entropy_under_autocast_matches_logits(case):
+    _, labels, lengths = case
+    layer = torch.nn.Linear(6, 11)
+    hidden = torch.randn(8, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast, _ = linear_cross_entropy(hidden, layer, labels, lengths)
+        slow, _ = target_cross_entropy(layer(hidden), labels, lengths)
+    assert fast.dtype == torch.float32
+    torch.testing.assert_close(fast, slow, rtol=1e-2, atol=1e-2)
+    learns = [hidden, *layer.parameters()]
+    for found, expected in zip(torch.autograd.grad(fast, learns), torch.autograd.grad(slow, learns), strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2)
+
+
+def test_operator_keeps_the_contract_of_custom_operators(case):
+    _, labels, _ = case
+    hidden, weight = torch.randn(8, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
+    arguments = (hidden, weight, None, labels, torch.ones(8), 0.5, 3.0, 3, True, True, False)
+    torch.library.opcheck(torch.ops.mmprefix.linear_cross_entropy, arguments)

@@ -29,23 +29,34 @@ def test_causal_is_lower_triangular():
     assert torch.equal(prefix_lm_mask(3, 7, "causal"), torch.ones(7, 7).tril().bool())
 
 
+def sees_by_loops(plan, row, visibility):
+    names = ("segment", "branch", "question", "region", "position")
+    tokens = [
+        dict(zip(names, (int(t[row, c]) for t in plan.tokens), strict=True)) for c in range(plan.segment.shape[1])
+    ]
+    return mask_by_loops(tokens, visibility)
+
+
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("visibility", ["full", "nested", "causal"])
-def test_dense_mask_matches_loops_on_packed_branched_and_padded_rows(visibility):
+def test_dense_mask_matches_loops_on_packed_branched_and_padded_rows(visibility, packed):
     sequences = [
         TokenSequence.build(LAYOUT, 3, [10, 11], [[20], [30, 31]]),
         TokenSequence.build(LAYOUT, 2, [12], [[40, 41, 42]]),
         TokenSequence.build(LAYOUT, 0, [13], [[50]]),
     ]
-    plan = collate(sequences, [0, 0, 0], None, pad_id=0, rows=[[0, 1], [2]]).plan
-    assert plan.segment[0].unique().tolist() == [0, 1], "the first row must hold two samples"
-    assert (plan.segment[1] == PADDING_SEGMENT).any(), "the second row must be padded"
+    if visibility == "nested":
+        sequences[1] = TokenSequence.on_one_image(
+            [sequences[1], TokenSequence.build(LAYOUT, 2, [14, 15], [[60], [61]])]
+        )
+    plan = collate(sequences, [0, 0, 0], None, pad_id=0, packed=packed, bucket=4).plan
+    assert len(plan.segment) == (1 if packed else 3)
+    assert (plan.segment == PADDING_SEGMENT).any(), "a row must be padded"
+    if visibility == "nested":
+        assert plan.question.max() == 1, "two questions must share an image"
     fast = dense_mask(plan.tokens, visibility)
-    for r in range(2):
-        tokens = [
-            dict(zip(("segment", "branch", "region", "position"), (int(t[r, c]) for t in plan.tokens), strict=True))
-            for c in range(plan.segment.shape[1])
-        ]
-        assert torch.equal(fast[r], mask_by_loops(tokens, visibility))
+    for row in range(len(plan.segment)):
+        assert torch.equal(fast[row], sees_by_loops(plan, row, visibility))
 
 
 @pytest.mark.parametrize("visibility", ["full", "nested", "causal"])
@@ -58,7 +69,7 @@ def test_no_prefix_token_sees_a_target_token(visibility):
 def test_padding_sees_nothing_and_is_not_seen():
     segment = torch.tensor([0, 0, PADDING_SEGMENT])
     zero = torch.zeros(3, dtype=torch.long)
-    mask = dense_mask(TokenIndex(segment, zero + PREFIX_BRANCH, zero + 1, torch.arange(3)))
+    mask = dense_mask(TokenIndex(segment, zero + PREFIX_BRANCH, zero, zero + 1, torch.arange(3)))
     assert not mask[2].any()
     assert not mask[:, 2].any()
     assert mask[:2, :2].all()

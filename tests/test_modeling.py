@@ -100,7 +100,7 @@ def test_padding_content_moves_nothing_and_padded_equals_unpadded(any_model, pho
 def test_packed_rows_equal_rows_of_their_own(any_model, photos):
     model, processor = any_model
     apart = make_batch(processor, photos)
-    packed = make_batch(processor, photos, rows=[[0, 1, 2]])
+    packed = make_batch(processor, photos, packed=True)
     assert packed.plan.segment.unique().tolist() == [0, 1, 2]
     with torch.no_grad():
         torch.testing.assert_close(model.target_logits(packed), model.target_logits(apart), atol=2e-5, rtol=1e-4)
@@ -347,7 +347,7 @@ def test_decoders_that_cannot_branch_get_a_sequence_for_each_target(photos):
     shared = Collator(processor.pad_id, "full", shared_prefix=True).train(items)
     assert apart.input_ids.shape[0] == 4
     assert apart.image_of.tolist() == [0, 1, 1, 2]
-    assert [r.id for r in apart.references] == ["what is this?", "describe", "describe", "yes or no"]
+    assert [r.id for r in apart.references] == ["what is this?", "describe", "yes or no"], "one for each sample"
     losses = []
     for image, (instruction, targets) in zip(pixels, QUESTIONS, strict=True):
         losses += separate_losses(
@@ -381,7 +381,7 @@ def test_uninstalled_decoder_is_the_librarys_own(photos):
         assert not model.decoder.get_output_embeddings()._forward_pre_hooks
         for name in attention.DENSE_IMPLEMENTATIONS:
             assert ALL_MASK_ATTENTION_FUNCTIONS[name].__module__.startswith("transformers.")
-            assert not hasattr(ALL_MASK_ATTENTION_FUNCTIONS[name], "library_mask")
+            assert not hasattr(ALL_MASK_ATTENTION_FUNCTIONS[name], "library_function")
     finally:
         install(model.decoder)
 
@@ -410,7 +410,7 @@ def test_windowed_decoders_count_distances_inside_the_sample(visibility, photos)
     sequences = encode_all(processor)
     pixels = torch.stack([processor.transform(photo) for photo in photos])
     kwargs = {"pad_id": processor.pad_id, "visibility": visibility}
-    together = collate(sequences, [0, 1, 2], pixels, rows=[[0, 1, 2]], **kwargs)
+    together = collate(sequences, [0, 1, 2], pixels, packed=True, **kwargs)
     parts = [sequence.split() for sequence in sequences]
     image_of = [image for image, part in enumerate(parts) for _ in part]
     apart = collate([s for part in parts for s in part], image_of, pixels, **kwargs)

@@ -1,4 +1,4 @@
-"""The prefix-LM rule inside transformers' own attention masks.
+"""The prefix-LM rule inside transformers' own attention masks, and attention without a mask.
 
 Every decoder of transformers builds its masks by calling the mask functions registered under the name of its
 attention implementation. We wrap those functions: while a `PrefixPlan` is set (`prefix_plan`), the mask that comes
@@ -6,7 +6,13 @@ out is the prefix-LM rule with the decoder's own rule (causal, sliding window, c
 a plan nothing changes. No architecture is touched, and no mask is passed in: a mask passed as ``attention_mask``
 would silently replace sliding windows, too.
 
-The plan travels in a ContextVar because the mask functions see the decoder's config and sizes only.
+A plan with attention calls (a packed row) needs no mask. The wrapped mask function then returns a `MaskFree` in its
+place, which the decoder hands to its attention function, wrapped as well: that runs the calls. Where it can't (a dtype
+or a device without a kernel, attention dropout, a window shorter than a target on CUDA), it makes the dense mask after
+all: slower, never wrong.
+
+The plan travels in a ContextVar because the mask functions see the decoder's config and sizes only. What attention
+reads is in the `MaskFree`, an argument of every layer: recomputation under gradient checkpointing sees no ContextVar.
 
 What this module doesn't do: decide whether an architecture obeys (`probe` does).
 """
@@ -16,18 +22,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from mmprefix.masks import TokenIndex, prefix_lm_visible
 from mmprefix.packing import PrefixPlan
+from mmprefix.varlen import NO_WINDOW, unsupported, varlen_attention
 
 DENSE_IMPLEMENTATIONS = ("sdpa", "eager")
 """Attention implementations that take a dense mask."""
+
+MASK_FREE_IMPLEMENTATION = "sdpa"
+"""The one whose attention function is the library's, not the architecture's, and can be wrapped."""
 
 _current_plan: ContextVar[PrefixPlan | None] = ContextVar("mmprefix_plan", default=None)
 
@@ -70,7 +82,82 @@ def plan_mask_function(plan: PrefixPlan, own_rule: Callable[..., Tensor]) -> Cal
     return rule
 
 
-def _follow_plan(library_mask: Callable[..., Any]) -> Callable[..., Any]:
+class MaskFreeError(RuntimeError):
+    """Attention without a mask is not to be had, and `only_mask_free` asked for nothing else."""
+
+
+_only_mask_free: ContextVar[bool] = ContextVar("mmprefix_only_mask_free", default=False)
+
+
+@contextmanager
+def only_mask_free() -> Iterator[None]:
+    """Inside the block, attention of a packed row that would fall back to a dense mask raises `MaskFreeError`."""
+    token = _only_mask_free.set(True)
+    try:
+        yield
+    finally:
+        _only_mask_free.reset(token)
+
+
+@dataclass(eq=False)
+class MaskFree:
+    """What stands in the place of a mask where a plan has attention calls.
+
+    Attributes:
+        plan: with calls.
+        window: of the decoder's own rule in these layers, in tokens up to the query's own; `NO_WINDOW` for plain causal.
+        refusal: why these layers can't do without a mask; None if they can.
+        make_dense: the mask after all, as the library would have made it.
+    """
+
+    plan: PrefixPlan
+    window: int
+    refusal: str | None
+    make_dense: Callable[[], Any]
+    _dense: Any = field(default=None, init=False)
+
+    def dense(self) -> Any:
+        """The dense mask, made once for all layers that share this object."""
+        if self._dense is None:
+            self._dense = self.make_dense()
+        return self._dense
+
+    def refuses(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, extras: dict[str, Any]) -> str | None:
+        """Why this call needs the dense mask, in words; None if it doesn't."""
+        if self.refusal is not None:
+            return self.refusal
+        if dropout:
+            return "attention dropout"
+        if key.shape[2] != query.shape[2] or query.shape[0] != 1:
+            return "a cache"
+        for name in ("softcap", "s_aux", "sinks", "position_bias"):
+            if extras.get(name) is not None:
+                return f"{name} on attention scores"
+        if query.device.type != "cpu" and self.window != NO_WINDOW and self.plan.visibility != "causal":
+            longest = self.plan.calls[-1].max_q
+            if longest > self.window:
+                return f"a window of {self.window} over targets of up to {longest} tokens"
+        return unsupported(query, key, value)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """``[1, H, T, D]`` and twice ``[1, G, T, D]`` -> ``[1, T, H, D]``."""
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        causal_throughout = self.plan.visibility == "causal"
+        # A window that no target of the batch reaches hides nothing, since the prefix is seen by all.
+        bites = causal_throughout or query.device.type == "cpu"
+        outputs = []
+        for call in self.plan.calls:
+            at = slice(call.start, call.stop)
+            keys = (k[at], v[at]) if call.key_index is None else (
+                k.index_select(0, call.key_index), v.index_select(0, call.key_index))  # fmt: skip
+            outputs.append(varlen_attention(
+                q[at], *keys, call.cu_q, call.cu_k, call.max_q, call.max_k, causal=call.causal, scale=scale,
+                window=self.window if call.causal and bites else NO_WINDOW, prefix_in_window=causal_throughout,
+            ))  # fmt: skip
+        return torch.cat(outputs).unsqueeze(0)
+
+
+def _follow_plan(library_mask: Callable[..., Any], mask_free: bool) -> Callable[..., Any]:
     @wraps(library_mask)
     def mask(
         *,
@@ -81,42 +168,108 @@ def _follow_plan(library_mask: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         plan = current_plan()
-        if plan is not None:
-            mask_function = plan_mask_function(plan.padded_to(kv_offset + kv_length), mask_function)
-            attention_mask = None  # padding is part of the plan
-            # The skips would drop the mask for what looks causal or full to the library; vmap cannot index a plan.
-            kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "use_vmap": False}
-        return library_mask(
-            kv_length=kv_length,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            **kwargs,
-        )
+        if plan is None:
+            return library_mask(
+                kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
+                **kwargs,
+            )  # fmt: skip
 
-    mask.library_mask = library_mask  # type: ignore[attr-defined]
+        def dense() -> Any:
+            return library_mask(
+                kv_length=kv_length,
+                kv_offset=kv_offset,
+                mask_function=plan_mask_function(plan.padded_to(kv_offset + kv_length), mask_function),
+                attention_mask=None,  # padding is part of the plan
+                # The skips would drop the mask for what looks causal or full to the library; vmap cannot index a plan.
+                **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "use_vmap": False},
+            )
+
+        if not (plan.calls and mask_free):
+            if plan.calls and _only_mask_free.get():
+                raise MaskFreeError("eager attention is the architecture's own")
+            return dense()
+        window = kwargs.get("local_size")
+        chunk = getattr(kwargs.get("config"), "attention_chunk_size", None)
+        refusal = "chunked attention" if window is not None and window == chunk else None
+        return MaskFree(plan, NO_WINDOW if window is None else int(window), refusal, dense)
+
+    mask.library_function = library_mask  # type: ignore[attr-defined]
     return mask
 
 
+def _run_calls(library_attention: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(library_attention)
+    def attention(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if isinstance(attention_mask, MaskFree):
+            if torch.is_autocast_enabled(query.device.type):  # as it would for the library's attention
+                dtype = torch.get_autocast_dtype(query.device.type)
+                query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+            refusal = attention_mask.refuses(query, key, value, dropout, kwargs)
+            if refusal is None:
+                return attention_mask.attend(query, key, value, scaling), None
+            if _only_mask_free.get():
+                raise MaskFreeError(refusal)
+            attention_mask = attention_mask.dense()
+        return library_attention(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )  # fmt: skip
+
+    attention.library_function = library_attention  # type: ignore[attr-defined]
+    return attention
+
+
 def register_masks() -> None:
-    """Wraps transformers' dense mask functions, once per process; inert while no plan is set."""
+    """Wraps transformers' dense mask functions and sdpa attention, once per process; inert while no plan is set."""
     for name in DENSE_IMPLEMENTATIONS:
         library_mask = ALL_MASK_ATTENTION_FUNCTIONS[name]
-        if not hasattr(library_mask, "library_mask"):  # not __wrapped__: the library decorates some of its own
-            AttentionMaskInterface.register(name, _follow_plan(library_mask))
+        if not hasattr(library_mask, "library_function"):  # not __wrapped__: the library decorates some of its own
+            AttentionMaskInterface.register(name, _follow_plan(library_mask, name == MASK_FREE_IMPLEMENTATION))
+    library_attention = ALL_ATTENTION_FUNCTIONS[MASK_FREE_IMPLEMENTATION]
+    if not hasattr(library_attention, "library_function"):
+        AttentionInterface.register(MASK_FREE_IMPLEMENTATION, _run_calls(library_attention))
 
 
 def masks_registered() -> bool:
     """Whether transformers' mask functions follow plans at the moment."""
-    return hasattr(ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], "library_mask")
+    return hasattr(ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], "library_function")
 
 
 def unregister_masks() -> None:
-    """Puts transformers' own mask functions back."""
+    """Puts transformers' own functions back."""
     for name in DENSE_IMPLEMENTATIONS:
-        library_mask = getattr(ALL_MASK_ATTENTION_FUNCTIONS[name], "library_mask", None)
+        library_mask = getattr(ALL_MASK_ATTENTION_FUNCTIONS[name], "library_function", None)
         if library_mask is not None:
             AttentionMaskInterface.register(name, library_mask)
+    library_attention = getattr(ALL_ATTENTION_FUNCTIONS[MASK_FREE_IMPLEMENTATION], "library_function", None)
+    if library_attention is not None:
+        AttentionInterface.register(MASK_FREE_IMPLEMENTATION, library_attention)
+
+
+_hidden_states: ContextVar[list[Tensor] | None] = ContextVar("mmprefix_hidden_states", default=None)
+
+
+@contextmanager
+def collect_hidden_states() -> Iterator[list[Tensor]]:
+    """Inside the block, a decoder under a plan with label positions makes no logits: their hidden states are collected.
+
+    Yields:
+        A list that gets one tensor ``[M, D]`` for each pass.
+    """
+    collected: list[Tensor] = []
+    token = _hidden_states.set(collected)
+    try:
+        yield collected
+    finally:
+        _hidden_states.reset(token)
 
 
 def select_label_positions(hidden_states: Tensor) -> Tensor:
@@ -128,4 +281,9 @@ def select_label_positions(hidden_states: Tensor) -> Tensor:
     plan = current_plan()
     if plan is None or plan.label_positions is None:
         return hidden_states
-    return torch.index_select(hidden_states.flatten(0, 1), 0, plan.label_positions).unsqueeze(0)
+    selected = torch.index_select(hidden_states.flatten(0, 1), 0, plan.label_positions)
+    collected = _hidden_states.get()
+    if collected is None:
+        return selected.unsqueeze(0)
+    collected.append(selected)
+    return selected.new_empty(1, 0, selected.shape[1])

@@ -26,6 +26,7 @@ from mmprefix.attention import (
     unregister_masks,
 )
 from mmprefix.errors import InputError
+from mmprefix.loss import LogitTransform
 
 _installed: WeakSet[nn.Module] = WeakSet()
 
@@ -221,6 +222,54 @@ def install(decoder: PreTrainedModel) -> PreTrainedModel:
         if _causal_buffers(module):
             module.register_forward_pre_hook(_open_causal_buffers)
     return decoder
+
+
+@torch.no_grad()
+def find_logit_transform(decoder: PreTrainedModel) -> LogitTransform | None:
+    """What the decoder does to its output layer's values to make logits of them, found by looking.
+
+    Returns:
+        None where the output layer is not a plain linear layer, or where what is done to its values is neither a scale
+        nor a soft-cap that the config names.
+    """
+    output_layer = decoder.get_output_embeddings()
+    if type(output_layer) is not nn.Linear:
+        return None
+    weight = decoder.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    embeds = (torch.randn(1, 4, weight.shape[1], generator=generator) * weight.float().std().cpu()).to(weight)
+    factor, seen = 1.0, weight.new_zeros(0)
+
+    def enlarge(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0] * factor, *args[1:])
+
+    def look(module: nn.Module, args: tuple[Any, ...], values: torch.Tensor) -> None:
+        nonlocal seen
+        seen = values.float()
+
+    hooks = [output_layer.register_forward_pre_hook(enlarge), output_layer.register_forward_hook(look)]
+    was_training = decoder.training
+    decoder.eval()
+    try:
+        for _ in range(2):
+            mask = torch.ones(1, 4, dtype=torch.long, device=weight.device)
+            logits = decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits.float()
+            # In the second pass large enough that a soft-cap, which leaves small values alone, shows.
+            factor = 60.0 / max(seen.std().item(), 1e-6)
+    finally:
+        decoder.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    scale = ((logits * seen).sum() / seen.square().sum()).item()
+    caps = {
+        float(value)
+        for name, value in decoder.config.to_dict().items()
+        if "softcap" in name.replace("_", "") and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    for transform in (LogitTransform(), LogitTransform(scale), *(LogitTransform(softcap=cap) for cap in sorted(caps))):
+        if torch.allclose(transform(seen), logits, rtol=2e-2 if weight.dtype != torch.float32 else 1e-4, atol=1e-3):
+            return transform
+    return None
 
 
 def is_installed(decoder: nn.Module) -> bool:

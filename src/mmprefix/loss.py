@@ -3,17 +3,41 @@
 A mean per micro-batch or per rank would weight tokens by the company they keep: the same samples, grouped
 differently, would give another gradient. Sums and counts add up over micro-batches and ranks.
 
-Shapes: M target tokens, V vocabulary.
+Two forms, equal in value and gradient: from logits (`target_cross_entropy`), and from the hidden states that logits
+are made of (`linear_cross_entropy`), which makes logits a chunk at a time, turns them into gradients on the spot and
+drops them: with a vocabulary of 257,152, logits of 1,000 tokens and what autograd keeps of them take 3 GB.
+
+Shapes: M target tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from mmprefix.sequence import IGNORE_INDEX
 
 LossNormalization = Literal["tokens", "per_sample"]
+
+CHUNK_ELEMENTS = 2**26
+"""Logits at a time, at most: 256 MB in float32. Smaller chunks write the gradient of the output layer more often."""
+
+
+def label_weights(labels: Tensor, target_lengths: Tensor, normalization: LossNormalization = "tokens") -> Tensor:
+    """What each label counts, float32 ``[M]``: 1, or under ``per_sample`` 1 / length of its target; 0 for fillers.
+
+    Args:
+        labels: ``[M]`` int64, `IGNORE_INDEX` on labels that only fill up a batch.
+        target_lengths: ``[M]`` int64, labels of the target that each label belongs to.
+        normalization: ``tokens``: every target token counts the same. ``per_sample``: mean over each target's
+            tokens, then over targets, as PaliGemma trains (arXiv 2407.07726).
+    """
+    counted = (labels != IGNORE_INDEX).float()
+    return counted if normalization == "tokens" else counted / target_lengths.float()
 
 
 def target_cross_entropy(
@@ -23,17 +47,170 @@ def target_cross_entropy(
 
     Args:
         logits: ``[M, V]`` of any float dtype; computed in float32.
-        labels: ``[M]`` int64.
-        target_lengths: ``[M]`` int64, labels of the target that each label belongs to.
-        normalization: ``tokens``: every target token counts the same. ``per_sample``: mean over each target's
-            tokens, then over targets, as PaliGemma trains (arXiv 2407.07726).
+        labels, target_lengths, normalization: see `label_weights`.
 
     Returns:
         ``(sum, count)``, float32 scalars; ``sum / count`` is the loss in nats. The count is the number of target
         tokens or of targets.
     """
-    losses = F.cross_entropy(logits.float(), labels, reduction="none")
-    if normalization == "tokens":
-        return losses.sum(), losses.new_full((), labels.numel())
-    weights = 1.0 / target_lengths.float()
+    losses = F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=IGNORE_INDEX)
+    weights = label_weights(labels, target_lengths, normalization)
     return (losses * weights).sum(), weights.sum()
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a decoder does to the output layer's values to make logits of them.
+
+    Attributes:
+        scale: factor (Cohere, Granite).
+        softcap: c in ``c * tanh(x / c)``, after the scale (Gemma 2); None for none.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Output layer's values -> logits, of any shape."""
+        values = values * self.scale
+        return values if self.softcap is None else self.softcap * torch.tanh(values / self.softcap)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    output_layer: nn.Linear,
+    labels: Tensor,
+    target_lengths: Tensor,
+    normalization: LossNormalization = "tokens",
+    transform: LogitTransform | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`target_cross_entropy` of ``transform(output_layer(hidden))``, without ever holding all logits.
+
+    Matrix products run in the autocast dtype, where that is on, or in that of ``hidden``; softmax and sums in float32
+    (float64 for float64).
+
+    Args:
+        hidden: float ``[M, D]``.
+        output_layer: ``D -> V``, with or without bias.
+        labels, target_lengths, normalization: see `label_weights`.
+        transform: of the layer's values, none by default.
+
+    Returns:
+        ``(sum, count)`` as `target_cross_entropy`.
+    """
+    transform = transform or LogitTransform()
+    weights = label_weights(labels, target_lengths, normalization)
+    device = hidden.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    weight, bias = output_layer.weight, output_layer.bias
+    needs = torch.is_grad_enabled()
+    with torch.autocast(device, enabled=False):
+        total = _linear_cross_entropy(
+            hidden.to(compute), weight.to(compute), None if bias is None else bias.to(compute), labels, weights,
+            transform.scale, transform.softcap or 0.0, max(1, CHUNK_ELEMENTS // weight.shape[0]),
+            needs and hidden.requires_grad, needs and weight.requires_grad,
+            needs and bias is not None and bias.requires_grad,
+        )[0]  # fmt: skip
+    return total, weights.sum()
+
+
+# One node of a compiled graph, with gradients computed in the forward pass: autograd would keep logits for the backward,
+# and recomputing them there would cost a third matrix product.
+@torch.library.custom_op("mmprefix::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    scale: float,
+    softcap: float,
+    chunk: int,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    total = hidden.new_zeros((), dtype=wide)
+    d_hidden = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
+    d_weight, d_bias = hidden.new_empty(0), hidden.new_empty(0)
+    # Sums over chunks in half precision would lose what is small; a single chunk has nothing to sum.
+    sums = hidden.dtype if hidden.shape[0] <= chunk else wide
+    for start in range(0, hidden.shape[0], chunk):
+        part = slice(start, start + chunk)
+        rows = hidden[part]
+        values = F.linear(rows, weight, bias).to(wide)
+        if scale != 1.0:
+            values *= scale
+        slope = None
+        if softcap:
+            tanh = values.div_(softcap).tanh_()
+            slope = (1 - tanh.square()) if wants_hidden or wants_weight or wants_bias else None
+            values = tanh.mul_(softcap)
+        label = labels[part].clamp(min=0).unsqueeze(1)  # fillers: their weight is 0
+        share = weights[part].to(wide).unsqueeze(1)
+        # In place from here on: logits, then probabilities, then their gradient.
+        values -= values.amax(1, keepdim=True)
+        of_label = values.gather(1, label)
+        values.exp_()
+        normalizer = values.sum(1, keepdim=True)
+        total += ((normalizer.log() - of_label) * share).sum()
+        if not (wants_hidden or wants_weight or wants_bias):
+            continue
+        values *= share / normalizer
+        values.scatter_add_(1, label, -share)
+        if slope is not None:
+            values *= slope
+        if scale != 1.0:
+            values *= scale
+        gradient = values.to(hidden.dtype)
+        if wants_hidden:
+            torch.mm(gradient, weight, out=d_hidden[part])
+        if wants_weight:
+            if start == 0:
+                d_weight = torch.mm(gradient.t(), rows).to(sums)
+            elif sums == hidden.dtype:
+                d_weight.addmm_(gradient.t(), rows)
+            else:
+                d_weight += torch.mm(gradient.t(), rows)
+        if wants_bias:
+            d_bias = gradient.sum(0, dtype=sums) + (d_bias if start else 0)
+    if wants_weight and not d_weight.numel():
+        d_weight = torch.zeros_like(weight)
+    if wants_bias and not d_bias.numel():
+        assert bias is not None
+        d_bias = torch.zeros_like(bias)
+    return (
+        total.to(torch.promote_types(total.dtype, torch.float32)),
+        d_hidden,
+        d_weight.to(weight.dtype),
+        d_bias.to(weight.dtype),
+    )
+
+
+@_linear_cross_entropy.register_fake
+def _(hidden, weight, bias, labels, weights, scale, softcap, chunk, wants_hidden, wants_weight, wants_bias):  # type: ignore[no-untyped-def]
+    return (
+        hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32)),
+        torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if wants_weight else hidden.new_empty(0),
+        torch.empty_like(bias) if wants_bias else hidden.new_empty(0),
+    )
+
+
+def _keep_gradients(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.wanted = inputs[-3:]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx, grad, *unused):  # type: ignore[no-untyped-def]
+    gradients = [g if wanted else None for g, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
+    # On the CPU a look at the number is free, and spares a pass over the output layer's size. (While a graph is traced,
+    # it is no plain tensor and has none.)
+    if type(grad) is not Tensor or grad.device.type != "cpu" or grad.item() != 1:
+        gradients = [None if g is None else g * grad.to(g.dtype) for g in gradients]
+    return (*gradients, *(None,) * 8)
+
+
+_linear_cross_entropy.register_autograd(_backward, setup_context=_keep_gradients)

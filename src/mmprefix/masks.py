@@ -16,8 +16,9 @@ So no prefix token ever sees a target token. Prefix 3 of 7 (rows are queries, co
     1 1 1 1 1 1 .      1 1 1 1 1 1 .             1 1 1 1 1 1 .
     1 1 1 1 1 1 1      1 1 1 1 1 1 1             1 1 1 1 1 1 1
 
-`nested`: image tokens see image tokens only, so that they do not depend on the instruction. `causal`: the decoder's
-own rule, for comparison. Padding belongs to no sample: it sees nothing and nothing sees it.
+`nested`: image tokens see image tokens only, so that they do not depend on the instruction; several questions on one
+image may then share them, and don't see each other. `causal`: the decoder's own rule, for comparison. Padding belongs
+to no sample: it sees nothing and nothing sees it.
 
 This module knows neither batches nor models: its functions take index tensors and broadcast.
 """
@@ -43,12 +44,14 @@ class TokenIndex(NamedTuple):
     Attributes:
         segment: which sample of its row a token belongs to, `PADDING_SEGMENT` for padding.
         branch: which target of its sample, `PREFIX_BRANCH` in the prefix.
+        question: which instruction on the sample's image; read under `nested` only, where there may be several.
         region: values of `Region`.
         position: position inside the sample, as the decoder's own rule counts it.
     """
 
     segment: Tensor
     branch: Tensor
+    question: Tensor
     region: Tensor
     position: Tensor
 
@@ -70,7 +73,8 @@ def prefix_lm_visible(q: TokenIndex, k: TokenIndex, visibility: PrefixVisibility
     if visibility == "full":
         prefix_part = k_in_prefix
     elif visibility == "nested":
-        prefix_part = k_in_prefix & ((q.region != Region.IMAGE) | (k.region == Region.IMAGE))
+        own_question = (q.region != Region.IMAGE) & (q.question == k.question)
+        prefix_part = k_in_prefix & ((k.region == Region.IMAGE) | own_question)
     else:
         prefix_part = k_in_prefix & own_rule
     target_part = ~k_in_prefix & (q.branch == k.branch) & own_rule
@@ -100,4 +104,5 @@ def prefix_lm_mask(
     region[:num_image_tokens] = Region.IMAGE
     region[prefix_len:] = Region.TARGET
     branch = torch.where(index < prefix_len, PREFIX_BRANCH, 0)
-    return dense_mask(TokenIndex(torch.zeros_like(index), branch, region, index), visibility)
+    zeros = torch.zeros_like(index)
+    return dense_mask(TokenIndex(zeros, branch, zeros, region, index), visibility)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -26,9 +26,11 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from mmprefix.decoder import DecoderArgs, build_decoder, decoder_config
+from mmprefix.attention import collect_hidden_states
+from mmprefix.decoder import DecoderArgs, build_decoder, decoder_config, find_logit_transform
 from mmprefix.errors import InputError
 from mmprefix.generation import PrefixDecoderConfig, PrefixDecoderModel, cached_length, plan_of_rows, run_decoder
+from mmprefix.loss import LogitTransform, LossNormalization, linear_cross_entropy, target_cross_entropy
 from mmprefix.masks import PrefixVisibility
 from mmprefix.packing import PackedBatch, PrefixPlan
 from mmprefix.probe import check_prefix_lm, probe
@@ -46,6 +48,8 @@ class MMPrefixConfig(PrefixDecoderConfig):
         image_token_id: placeholder id of image positions; may lie beyond the decoder's vocabulary.
         prefix_visibility: `full`, `nested` or `causal`.
         shared_prefix: whether several targets may branch off one prefix on this decoder.
+        mask_free: whether packed rows are attended to without a mask on this decoder.
+        logit_transform: `LogitTransform` as a dict, where the loss may be computed from hidden states in chunks.
         kwargs: those of `PrefixDecoderConfig`.
     """
 
@@ -59,6 +63,8 @@ class MMPrefixConfig(PrefixDecoderConfig):
         image_token_id: int = 0,
         prefix_visibility: PrefixVisibility = "full",
         shared_prefix: bool = True,
+        mask_free: bool = False,
+        logit_transform: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.vision_config = vision_config
@@ -66,6 +72,8 @@ class MMPrefixConfig(PrefixDecoderConfig):
         self.image_token_id = image_token_id
         self.prefix_visibility = prefix_visibility
         self.shared_prefix = shared_prefix
+        self.mask_free = mask_free
+        self.logit_transform = logit_transform
         super().__init__(text_config=text_config, **kwargs)
 
     @property
@@ -193,6 +201,9 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         for line in report.warnings():
             warnings.warn(line, stacklevel=3)
         config.shared_prefix, config.refused_caches = report.can_share, list(report.refused_caches)
+        config.mask_free = report.dense_reason is None
+        transform = find_logit_transform(decoder)
+        config.logit_transform = None if transform is None else asdict(transform)
         model.tie_weights()
         return model
 
@@ -251,6 +262,8 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             )
         if plan is not None and labels is not None and plan.label_positions is not None:
             raise ValueError("expected labels or a plan with label positions, got both")
+        if plan is not None and plan.calls and not self.config.mask_free:
+            plan = replace(plan, calls=())
         cached = cached_length(past_key_values)
         if inputs_embeds is None:
             assert input_ids is not None
@@ -297,6 +310,33 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         )
         assert output.logits is not None
         return output.logits
+
+    def target_loss(
+        self,
+        batch: PackedBatch,
+        normalization: LossNormalization = "tokens",
+        image_tokens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy of the batch's targets and the count to divide it by, float32 scalars.
+
+        Where the decoder does no more to its logits than scale or cap them, they are made in chunks and never kept.
+
+        Args:
+            batch: from `packing.collate`.
+            normalization: see `loss.label_weights`.
+            image_tokens: float ``[I, N, W]`` from `get_image_tokens`, where they are known already.
+        """
+        output_layer = self.get_output_embeddings()
+        if self.config.logit_transform is None or type(output_layer) is not nn.Linear:  # adapters wrap it
+            logits = self.target_logits(batch, image_tokens)
+            return target_cross_entropy(logits, batch.labels, batch.target_lengths, normalization)
+        with collect_hidden_states() as hidden_states:
+            self.target_logits(batch, image_tokens)
+        (hidden,) = hidden_states
+        return linear_cross_entropy(
+            hidden, output_layer, batch.labels, batch.target_lengths, normalization,
+            LogitTransform(**self.config.logit_transform),
+        )  # fmt: skip
 
     def _embed(
         self,

@@ -1,12 +1,19 @@
-"""Token sequences -> a batch of rows, with the plan that says who sees whom.
+"""Token sequences -> a batch, with the plan that says who sees whom.
 
-This is the one place that pads. `collate` lays each sequence into a row of its own, padded on the right; `rows` puts
-several into one, and nothing downstream changes, because every token carries its segment, branch, region and
-position. All index maps are built here, in the data loader's workers, so that the training step never searches for
-positions (`nonzero` would synchronise with the device).
+Two layouts. By default each sequence has a row of its own, padded on the right: what a dense mask wants, whose cost
+grows with the square of a row. *Packed*, all sequences share one row without padding, prefixes first:
+
+    full, causal   [prefix of a][prefix of b] ... | [targets of a][targets of b] ...
+    nested         [image of a][image of b] ...   | [instructions of a] ... | [targets of a] ...
+
+so that the queries of each attention call (`AttentionCall`) are one slice of the row. Nothing downstream depends on the layout,
+because every token carries its segment, branch, question, region and position.
+
+This is the one place that pads. All index maps are built here, in the data loader's workers, so that the training step
+never searches for positions (`nonzero` would synchronise with the device).
 
 Shapes: B rows, T tokens of a row, S sequences, I images, N image tokens of one image, P image tokens placed,
-M scored target tokens of the batch.
+M scored target tokens of the batch (and, in a bucketed batch, labels that fill up).
 """
 
 from __future__ import annotations
@@ -15,12 +22,35 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmprefix.masks import PADDING_SEGMENT, PrefixVisibility, TokenIndex
-from mmprefix.sequence import PREFIX_BRANCH, Region, TokenSequence
+from mmprefix.sequence import IGNORE_INDEX, PREFIX_BRANCH, Region, TokenSequence
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One call of attention without a mask over a packed row: a slice of it as queries, each block with its own keys.
+
+    Attributes:
+        start, stop: the slice of the row.
+        key_index: int64 ``[K]``, columns of the keys of all blocks; None where they are the queries' own.
+        cu_q, cu_k: int32 ``[blocks + 1]``, where each block's queries and keys begin.
+        max_q, max_k: bounds of a block's queries and keys, rounded up so that they rarely change.
+        causal: whether a block's keys are seen up to the query's own only; those in front of the first always are.
+    """
+
+    start: int
+    stop: int
+    key_index: Tensor | None
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+    causal: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +60,7 @@ class PrefixPlan:
     Attributes:
         segment: ``[B, T]`` sample within the row, `PADDING_SEGMENT` for padding.
         branch: ``[B, T]`` target within the sample, `PREFIX_BRANCH` in the prefix.
+        question: ``[B, T]`` instruction within the sample.
         region: ``[B, T]`` values of `Region`.
         position: ``[B, T]`` what the decoder's own rule (causal, sliding window) counts distances by.
         visibility: how prefix tokens see each other.
@@ -39,16 +70,19 @@ class PrefixPlan:
             by their placeholder ids.
         image_sources: ``[P]`` index into the flattened ``[I * N]`` image tokens. One image may be placed several
             times, so that the encoder runs once for all questions about it.
+        calls: of a packed row, the attention calls that are the rule without a mask; empty elsewhere.
     """
 
     segment: Tensor
     branch: Tensor
+    question: Tensor
     region: Tensor
     position: Tensor
     visibility: PrefixVisibility = "full"
     label_positions: Tensor | None = None
     image_positions: Tensor | None = None
     image_sources: Tensor | None = None
+    calls: tuple[AttentionCall, ...] = ()
 
     @classmethod
     def from_prompt(cls, attention_mask: Tensor, is_image: Tensor, is_target: Tensor | None = None,
@@ -70,12 +104,12 @@ class PrefixPlan:
         if is_target is not None:
             region = torch.where(is_target, int(Region.TARGET), region)
             branch = torch.where(is_target, 0, branch)
-        return cls(segment, branch, region, position, visibility)
+        return cls(segment, branch, torch.zeros_like(branch), region, position, visibility)
 
     @property
     def tokens(self) -> TokenIndex:
         """The tensors of the rule, ``[B, T]`` each."""
-        return TokenIndex(self.segment, self.branch, self.region, self.position)
+        return TokenIndex(self.segment, self.branch, self.question, self.region, self.position)
 
     def padded_to(self, length: int) -> PrefixPlan:
         """The plan with ``length`` columns, the new ones being generated tokens of the row's (only) sample.
@@ -90,12 +124,13 @@ class PrefixPlan:
             self,
             segment=F.pad(self.segment, (0, extra), value=0),
             branch=F.pad(self.branch, (0, extra), value=0),
+            question=F.pad(self.question, (0, extra), value=0),
             region=F.pad(self.region, (0, extra), value=int(Region.TARGET)),
             position=torch.cat([self.position, new_positions.expand(self.position.shape[0], -1)], dim=1),
         )
 
 
-Batch = TypeVar("Batch", bound="PrefixPlan | PackedBatch | PromptBatch | EvaluationBatch")
+Batch = TypeVar("Batch", bound="AttentionCall | PrefixPlan | PackedBatch | PromptBatch | EvaluationBatch")
 
 
 class Reference(NamedTuple):
@@ -142,6 +177,7 @@ class PackedBatch:
         references: one for each sequence.
         bad: samples that were left out of this batch, and why.
         num_tokens: tokens that are not padding.
+        num_samples: instructions (each on an image).
     """
 
     input_ids: Tensor
@@ -155,11 +191,7 @@ class PackedBatch:
     references: tuple[Reference, ...] = ()
     bad: tuple[BadSample, ...] = ()
     num_tokens: int = 0
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences (image + instruction) in this batch."""
-        return self.image_of.numel()
+    num_samples: int = 0
 
     @property
     def padding_share(self) -> float:
@@ -205,6 +237,10 @@ class EvaluationBatch:
         return map_tensors(self, Tensor.pin_memory)
 
 
+_ROUND_MAX = 64
+"""What the bounds of attention calls are rounded up to: a compiled step is compiled anew when one changes."""
+
+
 def collate(
     sequences: Sequence[TokenSequence],
     image_of: Sequence[int],
@@ -214,7 +250,8 @@ def collate(
     visibility: PrefixVisibility = "full",
     references: Sequence[Reference] = (),
     bad: Sequence[BadSample] = (),
-    rows: Sequence[Sequence[int]] | None = None,
+    packed: bool = False,
+    bucket: int = 1,
 ) -> PackedBatch:
     """Lays sequences into rows.
 
@@ -224,61 +261,228 @@ def collate(
         pixel_values: float ``[I, 3, H, W]`` or None.
         pad_id: id that fills the rows.
         visibility: how prefix tokens see each other.
-        references: one for each sequence.
+        references: one for each sample.
         bad: samples left out.
-        rows: which sequences share a row, in this order; by default each has its own.
+        packed: all sequences in one row, with attention calls, instead of a row for each.
+        bucket: what the lengths of a packed row's parts, and the number of labels, are rounded up to.
     """
-    rows = [[s] for s in range(len(sequences))] if rows is None else rows
-    num_rows = len(rows)
-    num_columns = max((sum(len(sequences[s]) for s in row) for row in rows), default=0)
-    shape = (num_rows, num_columns)
-    input_ids = torch.full(shape, pad_id, dtype=torch.long)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    position_ids = torch.zeros(shape, dtype=torch.long)
-    segment = torch.full(shape, PADDING_SEGMENT, dtype=torch.long)
-    branch = torch.full(shape, PREFIX_BRANCH, dtype=torch.long)
-    region = torch.full(shape, int(Region.INSTRUCTION), dtype=torch.long)
+    lengths = [len(sequence) for sequence in sequences]
+    offsets = np.cumsum([0, *lengths])
+    calls: tuple[AttentionCall, ...] = ()
+    # Which token stands where: index into the concatenated sequences for each column, -1 for padding.
+    if packed and sequences:
+        order, calls = _pack(sequences, offsets, visibility, bucket)
+        order = order[None]
+    else:
+        order = np.full((len(sequences), max(lengths, default=0)), -1, dtype=np.int64)
+        for row, (start, length) in enumerate(zip(offsets, lengths, strict=False)):
+            order[row, :length] = np.arange(start, start + length)
+    is_token = torch.from_numpy(order >= 0)
+    source = torch.from_numpy(order).clamp(min=0)
     empty = torch.zeros(0, dtype=torch.long)
-    label_positions, labels, target_lengths, image_positions, image_sources = ([empty] for _ in range(5))
-    for r, row in enumerate(rows):
-        start = 0
-        for index_in_row, s in enumerate(row):
-            sequence = sequences[s]
-            columns = slice(start, start + len(sequence))
-            input_ids[r, columns] = sequence.ids
-            attention_mask[r, columns] = 1
-            position_ids[r, columns] = sequence.positions
-            segment[r, columns] = index_in_row
-            branch[r, columns] = sequence.branches
-            region[r, columns] = sequence.regions
-            offset = r * num_columns + start
-            label_positions.append(sequence.label_positions + offset)
-            labels.append(sequence.labels)
-            target_lengths.append(sequence.target_lengths)
-            # Collation runs in the workers, on the CPU: searching here costs no synchronisation.
-            image_tokens = (sequence.regions == Region.IMAGE).nonzero().squeeze(1)
-            image_positions.append(image_tokens + offset)
-            image_sources.append(torch.arange(image_tokens.numel()) + image_of[s] * image_tokens.numel())
-            start += len(sequence)
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(sequence, name) for sequence in sequences] or [empty])
+
+    def placed(values: Tensor, padding: int) -> Tensor:
+        return values[source].masked_fill_(~is_token, padding)
+
+    column_of = torch.empty(int(offsets[-1]), dtype=torch.long)
+    column_of[source[is_token]] = is_token.flatten().nonzero().squeeze(1)
+    number = torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(lengths, dtype=torch.long))
+    regions, positions = joined("regions"), placed(joined("positions"), 0)
+    label_positions = column_of[_offset([sequence.label_positions for sequence in sequences], offsets)]
+    more_labels = (0, -label_positions.numel() % bucket)
+    label_positions = F.pad(label_positions, more_labels)
     plan = PrefixPlan(
-        segment, branch, region, position_ids, visibility,
-        label_positions=torch.cat(label_positions),
-        image_positions=torch.cat(image_positions),
-        image_sources=torch.cat(image_sources),
-    )  # fmt: skip
+        segment=placed(number if packed else torch.zeros_like(number), PADDING_SEGMENT),
+        branch=placed(joined("branches"), PREFIX_BRANCH),
+        question=placed(joined("questions"), 0),
+        region=placed(regions, int(Region.INSTRUCTION)),
+        position=positions,
+        visibility=visibility,
+        label_positions=label_positions,
+        # Collation runs in the workers, on the CPU: searching here costs no synchronisation.
+        image_positions=column_of[(regions == Region.IMAGE).nonzero().squeeze(1)],
+        image_sources=_image_sources(sequences, image_of),
+        calls=calls,
+    )
     return PackedBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
+        input_ids=placed(joined("ids"), pad_id),
+        attention_mask=is_token.long(),
+        position_ids=positions,
         plan=plan,
-        labels=torch.cat(labels),
-        target_lengths=torch.cat(target_lengths),
+        labels=F.pad(joined("labels"), more_labels, value=IGNORE_INDEX),
+        target_lengths=F.pad(joined("target_lengths"), more_labels, value=1),
         pixel_values=pixel_values,
         image_of=torch.tensor(image_of, dtype=torch.long),
         references=tuple(references),
         bad=tuple(bad),
-        num_tokens=sum(len(sequence) for sequence in sequences),
+        num_tokens=sum(lengths),
+        num_samples=sum(sequence.num_questions for sequence in sequences),
     )
+
+
+def _offset(indices: Sequence[Tensor], offsets: np.ndarray) -> Tensor:
+    """Indices into each sequence -> indices into all of them, joined."""
+    moved = [index + int(start) for index, start in zip(indices, offsets, strict=False)]
+    return torch.cat(moved) if moved else torch.zeros(0, dtype=torch.long)
+
+
+def _image_sources(sequences: Sequence[TokenSequence], image_of: Sequence[int]) -> Tensor:
+    sources = [torch.zeros(0, dtype=torch.long)]
+    for sequence, image in zip(sequences, image_of, strict=False):
+        number = int((sequence.regions == Region.IMAGE).sum())
+        sources.append(torch.arange(number) + image * number)
+    return torch.cat(sources)
+
+
+class _Block(NamedTuple):
+    """Neighbouring tokens of one sequence that see the same: indices into the joined sequences, own and in front."""
+
+    own: np.ndarray
+    ancestors: tuple[np.ndarray, ...]
+
+
+def _blocks(sequence: TokenSequence, offset: int, visibility: PrefixVisibility) -> list[list[_Block]]:
+    """The blocks of a sequence by level: prefix and targets, or under `nested` image, instructions and targets."""
+    nested = visibility == "nested"
+    branch, question = sequence.branches.numpy(), sequence.questions.numpy()
+    level = (branch != PREFIX_BRANCH).astype(np.int64)
+    if nested:
+        level += sequence.regions.numpy() != Region.IMAGE
+    starts = np.flatnonzero(
+        np.diff(level, prepend=-1) | np.diff(branch, prepend=-2) | np.diff(question, prepend=-1)
+        if nested
+        else np.diff(branch, prepend=-2)
+    )
+    levels: list[list[_Block]] = [[] for _ in range(3 if nested else 2)]
+    above: dict[int, np.ndarray] = {}  # the newest block of each level: a block follows what stands in front of it
+    for start, stop in zip(starts, [*starts[1:], len(branch)], strict=True):
+        here = int(level[start])
+        own = np.arange(start, stop) + offset
+        levels[here].append(_Block(own, tuple(above[k] for k in range(here) if k in above)))
+        above[here] = own
+    return levels
+
+
+def _pack(
+    sequences: Sequence[TokenSequence], offsets: np.ndarray, visibility: PrefixVisibility, bucket: int
+) -> tuple[np.ndarray, tuple[AttentionCall, ...]]:
+    """The one row of all sequences, level by level, and a call for each level."""
+    by_level: list[list[_Block]] = [[] for _ in range(3 if visibility == "nested" else 2)]
+    for sequence, offset in zip(sequences, offsets, strict=False):
+        for blocks, own in zip(by_level, _blocks(sequence, int(offset), visibility), strict=True):
+            blocks.extend(own)
+    order: list[np.ndarray] = []
+    column_of = np.empty(int(offsets[-1]), dtype=np.int64)
+    calls, start = [], 0
+    for level, blocks in enumerate(by_level):
+        # By shape: neighbours of one shape are one call of a kernel on the CPU.
+        blocks = sorted(blocks, key=lambda b: (sum(map(len, b.ancestors)), len(b.own)))
+        queries = [len(b.own) for b in blocks]
+        order += [b.own for b in blocks]
+        stop = start
+        for block in blocks:
+            column_of[block.own] = np.arange(stop, stop + len(block.own))
+            stop += len(block.own)
+        # Padding is a block of its own, and sees itself.
+        padding = -(stop - start) % bucket
+        order.append(np.full(padding, -1, dtype=np.int64))
+        padded = np.arange(stop, stop + padding)
+        stop += padding
+        if stop > start:
+            keys, key_lengths, more = None, queries, 0
+            if level:
+                key_columns = [column_of[part] for b in blocks for part in (*b.ancestors, b.own)]
+                key_lengths = [sum(map(len, (*b.ancestors, b.own))) for b in blocks]
+                more = -(sum(key_lengths) + padding) % bucket  # further keys of the padding's
+                keys = torch.from_numpy(np.concatenate([*key_columns, padded, np.zeros(more, dtype=np.int64)]))
+            if padding or more:
+                queries, key_lengths = [*queries, padding], [*key_lengths, padding + more]
+            calls.append(AttentionCall(
+                start, stop, keys, _cumulative(queries, bucket), _cumulative(key_lengths, bucket),
+                _round_up(max(queries), _ROUND_MAX), _round_up(max(key_lengths), _ROUND_MAX),
+                causal=level == len(by_level) - 1 or visibility == "causal",
+            ))  # fmt: skip
+        start = stop
+    return np.concatenate(order), tuple(calls)
+
+
+def _cumulative(lengths: Sequence[int], bucket: int) -> Tensor:
+    """Where blocks begin, int32; in a bucketed batch with empty blocks at the end."""
+    sums = np.cumsum([0, *lengths], dtype=np.int32)
+    missing = -len(sums) % min(bucket, 16)
+    return torch.from_numpy(np.concatenate([sums, np.full(missing, sums[-1])]))
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def first_fit(lengths: Sequence[int], max_tokens: int, max_items: int) -> list[list[int]]:
+    """First-fit decreasing: items, longest first, each into the first bin that has room for it.
+
+    Needs at most 11/9 of the fewest bins possible (Johnson 1973), and far less with many short items.
+
+    Args:
+        lengths: of the items, in tokens.
+        max_tokens: of a bin.
+        max_items: of a bin.
+
+    Returns:
+        The items of each bin, as indices into ``lengths``.
+
+    Raises:
+        ValueError: an item longer than a bin.
+    """
+    if len(lengths) and max(lengths) > max_tokens:
+        raise ValueError(f"expected items of at most {max_tokens} tokens, got one of {max(lengths)}")
+    # A tree over the room of the bins: each node holds the largest below it, so that the first bin with enough of it
+    # is found in log2(n) steps.
+    leaves = 1 << max(0, len(lengths) - 1).bit_length()
+    room = [max_tokens] * (2 * leaves)
+    bins: list[list[int]] = []
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length, node = lengths[item], 1
+        while node < leaves:
+            node = 2 * node if room[2 * node] >= length else 2 * node + 1
+        number = node - leaves
+        if number == len(bins):
+            bins.append([])
+        bins[number].append(item)
+        room[node] = room[node] - length if len(bins[number]) < max_items else -1
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return bins
+
+
+def group_by_length(
+    lengths: Sequence[int], rows: Sequence[int], max_tokens: int, max_items: int
+) -> list[list[int]]:  # fmt: skip
+    """Items of like length together, so that rows padded to the longest of a bin hold little padding.
+
+    Args:
+        lengths: of the longest row of each item, in tokens.
+        rows: of each item.
+        max_tokens: of a bin, padding included.
+        max_items: of a bin.
+
+    Raises:
+        ValueError: an item that doesn't fit into a bin.
+    """
+    bins: list[list[int]] = []
+    longest = used = 0
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], -rows[i])):
+        if lengths[item] * rows[item] > max_tokens:
+            raise ValueError(f"expected items of at most {max_tokens} tokens, got one of {lengths[item] * rows[item]}")
+        if not bins or (used + rows[item]) * longest > max_tokens or len(bins[-1]) == max_items:
+            bins.append([])
+            longest, used = lengths[item], 0
+        bins[-1].append(item)
+        used += rows[item]
+    return bins
 
 
 def collate_prompts(
@@ -304,4 +508,6 @@ def map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
             changes[f.name] = function(value)
         elif isinstance(value, PrefixPlan | PromptBatch | PackedBatch):
             changes[f.name] = map_tensors(value, function)
+        elif f.name == "calls":
+            changes[f.name] = tuple(map_tensors(call, function) for call in value)
     return replace(batch, **changes)

@@ -1,4 +1,5 @@
-"""Proves by perturbation that a decoder is an exact prefix LM: six properties, forward and gradient.
+"""Proves by perturbation that a decoder is an exact prefix LM: six properties, forward and gradient; and a seventh,
+whether it attends without a mask.
 
 There is no list of supported models. `probe` makes a tiny random copy of the decoder's config, with windows shorter
 than the sequences it feeds, and looks at what moves when something changes:
@@ -10,9 +11,10 @@ than the sequences it feeds, and looks at what moves when something changes:
 5. With a causal prefix, the outputs are the decoder's own (a lost sliding window would show).
 6. Prefill and cached decoding, prompts of different lengths in one batch, give the tokens of the full computation,
    with a dynamic and with a static cache.
+7. Attention without a mask, over a packed row, gives what the dense mask gives.
 
 A decoder that fails 1, 2, 3 or 5 is refused. One that fails 4 gets no packing, or no shared prefix. One that fails 6
-is refused the cache with which it fails.
+is refused the cache with which it fails. One that fails 7 gets a dense mask.
 
 `check_prefix_lm` is the short form, for the decoder itself rather than a copy: one forward pass.
 
@@ -26,7 +28,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +37,15 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from mmprefix.attention import MaskFreeError, only_mask_free
 from mmprefix.decoder import install, is_installed, uninstall
 from mmprefix.errors import InputError
 from mmprefix.files import replacing
 from mmprefix.generation import run_decoder
 from mmprefix.masks import PADDING_SEGMENT, PrefixVisibility
-from mmprefix.packing import PrefixPlan, map_tensors
+from mmprefix.packing import PrefixPlan, collate, map_tensors
 from mmprefix.prefix_lm import PrefixLMForCausalLM
-from mmprefix.sequence import PREFIX_BRANCH, Region
+from mmprefix.sequence import PREFIX_BRANCH, PromptLayout, Region, TokenSequence
 
 WINDOW = 3
 """Sliding windows and chunks of the tiny copy, in tokens."""
@@ -66,6 +69,7 @@ NAMES = {
     4: "packed and shared equal alone",
     5: "a causal prefix is the native decoder",
     6: "cached decoding equals the full forward",
+    7: "attention without a mask equals the mask",
 }
 
 
@@ -139,6 +143,13 @@ class ProbeReport:
     def refused_caches(self) -> tuple[str, ...]:
         """`dynamic`, `static`: caches with which generation would go wrong."""
         return tuple(name for name in CACHES if self._fails(6, name))
+
+    @property
+    def dense_reason(self) -> str | None:
+        """Why packed rows can't be attended to without a mask, in words; None if they can."""
+        if not self.can_pack:
+            return "samples cannot be packed into one row"
+        return None if self[7].holds else "; ".join(self[7].failures)
 
     def _fails(self, number: int, what: str) -> bool:
         return any(failure.startswith(what) for failure in self[number].failures)
@@ -222,7 +233,8 @@ def _cache_path(config: PreTrainedConfig, attention: str | None) -> Path:
     settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     digest.update(repr((attention, torch.__version__, transformers.__version__)).encode())
-    for source in ("probe", "attention", "decoder", "generation", "masks", "packing", "prefix_lm", "sequence"):
+    sources = "probe", "attention", "decoder", "generation", "masks", "packing", "prefix_lm", "sequence", "varlen"
+    for source in sources:
         digest.update((Path(__file__).parent / f"{source}.py").read_bytes())
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "mmprefix" / "probe" / f"{config.model_type}-{digest.hexdigest()[:32]}.json"
@@ -405,7 +417,7 @@ def lay_out(rows: Sequence[Row], visibility: PrefixVisibility = "full") -> Prefi
                 tokens += [[PADDING_SEGMENT, PREFIX_BRANCH, int(Region.INSTRUCTION), 0]] * length
         columns.append(tokens)
     segments, branches, regions, positions = torch.tensor(columns).unbind(-1)
-    return PrefixPlan(segments, branches, regions, positions, visibility)
+    return PrefixPlan(segments, branches, torch.zeros_like(branches), regions, positions, visibility)
 
 
 class _Subject:
@@ -696,6 +708,76 @@ def _cache_equals_full(s: _Subject) -> Property:
     return Property(6, worst, None, tuple(failures))
 
 
+def _packed_row(visibility: PrefixVisibility) -> PrefixPlan:
+    """The plan of a packed row: samples of several shapes, one of them twice, two targets, two questions, no image."""
+    layout = PromptLayout(image=0, bos=1, separator=(), eos=2)
+    build = TokenSequence.build
+    question = build(layout, 3, [5] * PREFIX, [[5] * (TARGET - 1)])
+    sequences = [
+        question,
+        question,
+        build(layout, 2, [5], [[5], [5] * (TARGET - 2)]),
+        build(layout, 0, [5, 5], [[5, 5]]),
+    ]
+    if visibility == "nested":
+        sequences.append(TokenSequence.on_one_image([question, build(layout, 3, [5], [[5, 5], [5]])]))
+    batch = collate(sequences, [0] * len(sequences), None, pad_id=0, visibility=visibility, packed=True, bucket=4)
+    return replace(batch.plan, label_positions=None)
+
+
+def _needs_no_mask(s: _Subject) -> Property:
+    forward, gradient, failures = 0.0, 0.0, []
+    for visibility in ("full", "nested", "causal"):
+        plan = _packed_row(visibility)  # type: ignore[arg-type]
+        dense = replace(plan, calls=())
+        counted = (plan.segment != PADDING_SEGMENT).float()
+        row = s.random(1, plan.segment.shape[1])
+        weight = counted.to(row.device).unsqueeze(-1)
+        try:
+            with only_mask_free(), torch.no_grad():
+                deviations = [_deviation(s.logits(row, plan) * weight, s.logits(row, dense) * weight)]
+                forward = max(forward, deviations[0])
+            if s.gradients:
+                with only_mask_free():
+                    found = s.gradient(row, plan, counted)
+                deviations.append(_deviation(found, s.gradient(row, dense, counted)))
+                gradient = max(gradient, deviations[1])
+        except MaskFreeError as error:
+            return Property(7, 0.0, None, (str(error),))
+        except Exception as error:  # attention of an architecture's own, which expects a tensor
+            reason = " ".join(str(error).split())[:60]
+            return Property(7, 0.0, None, (f"attention of its own ({type(error).__name__}: {reason})",))
+        if not max(deviations) <= TOLERANCE:
+            failures.append(f"{visibility}: differs by {max(deviations):.0e}")
+    return Property(7, forward, gradient if s.gradients else None, tuple(failures))
+
+
+@torch.no_grad()
+def mask_free_refusal(
+    config: PreTrainedConfig, attention: str | None, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Why a decoder of this config can't attend without a mask on this device in this dtype; None if it can.
+
+    What the probe has proved on the CPU is run once more on a tiny copy, where it will be needed.
+    """
+    decoder = install(tiny_copy(config, attention).to(device, dtype))
+    subject, plan = _Subject(decoder, gradients=False), _packed_row("full")
+    row = subject.random(1, plan.segment.shape[1])
+    try:
+        with only_mask_free():
+            found, expected = subject.logits(row, plan), subject.logits(row, replace(plan, calls=()))
+    except MaskFreeError as error:
+        return str(error)
+    except RuntimeError as error:  # whatever a kernel says that isn't there
+        return " ".join(str(error).split())[:80]
+    finally:
+        uninstall(decoder)
+    real = (plan.segment != PADDING_SEGMENT).to(device).unsqueeze(-1)
+    off = ((found - expected) * real).abs().max() / expected.abs().max()
+    # A wrong mask is off by the order of one; half precision by far less.
+    return None if off < 0.1 else f"its kernel gives other values (off by {off:.0e}) than the mask"
+
+
 def probe_decoder(decoder: PreTrainedModel, gradients: bool = True) -> ProbeReport:
     """The six properties of a decoder as it is.
 
@@ -717,6 +799,7 @@ def probe_decoder(decoder: PreTrainedModel, gradients: bool = True) -> ProbeRepo
         properties = (
             _target_is_hidden(subject), _prefix_is_seen(subject), _padding_is_inert(subject),
             _together_equals_alone(subject), _causal_is_native(subject, windowed), _cache_equals_full(subject),
+            _needs_no_mask(subject),
         )  # fmt: skip
     finally:
         for parameter in frozen:

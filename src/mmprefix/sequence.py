@@ -7,6 +7,12 @@ Left of the bar is the prefix. Each target is a branch: it continues the prefix 
 branches, so its positions start where the prefix ends. Everything after this module reads these tensors and derives
 nothing again. This module knows ids only: no text, no tokenizer, no batch. It never truncates and never pads.
 
+Where image tokens don't depend on what is asked (`nested` visibility), several questions on one image share them, too
+(`TokenSequence.on_one_image`): a tree of three levels.
+
+    [image tokens]  |  [BOS][question 0][separator]  |  [target 0][EOS] ...
+                       [BOS][question 1][separator]  |  [target 1][EOS] ...
+
 Shapes: T tokens of the sequence, M scored target tokens.
 """
 
@@ -60,8 +66,9 @@ class TokenSequence:
     Attributes:
         ids: ``[T]`` token ids; `PromptLayout.image` at image positions.
         regions: ``[T]`` values of `Region`.
-        branches: ``[T]`` `PREFIX_BRANCH` in the prefix, k in target k.
-        positions: ``[T]`` position ids; every target starts at the length of the prefix.
+        branches: ``[T]`` `PREFIX_BRANCH` in the prefix, k in target k (counted over all questions).
+        questions: ``[T]`` which instruction on the image an instruction or target token belongs to; 0 in the image.
+        positions: ``[T]`` position ids; every target starts at the length of its prefix.
         label_positions: ``[M]`` index of the token whose hidden state predicts label m.
         labels: ``[M]`` the token to predict. The label of the last prefix position is the first token of a target
             (of each target, when there are several), and EOS is the last label of each.
@@ -71,6 +78,7 @@ class TokenSequence:
     ids: Tensor
     regions: Tensor
     branches: Tensor
+    questions: Tensor
     positions: Tensor
     label_positions: Tensor
     labels: Tensor
@@ -126,16 +134,60 @@ class TokenSequence:
             labels += scored
             target_lengths += [length] * length
         return cls(*(torch.tensor(column, dtype=torch.long) for column in (
-            ids, regions, branches, positions, label_positions, labels, target_lengths,
+            ids, regions, branches, [0] * len(ids), positions, label_positions, labels, target_lengths,
         )))  # fmt: skip
+
+    @classmethod
+    def on_one_image(cls, sequences: Sequence[TokenSequence]) -> TokenSequence:
+        """Several questions on one image as one sequence, in which the image tokens stand once.
+
+        Loss and gradient equal those of the separate sequences wherever image tokens see image tokens only.
+
+        Args:
+            sequences: one question each, with the same image in front.
+
+        Raises:
+            ValueError: different numbers of image tokens.
+        """
+        images = [int((s.regions == Region.IMAGE).sum()) for s in sequences]
+        if len(set(images)) != 1:
+            raise ValueError(f"expected questions on one image, got {images} image tokens")
+        if len(sequences) == 1:
+            return sequences[0]
+        n, first = images[0], sequences[0]
+        parts: dict[str, list[Tensor]] = {
+            "ids": [first.ids[:n]], "regions": [first.regions[:n]], "branches": [first.branches[:n]],
+            "questions": [first.questions[:n]], "positions": [first.positions[:n]],
+        }  # fmt: skip
+        label_positions, start, branch = [], n, 0
+        for question, s in enumerate(sequences):
+            for name, values in (("ids", s.ids), ("regions", s.regions), ("positions", s.positions)):
+                parts[name].append(values[n:])
+            in_prefix = s.branches == PREFIX_BRANCH
+            parts["branches"].append(torch.where(in_prefix, PREFIX_BRANCH, s.branches + branch)[n:])
+            parts["questions"].append(torch.full_like(s.ids[n:], question))
+            label_positions.append(s.label_positions - n + start)
+            start += len(s) - n
+            branch += s.num_targets
+        return cls(
+            **{name: torch.cat(values) for name, values in parts.items()},
+            label_positions=torch.cat(label_positions),
+            labels=torch.cat([s.labels for s in sequences]),
+            target_lengths=torch.cat([s.target_lengths for s in sequences]),
+        )
 
     def __len__(self) -> int:
         return self.ids.numel()
 
     @property
     def prefix_length(self) -> int:
-        """Number of prefix tokens."""
+        """Number of prefix tokens, which stand in front where there is one question."""
         return int((self.branches == PREFIX_BRANCH).sum())
+
+    @property
+    def num_questions(self) -> int:
+        """Number of instructions on the image."""
+        return int(self.questions.max()) + 1
 
     @property
     def num_targets(self) -> int:
@@ -143,7 +195,7 @@ class TokenSequence:
         return int(self.branches.max()) + 1
 
     def split(self) -> list[TokenSequence]:
-        """One sequence for each target, each with the whole prefix; for decoders that cannot branch."""
+        """One sequence for each target, each with the whole prefix; for decoders that cannot branch. Of one question."""
         sequences = []
         in_prefix = self.branches == PREFIX_BRANCH
         starts = self.label_positions == self.prefix_length - 1
@@ -153,13 +205,17 @@ class TokenSequence:
             of_branch = label_branch == branch
             length = int(of_branch.sum())
             sequences.append(TokenSequence(
-                self.ids[kept], self.regions[kept], self.branches[kept].clamp(max=0), self.positions[kept],
+                self.ids[kept], self.regions[kept], self.branches[kept].clamp(max=0), self.questions[kept],
+                self.positions[kept],
                 torch.arange(length) + self.prefix_length - 1, self.labels[of_branch], self.target_lengths[of_branch],
             ))  # fmt: skip
         return sequences
 
     def prefix(self) -> TokenSequence:
-        """The same sample without its targets, as generation starts from it."""
+        """The same sample without its targets, as generation starts from it. Of one question."""
         n = self.prefix_length
         empty = self.labels.new_empty(0)
-        return TokenSequence(self.ids[:n], self.regions[:n], self.branches[:n], self.positions[:n], empty, empty, empty)
+        return TokenSequence(
+            self.ids[:n], self.regions[:n], self.branches[:n], self.questions[:n], self.positions[:n],
+            empty, empty, empty,
+        )  # fmt: skip

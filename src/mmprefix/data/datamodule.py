@@ -21,6 +21,7 @@ from mmprefix.data.loading import (
     RecordDataset,
     SampleProcessor,
     TextLimits,
+    TokenBudgetSampler,
 )
 from mmprefix.data.shards import ShardCollection
 from mmprefix.errors import InputError
@@ -45,6 +46,7 @@ class ShardDataModule(pl.LightningDataModule):
         dataset: Literal["digits"] | None = None,
         dataset_folder: str = "runs/data/digits",
         batch_size: int = 32,
+        max_tokens: int | None = None,
         eval_batch_size: int = 128,
         num_workers: int = 0,
         max_instruction_tokens: int | None = 1024,
@@ -67,6 +69,9 @@ class ShardDataModule(pl.LightningDataModule):
                 left out altogether: `val` and `test` are then yours, too.
             dataset_folder: where the shards of `dataset` are written.
             batch_size: records (an image with everything asked about it) per step and device.
+            max_tokens: budget per step and device, image tokens and padding included: as many records as fit go into
+                a batch, `batch_size` at most. Steps then take the same memory, however ragged the texts. The texts
+                are tokenized once at the start.
             eval_batch_size: the same, for evaluation.
             num_workers: loader processes per device.
             max_instruction_tokens: longest instruction, without framing tokens. Attention grows with its square: one
@@ -93,13 +98,20 @@ class ShardDataModule(pl.LightningDataModule):
             for split in ("train", "val", "test"):
                 self.patterns[split] = self.patterns[split] or str(self.dataset_folder / f"{split}-*.tar")
         self.patterns["predict"] = predict or self.patterns["test"] or self.patterns["val"]
+        if max_tokens is not None and max_tokens < 1:
+            raise InputError(f"data.max_tokens: expected at least 1, got {max_tokens}")
         self.batch_size = batch_size
+        self.max_tokens = max_tokens
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.limits = TextLimits(max_instruction_tokens, max_target_tokens, truncate)
         self.augmentation = augmentation
         self.undecodable_is_fatal = on_bad_sample == "error"
         self.seed = seed
+        self.packed = False
+        """Whether batches are packed into one row; the module says, when it knows how it attends."""
+        self.bucket = 1
+        """What the lengths of a packed row's parts are rounded up to."""
         self._shards: dict[str, ShardCollection] = {}
 
     @property
@@ -143,9 +155,9 @@ class ShardDataModule(pl.LightningDataModule):
         rank_zero_info(f"{split}: {shards.describe()}")
         return shards
 
-    def _loader(self, split: str, sampler: Any, collate: Callable[..., Any]) -> DataLoader[Any]:
+    def _dataset(self, split: str) -> RecordDataset:
         assert self.processor is not None, "the data module needs a processor before it loads anything"
-        dataset = RecordDataset(
+        return RecordDataset(
             self._shards[split],
             self.processor,
             self.limits,
@@ -153,8 +165,10 @@ class ShardDataModule(pl.LightningDataModule):
             seed=self.seed,
             undecodable_is_fatal=self.undecodable_is_fatal,
         )
+
+    def _loader(self, split: str, sampler: Any, collate: Callable[..., Any]) -> DataLoader[Any]:
         return LazyDataLoader(
-            dataset,
+            self._dataset(split),
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=self.num_workers,
@@ -167,7 +181,10 @@ class ShardDataModule(pl.LightningDataModule):
     @property
     def _collator(self) -> Collator:
         assert self.processor is not None
-        return Collator(self.processor.pad_id, self.processor.prefix_visibility, self.processor.shared_prefix)
+        processor = self.processor
+        return Collator(
+            processor.pad_id, processor.prefix_visibility, processor.shared_prefix, self.packed, self.bucket
+        )
 
     def _ranks(self) -> dict[str, int]:
         if self.trainer is None:
@@ -184,10 +201,31 @@ class ShardDataModule(pl.LightningDataModule):
         ranks = self._ranks()
         if num_records < ranks["num_ranks"]:
             raise InputError(f"data.train: expected a record for each of {ranks['num_ranks']} ranks, got {num_records}")
-        sampler = EpochBatchSampler(
-            num_records, self.batch_size, shuffle=True, seed=self.seed, batches_done=self._batches_done, **ranks
-        )
+        settings: dict[str, Any] = {"seed": self.seed, "batches_done": self._batches_done, **ranks}
+        if self.max_tokens is None:
+            sampler: Any = EpochBatchSampler(num_records, self.batch_size, shuffle=True, **settings)
+        else:
+            sampler = TokenBudgetSampler(*self._budget(self.max_tokens), **settings)
         return self._loader("train", sampler, self._collator.train)
+
+    def _budget(self, max_tokens: int) -> tuple[list[list[int]], list[tuple[int, ...]]]:
+        """The training records by batches of at most so many tokens, and their shapes."""
+        shards, dataset = self._shards["train"], self._dataset("train")
+        records = []
+        for index, record in enumerate(shards.records):
+            try:
+                records.append(dataset.encode(shards.samples(index)))
+            except InputError as error:
+                raise InputError(f"{shards.paths[record.shard]}: {record.key}: {error}") from error
+        try:
+            bins, shapes = self._collator.budget(records, max_tokens, self.batch_size)
+        except ValueError as error:
+            raise InputError(f"data.max_tokens: {error}") from error
+        tokens = sum(len(sequence) for record in records for sequence in record)
+        rank_zero_info(
+            f"train: {len(bins)} batches of at most {max_tokens} tokens, of {tokens / len(bins):.0f} on average"
+        )
+        return bins, shapes
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
         sampler = EvaluationBatchSampler(len(self._shards[split]), self.eval_batch_size, **self._ranks())

@@ -4,13 +4,15 @@ The order of an epoch is a permutation by (seed, epoch). All ranks compute the s
 ``batch_size * ranks`` records of it, and each rank takes its part. Augmentation is seeded by (seed, epoch, record), so
 neither the number of workers nor a restart changes what a record looks like.
 
-`batch_size` counts records: an image with everything asked about it.
+`batch_size` counts records: an image with everything asked about it. With a budget of tokens (`TokenBudgetSampler`), a
+batch holds as many records as fit into it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from itertools import islice
 from typing import Any, Protocol
 
@@ -24,7 +26,16 @@ from mmprefix.data.samples import Sample
 from mmprefix.data.shards import ShardCollection
 from mmprefix.errors import InputError
 from mmprefix.masks import PrefixVisibility
-from mmprefix.packing import BadSample, EvaluationBatch, PackedBatch, Reference, collate, collate_prompts
+from mmprefix.packing import (
+    BadSample,
+    EvaluationBatch,
+    PackedBatch,
+    Reference,
+    collate,
+    collate_prompts,
+    first_fit,
+    group_by_length,
+)
 from mmprefix.sequence import TokenSequence
 from mmprefix.vision import ImageTransform
 
@@ -69,11 +80,15 @@ class TextLimits:
 
 @dataclass(frozen=True, eq=False)
 class EncodedRecord:
-    """One record, ready for collation: float32 ``[3, H, W]`` pixels, and a sequence for each sample."""
+    """One record, ready for collation: float32 ``[3, H, W]`` pixels, and a sequence for each sample.
+
+    ``image_digest`` is the same for equal pixels; records of a batch that share it share an image.
+    """
 
     pixels: Tensor
     sequences: tuple[TokenSequence, ...]
     references: tuple[Reference, ...]
+    image_digest: str = ""
 
 
 @dataclass
@@ -98,31 +113,42 @@ class RecordDataset(Dataset[EncodedRecord | BadSample]):
         record = self.shards.records[index]
         shard = self.shards.paths[record.shard]
         try:
-            image = decode_image(self.shards.image_bytes(index))
+            content = self.shards.image_bytes(index)
+            image = decode_image(content)
         except UndecodableImageError as error:
             return BadSample(shard, record.key, str(error), fatal=self.undecodable_is_fatal)
         except (InputError, OSError) as error:
             return BadSample(shard, record.key, str(error), fatal=True)
         image = self.processor.transform.resize(image)
+        digest = sha256(content).hexdigest()
         if self.augment is not None:
+            digest = f"{digest}-{index}"  # each record's own
             image = self.augment(image, torch.Generator().manual_seed(_mix(self.seed, epoch, index)))
         try:
             samples = self.shards.samples(index)
-            sequences = tuple(self._encode(sample) for sample in samples)
+            sequences = self.encode(samples)
         except InputError as error:
             return BadSample(shard, record.key, str(error), fatal=True)
         references = tuple(
             Reference(s.id, s.image_id, s.kind, s.instruction, s.answers, (index, n)) for n, s in enumerate(samples)
         )
-        return EncodedRecord(self.processor.transform.to_tensor(image), sequences, references)
+        return EncodedRecord(self.processor.transform.to_tensor(image), sequences, references, digest)
 
-    def _encode(self, sample: Sample) -> TokenSequence:
-        return self.processor.encode(
-            sample.instruction,
-            sample.targets,
-            max_instruction_tokens=self.limits.max_instruction_tokens,
-            max_target_tokens=self.limits.max_target_tokens,
-            truncate=self.limits.truncate,
+    def encode(self, samples: Sequence[Sample]) -> tuple[TokenSequence, ...]:
+        """The token sequences of a record's samples.
+
+        Raises:
+            InputError: text beyond a limit.
+        """
+        return tuple(
+            self.processor.encode(
+                sample.instruction,
+                sample.targets,
+                max_instruction_tokens=self.limits.max_instruction_tokens,
+                max_target_tokens=self.limits.max_target_tokens,
+                truncate=self.limits.truncate,
+            )
+            for sample in samples
         )
 
 
@@ -176,6 +202,74 @@ class EpochBatchSampler(Sampler[list[EpochIndex]]):
             yield [(self.epoch, int(index)) for index in order[start:stop]]
 
 
+class TokenBudgetSampler(Sampler[list[EpochIndex]]):
+    """Batches of one rank that hold as many records as fit into a budget of tokens, each record once an epoch.
+
+    Records are packed once, by their lengths. An epoch then deals records of equal length anew among the places that
+    such records have, and the batches among steps and ranks: batches fit and steps are as many in every epoch, while
+    what meets what is drawn anew. Both depend on seed and epoch only.
+
+    Attributes:
+        num_batches: of the epoch, of this rank.
+    """
+
+    def __init__(
+        self,
+        bins: Sequence[Sequence[int]],
+        shapes: Sequence[Any],
+        seed: int = 0,
+        rank: int = 0,
+        num_ranks: int = 1,
+        batches_done: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """Makes the pattern of all epochs.
+
+        Args:
+            bins: records of each batch, as `packing` has put them together.
+            shapes: of each record; those with equal ones may take each other's place.
+            seed: of the order.
+            rank, num_ranks: every rank gets the same number of batches: the fullest are halved until they do.
+            batches_done: as of `EpochBatchSampler`.
+
+        Raises:
+            ValueError: fewer records than ranks.
+        """
+        pattern = [list(one) for one in bins]
+        while len(pattern) % num_ranks:
+            fullest = max(pattern, key=len)
+            if len(fullest) < 2:
+                raise ValueError(f"expected a record for each of {num_ranks} ranks, got {sum(map(len, pattern))}")
+            pattern.append([fullest.pop() for _ in range(len(fullest) // 2)])
+        self._pattern = pattern
+        self._of_shape: dict[Any, list[int]] = {}
+        for record in range(len(shapes)):
+            self._of_shape.setdefault(shapes[record], []).append(record)
+        self.seed, self.rank, self.num_ranks, self.batches_done = seed, rank, num_ranks, batches_done
+        self.num_batches = len(pattern) // num_ranks
+        self.epoch = 0
+
+    @property
+    def sampler(self) -> TokenBudgetSampler:
+        """Where Lightning looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer before each epoch, also after a resume."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[EpochIndex]]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        stands_for: dict[int, int] = {}
+        for records in self._of_shape.values():
+            stands_for.update(zip(records, generator.permutation(records).tolist(), strict=True))
+        order = generator.permutation(len(self._pattern))[self.rank :: self.num_ranks]
+        for number in order[self.batches_done() :]:
+            yield [(self.epoch, stands_for[record]) for record in self._pattern[number]]
+
+
 @dataclass
 class EvaluationBatchSampler(Sampler[list[EpochIndex]]):
     """Every record once, none twice: ranks may get a different number of batches."""
@@ -209,15 +303,46 @@ class LazyDataLoader(DataLoader[Any]):
 class Collator:
     """Encoded records -> a batch. Picklable, so that it runs in workers.
 
+    An image that stands in several records of a batch is in the batch once. Under `nested` visibility, all questions
+    on one image share its tokens, too.
+
     Attributes:
         pad_id: id that fills rows.
         visibility: how prefix tokens see each other.
         shared_prefix: whether several targets of a sample branch off one prefix; else each is a sequence of its own.
+        packed: whether all sequences share one row, for attention without a mask.
+        bucket: what the lengths of a packed row's parts are rounded up to, for compiled models.
     """
 
     pad_id: int
     visibility: PrefixVisibility
     shared_prefix: bool = True
+    packed: bool = False
+    bucket: int = 1
+
+    def budget(
+        self, records: Sequence[Sequence[TokenSequence]], max_tokens: int, max_records: int
+    ) -> tuple[list[list[int]], list[tuple[int, ...]]]:
+        """Puts records into batches of at most so many tokens, padding included, as they will be laid out.
+
+        Args:
+            records: the samples of each.
+            max_tokens: of a batch.
+            max_records: of a batch.
+
+        Returns:
+            The records of each batch, and the shape of each record: those of equal shape may change places.
+
+        Raises:
+            ValueError: a record that doesn't fit into a batch.
+        """
+        lengths = [[len(s) for s in self.rows(samples, [0] * len(samples))[0]] for samples in records]
+        if self.packed:
+            totals = [sum(rows) for rows in lengths]
+            return first_fit(totals, max_tokens, max_records), [(total,) for total in totals]
+        shapes = [(max(rows), len(rows)) for rows in lengths]
+        longest, rows = [shape[0] for shape in shapes], [shape[1] for shape in shapes]
+        return group_by_length(longest, rows, max_tokens, max_records), list(shapes)
 
     def train(self, items: Sequence[EncodedRecord | BadSample]) -> PackedBatch:
         """A batch to learn from."""
@@ -236,21 +361,48 @@ class Collator:
             bad=tuple(item for item in items if isinstance(item, BadSample)),
         )
 
-    def _targets(self, records: Sequence[EncodedRecord], bad: Sequence[BadSample]) -> PackedBatch:
-        sequences, image_of, pixels = _flatten(records)
-        references = [reference for record in records for reference in record.references]
+    def rows(
+        self, sequences: Sequence[TokenSequence], image_of: Sequence[int]
+    ) -> tuple[list[TokenSequence], list[int]]:
+        """Samples -> what is laid out: joined where they share an image's tokens, split where they can't branch.
+
+        Args:
+            sequences: one for each sample.
+            image_of: the image of each.
+
+        Returns:
+            The sequences of the batch and the image of each.
+        """
         if not self.shared_prefix:
-            parts = [sequence.split() for sequence in sequences]
-            image_of = [image for image, part in zip(image_of, parts, strict=True) for _ in part]
-            references = [reference for reference, part in zip(references, parts, strict=True) for _ in part]
-            sequences = [sequence for part in parts for sequence in part]
+            parts = [(part, image) for s, image in zip(sequences, image_of, strict=True) for part in s.split()]
+            return [part for part, _ in parts], [image for _, image in parts]
+        if self.visibility != "nested":
+            return list(sequences), list(image_of)
+        on_image: dict[int, list[TokenSequence]] = {}
+        for sequence, image in zip(sequences, image_of, strict=True):
+            on_image.setdefault(image, []).append(sequence)
+        return [TokenSequence.on_one_image(group) for group in on_image.values()], list(on_image)
+
+    def _targets(self, records: Sequence[EncodedRecord], bad: Sequence[BadSample]) -> PackedBatch:
+        samples, images, pixels = _flatten(records)
+        references = [reference for record in records for reference in record.references]
+        sequences, image_of = self.rows(samples, images)
         return collate(
-            sequences, image_of, pixels, pad_id=self.pad_id, visibility=self.visibility, references=references, bad=bad
-        )
+            sequences, image_of, pixels, pad_id=self.pad_id, visibility=self.visibility, references=references, bad=bad,
+            packed=self.packed, bucket=self.bucket,
+        )  # fmt: skip
 
 
 def _flatten(records: Sequence[EncodedRecord]) -> tuple[list[TokenSequence], list[int], Tensor | None]:
     """Sequences of all records, the image of each, and the images, each once."""
-    sequences = [sequence for record in records for sequence in record.sequences]
-    image_of = [number for number, record in enumerate(records) for _ in record.sequences]
-    return sequences, image_of, torch.stack([record.pixels for record in records]) if records else None
+    first: dict[str, int] = {}  # digest -> number of the image in the batch
+    pixels: list[Tensor] = []
+    sequences: list[TokenSequence] = []
+    image_of: list[int] = []
+    for record in records:
+        number = first.setdefault(record.image_digest, len(pixels)) if record.image_digest else len(pixels)
+        if number == len(pixels):
+            pixels.append(record.pixels)
+        sequences.extend(record.sequences)
+        image_of.extend([number] * len(record.sequences))
+    return sequences, image_of, torch.stack(pixels) if pixels else None

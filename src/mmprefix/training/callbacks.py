@@ -41,7 +41,7 @@ class Throughput(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
     ) -> None:
         """Counts; logs where the trainer logs."""
-        self._samples += batch.num_sequences
+        self._samples += batch.num_samples
         self._tokens += batch.num_tokens
         self._padded += batch.input_ids.numel()
         # Once per optimizer step: accumulated micro-batches share a step number.
@@ -89,7 +89,7 @@ class BadSampleReport(pl.Callback):
     ) -> None:
         """Collects."""
         self._bad["train"].extend(batch.bad)
-        self._usable += batch.num_sequences
+        self._usable += batch.num_samples
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports; an epoch of which nothing was usable ends the run, before a checkpoint is made of it."""

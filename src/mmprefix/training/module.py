@@ -13,21 +13,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from mmprefix.decoder import DecoderArgs
 from mmprefix.errors import InputError
-from mmprefix.loss import LossNormalization, target_cross_entropy
+from mmprefix.loss import LossNormalization
 from mmprefix.masks import PrefixVisibility
 from mmprefix.metrics import ExactMatch
 from mmprefix.modeling import MMPrefixForConditionalGeneration
 from mmprefix.packing import EvaluationBatch, PackedBatch, PromptBatch, Reference
+from mmprefix.probe import mask_free_refusal, probe
 from mmprefix.processing import (
     IMAGE_TOKEN,
     MMPrefixImageProcessor,
@@ -41,6 +43,9 @@ from mmprefix.training.optim import OptimizerArgs, PartArgs, build_optimizer
 from mmprefix.vision import ConnectorArgs, VisionArgs
 
 PARTS = ("vision", "connector", "decoder")
+
+_BUCKET = 64
+"""What lengths are rounded up to for a compiled model: shapes repeat, and half a bucket is little."""
 
 
 class NonFiniteLossError(InputError):
@@ -106,6 +111,7 @@ class MMPrefixModule(pl.LightningModule):
         train_decoder: PartArgs = PartArgs(),  # noqa: B008
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        attention: Literal["auto", "dense"] = "auto",
         num_beams: int = 1,
         seed: int = 0,
     ) -> None:
@@ -129,6 +135,8 @@ class MMPrefixModule(pl.LightningModule):
             train_decoder: learning rate and freezing of the decoder.
             gradient_checkpointing: recompute activations in the backward pass, to save memory.
             compile: run the model through `torch.compile`.
+            attention: `auto`: without a mask, over samples packed into one row, where decoder, device and precision
+                allow it, which is said in one line at the start. `dense`: a row for each sample and a mask.
             num_beams: beams when generating for evaluation; 1 is greedy.
             seed: of dropout; the command line passes `seed_everything`.
         """
@@ -155,6 +163,8 @@ class MMPrefixModule(pl.LightningModule):
         self.part_args = dict(zip(PARTS, (train_vision, train_connector, train_decoder), strict=True))
         self.num_beams = num_beams
         self.seed = seed
+        self.attention = attention
+        self._compiled = compile
         self._window = self._last_window = _Window()
         self._exact_match: dict[str, ExactMatch] = {}
         self._evaluation_loss: list[tuple[Tensor, Tensor]] = []
@@ -171,6 +181,45 @@ class MMPrefixModule(pl.LightningModule):
         """`vision`, `connector` or `decoder`."""
         part: nn.Module = getattr(self.model, name)
         return part
+
+    # Attention
+
+    def setup(self, stage: str) -> None:
+        """Chooses how to attend, says so, and tells the data module how to lay out its batches."""
+        reason = self._dense_reason()
+        packed = reason is None
+        if packed:
+            device = self.trainer.strategy.root_device.type
+            kernel = "flash attention over runs of equal length" if device == "cpu" else "varlen flash attention"
+            rank_zero_info(f"attention: mask-free ({kernel}), samples packed into one row")
+        else:
+            rank_zero_info(f"attention: dense mask, a row for each sample: {reason}")
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "packed"):
+            data.packed = packed
+            data.bucket = _BUCKET if self._compiled else 1
+
+    def _dense_reason(self) -> str | None:
+        """Why attention needs a mask in this run, in words; None if it doesn't."""
+        if self.attention == "dense":
+            return "as model.attention says"
+        config = self.model.config.text_config
+        implementation = self.model.decoder.config._attn_implementation
+        if not self.model.config.mask_free:
+            return probe(config, implementation).dense_reason or "not probed when the model was made"
+        dropout = [name for name in ("attention_dropout", "attn_pdrop", "attn_dropout") if getattr(config, name, 0)]
+        if dropout and not self.part_args["decoder"].freeze:
+            return f"the decoder's {dropout[0]}"
+        device = self.trainer.strategy.root_device
+        if device.type == "cpu":
+            return None
+        windows = [
+            size for name in ("sliding_window", "window_size") if isinstance(size := getattr(config, name, None), int)
+        ]
+        if self.model.config.prefix_visibility != "causal" and any(size < self.max_new_tokens for size in windows):
+            return f"its window of {min(windows)} is shorter than targets may be ({self.max_new_tokens})"
+        dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(self.trainer.precision).split("-")[0])
+        return mask_free_refusal(config, implementation, device, dtype or torch.float32)
 
     # Training
 
@@ -229,9 +278,7 @@ class MMPrefixModule(pl.LightningModule):
             loss_sum = torch.stack([p.sum() * 0.0 for p in self.parameters() if p.requires_grad]).sum()
             count = loss_sum.new_zeros(())
         else:
-            loss_sum, count = target_cross_entropy(
-                self.model.target_logits(batch), batch.labels, batch.target_lengths, self.loss_normalization
-            )
+            loss_sum, count = self.model.target_loss(batch, self.loss_normalization)
         self._window.losses.append(loss_sum.detach())
         self._window.counts.append(count)
         self._window.ids.append(tuple(reference.id for reference in batch.references))
@@ -322,11 +369,7 @@ class MMPrefixModule(pl.LightningModule):
     def _evaluate(self, batch: EvaluationBatch) -> list[tuple[Reference, str]]:
         image_tokens = self._image_tokens(batch.prompts)
         if batch.targets is not None:
-            logits = self.model.target_logits(batch.targets, image_tokens)
-            targets = batch.targets
-            self._evaluation_loss.append(
-                target_cross_entropy(logits, targets.labels, targets.target_lengths, self.loss_normalization)
-            )
+            self._evaluation_loss.append(self.model.target_loss(batch.targets, self.loss_normalization, image_tokens))
         predictions = list(zip(batch.references, self.generate(batch.prompts, image_tokens), strict=True))
         for reference, prediction in predictions:
             metric = self._exact_match.setdefault(reference.kind, ExactMatch().to(self.device))

@@ -1,0 +1,253 @@
+"""Attention over packed sequences without a mask: queries of many samples in one tensor, and the keys of each.
+
+    queries  [a a a][b b b b]        call i: the queries q[cu_q[i] : cu_q[i + 1]] see
+    keys     [a a a a a][b b b b]            the keys    k[cu_k[i] : cu_k[i + 1]]
+
+All of them, or, in a causal call, all up to the query's own: the last query sees every key, the one before it all but
+the last (bottom-right alignment), so that a target sees its whole prefix, whose keys come first. Nothing is computed
+for pairs that don't see each other, and nothing is padded.
+
+On CUDA in half precision this is `torch.nn.attention.varlen`. On the CPU it is one call of PyTorch's own flash kernel
+for each run of samples of equal shape, with grouped query heads folded into queries, so that keys are never repeated;
+as a custom operator, it is one node of a compiled graph, whatever the number of samples.
+
+This module knows no samples and no rule: `packing` makes the calls, `attention` runs them.
+
+Shapes: Q queries, K keys, S samples, H query heads, G key-value heads (H is a multiple of G), D head size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from itertools import groupby, pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
+
+NO_WINDOW = -1
+
+_MAX_HEAD_SIZE = 256  # of the flash kernels on CUDA
+_GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch >= 2.13
+
+
+def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why `varlen_attention` can't take these, in words; None if it can.
+
+    Args:
+        query, key, value: any shape ``[..., D]``.
+    """
+    if query.device.type == "cpu":
+        return None
+    if query.device.type != "cuda":
+        return f"no kernel for {query.device.type}"
+    if not query.dtype == key.dtype == value.dtype or query.dtype not in (torch.bfloat16, torch.float16):
+        return f"the CUDA kernel takes bfloat16 and float16, not {str(query.dtype).removeprefix('torch.')}"
+    if query.shape[-1] != value.shape[-1] or query.shape[-1] > _MAX_HEAD_SIZE or query.shape[-1] % 8:
+        return f"the CUDA kernel takes no heads of {query.shape[-1]} and {value.shape[-1]}"
+    return None
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    window: int = NO_WINDOW,
+    prefix_in_window: bool = False,
+) -> Tensor:
+    """Attention of packed queries to the keys of their own sample.
+
+    Args:
+        query: float ``[Q, H, D]``.
+        key, value: float ``[K, G, D]``; on the CPU, values may have another head size.
+        cu_q, cu_k: int32 ``[S + 1]``, where each sample's queries and keys begin; a sample may have none.
+        max_q, max_k: at least the longest sample's; they size the launch on CUDA and change nothing else.
+        causal: bottom-right aligned, see above; without it every query sees every key of its sample.
+        scale: of the scores; by default ``D ** -0.5``.
+        window: in a causal call, how many keys a query sees up to its own; `NO_WINDOW` for all.
+        prefix_in_window: whether the window also hides keys that stand before the first query's own. By default
+            they are prefix, and always seen. On CUDA, a window that hides something needs it.
+
+    Returns:
+        float ``[Q, H, D]`` (the head size of the values). Queries of no sample get zeros.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.device.type == "cpu":
+        out: Tensor = _cpu_attention(
+            query, key, value, cu_q, cu_k, causal, window, prefix_in_window, scale
+        )[0]  # fmt: skip
+        return out
+    assert window == NO_WINDOW or prefix_in_window, "the kernel's window hides the prefix, too"
+    groups = query.shape[1] // key.shape[1]
+    kwargs: dict[str, Any] = {"enable_gqa": True} if _GROUPED and groups > 1 else {}
+    if groups > 1 and not _GROUPED:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    left = -1 if window == NO_WINDOW else window - 1
+    # Where several backends exist, the others' windows and alignments differ from release to release.
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        result = varlen_attn(
+            query, key, value, cu_q, cu_k, max_q, max_k,
+            scale=scale, window_size=(left, 0) if causal else (-1, -1), **kwargs,
+        )  # fmt: skip
+    assert isinstance(result, Tensor)  # a pair where the logsumexp was asked for
+    return result
+
+
+# The CPU operator ------------------------------------------------------------------------------------------------------
+
+
+def _runs(cu_q: Tensor, cu_k: Tensor) -> Iterator[tuple[slice, slice, int, int, int]]:
+    """Runs of neighbours of one shape: their queries, their keys, how many they are, queries and keys of each.
+
+    Packing sorts samples by length, so that runs are long.
+    """
+    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
+    lengths_q = [b - a for a, b in pairwise(starts_q)]
+    lengths_k = [b - a for a, b in pairwise(starts_k)]
+    first = 0
+    for (lq, lk), run in groupby(zip(lengths_q, lengths_k, strict=True)):
+        n = len(list(run))
+        last = first + n
+        if lq:
+            yield slice(starts_q[first], starts_q[last]), slice(starts_k[first], starts_k[last]), n, lq, lk
+        first = last
+
+
+def _fold(x: Tensor, n: int, heads: int) -> Tensor:
+    """Queries ``[n * L, H, D]`` -> ``[n, G, (H / G) * L, D]``: heads that share keys become queries of one head."""
+    length, size = x.shape[0] // n, x.shape[2]
+    return x.reshape(n, length, heads, -1, size).permute(0, 2, 3, 1, 4).reshape(n, heads, -1, size)
+
+
+def _unfold(x: Tensor, length: int) -> Tensor:
+    """The inverse of `_fold`."""
+    n, heads, _, size = x.shape
+    return x.reshape(n, heads, -1, length, size).permute(0, 3, 1, 2, 4).reshape(n * length, -1, size)
+
+
+def _bias(lq: int, lk: int, groups: int, window: int, prefix_in_window: bool, like: Tensor) -> Tensor | None:
+    """Additive mask of one causal run, ``[1, 1, groups * lq, lk]``: small, since targets are short."""
+    prefix = lk - lq
+    if lq == 1 and not prefix_in_window:
+        return None  # the last query sees all
+    q = torch.arange(lq).unsqueeze(1) + prefix
+    k = torch.arange(lk)
+    seen = k <= q
+    if window != NO_WINDOW:
+        within = k > q - window
+        seen &= within if prefix_in_window else within | (k < prefix)
+    bias = torch.zeros(lq, lk, dtype=like.dtype).masked_fill_(~seen, -torch.inf)
+    return bias.repeat(groups, 1)[None, None]
+
+
+def _spread(n: int, heads: int, rows: int) -> int:
+    """In how many parts to cut the queries of each head: the kernel's backward has one thread for each head."""
+    threads = torch.get_num_threads()
+    if n * heads >= threads or rows < 64:
+        return 1
+    return next((parts for parts in range(threads // (n * heads), 1, -1) if rows % parts == 0), 1)
+
+
+@torch.library.custom_op("mmprefix::varlen_attention", mutates_args=(), device_types="cpu")
+def _cpu_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    causal: bool,
+    window: int,
+    prefix_in_window: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    heads, size = key.shape[1], value.shape[2]
+    out = query.new_zeros((query.shape[0], query.shape[1], size))
+    # Of each run in the kernel's own shape, one after the other.
+    lse = query.new_zeros(query.shape[0] * query.shape[1], dtype=torch.promote_types(query.dtype, torch.float32))
+    value = F.pad(value, (0, query.shape[2] - size))  # the kernel wants one head size
+    for at_q, at_k, n, lq, lk in _runs(cu_q, cu_k):
+        q = _fold(query[at_q], n, heads)
+        k, v = (x[at_k].reshape(n, lk, heads, -1).transpose(1, 2) for x in (key, value))
+        bias = _bias(lq, lk, q.shape[2] // lq, window, prefix_in_window, q) if causal else None
+        o, run_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=bias, scale=scale
+        )
+        out[at_q] = _unfold(o[..., :size], lq)
+        lse[at_q.start * query.shape[1] : at_q.stop * query.shape[1]] = run_lse.reshape(-1)
+    return out, lse
+
+
+@_cpu_attention.register_fake
+def _(query, key, value, cu_q, cu_k, causal, window, prefix_in_window, scale):  # type: ignore[no-untyped-def]
+    lse = query.new_empty(query.shape[0] * query.shape[1], dtype=torch.promote_types(query.dtype, torch.float32))
+    return query.new_empty((query.shape[0], query.shape[1], value.shape[2])), lse
+
+
+@torch.library.custom_op("mmprefix::varlen_attention_backward", mutates_args=(), device_types="cpu")
+def _cpu_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    causal: bool,
+    window: int,
+    prefix_in_window: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, size = key.shape[1], value.shape[2]
+    d_query, d_key, d_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    value, out, grad = (F.pad(x, (0, query.shape[2] - size)) for x in (value, out, grad))
+    for at_q, at_k, n, lq, lk in _runs(cu_q, cu_k):
+        q, o, g = (_fold(x[at_q], n, heads) for x in (query, out, grad))
+        k, v = (x[at_k].reshape(n, lk, heads, -1).transpose(1, 2) for x in (key, value))
+        rows = q.shape[2]
+        run_lse = lse[at_q.start * query.shape[1] : at_q.stop * query.shape[1]].view(n, heads, rows)
+        bias = _bias(lq, lk, rows // lq, window, prefix_in_window, q) if causal else None
+        parts = _spread(n, heads, rows)
+        if parts > 1:
+            q, o, g = (x.reshape(n, heads * parts, rows // parts, -1) for x in (q, o, g))
+            k, v = (x.repeat_interleave(parts, 1) for x in (k, v))
+            run_lse = run_lse.reshape(n, heads * parts, rows // parts)
+            if bias is not None:
+                bias = bias.reshape(1, parts, rows // parts, lk).repeat(1, heads, 1, 1)
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            g, q, k, v, o, run_lse, 0.0, False, attn_mask=bias, scale=scale
+        )
+        d_query[at_q] = _unfold(dq.reshape(n, heads, rows, -1), lq)
+        dk, dv = (x.reshape(n, heads, parts, lk, -1).sum(2).transpose(1, 2) for x in (dk, dv))
+        d_key[at_k] = dk.reshape(n * lk, heads, -1)
+        d_value[at_k] = dv.reshape(n * lk, heads, -1)[..., :size]
+    return d_query, d_key, d_value
+
+
+@_cpu_attention_backward.register_fake
+def _(grad, query, key, value, *rest):  # type: ignore[no-untyped-def]
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _keep_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    query, key, value, cu_q, cu_k, *ctx.how = inputs
+    ctx.save_for_backward(query, key, value, *output, cu_q, cu_k)
+
+
+def _backward(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
+    gradients = _cpu_attention_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.how)
+    return (*gradients, *(None,) * 6)
+
+
+_cpu_attention.register_autograd(_backward, setup_context=_keep_for_backward)
