@@ -11,17 +11,18 @@ place, which the decoder hands to its attention function, wrapped as well: that 
 or a device without a kernel, attention dropout, a window shorter than a target on CUDA), it makes the dense mask after
 all: slower, never wrong.
 
-The plan travels in a ContextVar because the mask functions see the decoder's config and sizes only. What attention
-reads is in the `MaskFree`, an argument of every layer: recomputation under gradient checkpointing sees no ContextVar.
+The plan travels beside the arguments (`_Current`, one for each thread) because the mask functions see the decoder's
+config and sizes only. What attention reads is in the `MaskFree`, an argument of every layer: recomputation under
+gradient checkpointing runs when no plan is set.
 
 What this module doesn't do: decide whether an architecture obeys (`probe` does).
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
@@ -41,7 +42,16 @@ DENSE_IMPLEMENTATIONS = ("sdpa", "eager")
 MASK_FREE_IMPLEMENTATION = "sdpa"
 """The one whose attention function is the library's, not the architecture's, and can be wrapped."""
 
-_current_plan: ContextVar[PrefixPlan | None] = ContextVar("mmprefix_plan", default=None)
+
+class _Current(threading.local):
+    """What is set around a pass. Not a ContextVar: torch.compile can't trace setting one."""
+
+    plan: PrefixPlan | None = None
+    hidden_states: list[Tensor] | None = None
+    only_mask_free = False
+
+
+_current = _Current()
 
 
 @contextmanager
@@ -53,16 +63,16 @@ def prefix_plan(plan: PrefixPlan | None) -> Iterator[None]:
     """
     if plan is not None and not masks_registered():
         raise RuntimeError("a prefix plan is set, but transformers' masks don't follow it: call install(decoder) first")
-    token = _current_plan.set(plan)
+    outer, _current.plan = _current.plan, plan
     try:
         yield
     finally:
-        _current_plan.reset(token)
+        _current.plan = outer
 
 
 def current_plan() -> PrefixPlan | None:
     """The plan of the innermost `prefix_plan` block."""
-    return _current_plan.get()
+    return _current.plan
 
 
 def plan_mask_function(plan: PrefixPlan, own_rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -86,17 +96,14 @@ class MaskFreeError(RuntimeError):
     """Attention without a mask is not to be had, and `only_mask_free` asked for nothing else."""
 
 
-_only_mask_free: ContextVar[bool] = ContextVar("mmprefix_only_mask_free", default=False)
-
-
 @contextmanager
 def only_mask_free() -> Iterator[None]:
     """Inside the block, attention of a packed row that would fall back to a dense mask raises `MaskFreeError`."""
-    token = _only_mask_free.set(True)
+    outer, _current.only_mask_free = _current.only_mask_free, True
     try:
         yield
     finally:
-        _only_mask_free.reset(token)
+        _current.only_mask_free = outer
 
 
 @dataclass(eq=False)
@@ -185,7 +192,7 @@ def _follow_plan(library_mask: Callable[..., Any], mask_free: bool) -> Callable[
             )
 
         if not (plan.calls and mask_free):
-            if plan.calls and _only_mask_free.get():
+            if plan.calls and _current.only_mask_free:
                 raise MaskFreeError("eager attention is the architecture's own")
             return dense()
         window = kwargs.get("local_size")
@@ -216,7 +223,7 @@ def _run_calls(library_attention: Callable[..., Any]) -> Callable[..., Any]:
             refusal = attention_mask.refuses(query, key, value, dropout, kwargs)
             if refusal is None:
                 return attention_mask.attend(query, key, value, scaling), None
-            if _only_mask_free.get():
+            if _current.only_mask_free:
                 raise MaskFreeError(refusal)
             attention_mask = attention_mask.dense()
         return library_attention(
@@ -254,9 +261,6 @@ def unregister_masks() -> None:
         AttentionInterface.register(MASK_FREE_IMPLEMENTATION, library_attention)
 
 
-_hidden_states: ContextVar[list[Tensor] | None] = ContextVar("mmprefix_hidden_states", default=None)
-
-
 @contextmanager
 def collect_hidden_states() -> Iterator[list[Tensor]]:
     """Inside the block, a decoder under a plan with label positions makes no logits: their hidden states are collected.
@@ -265,11 +269,11 @@ def collect_hidden_states() -> Iterator[list[Tensor]]:
         A list that gets one tensor ``[M, D]`` for each pass.
     """
     collected: list[Tensor] = []
-    token = _hidden_states.set(collected)
+    outer, _current.hidden_states = _current.hidden_states, collected
     try:
         yield collected
     finally:
-        _hidden_states.reset(token)
+        _current.hidden_states = outer
 
 
 def select_label_positions(hidden_states: Tensor) -> Tensor:
@@ -282,7 +286,7 @@ def select_label_positions(hidden_states: Tensor) -> Tensor:
     if plan is None or plan.label_positions is None:
         return hidden_states
     selected = torch.index_select(hidden_states.flatten(0, 1), 0, plan.label_positions)
-    collected = _hidden_states.get()
+    collected = _current.hidden_states
     if collected is None:
         return selected.unsqueeze(0)
     collected.append(selected)

@@ -1,0 +1,180 @@
+"""Packed rows without a mask, on whole models: loss and every gradient are those of separate sequences."""
+
+import pytest
+import torch
+
+from mmprefix.attention import MaskFree, MaskFreeError, only_mask_free
+from mmprefix.data.loading import Collator, EncodedRecord
+from mmprefix.loss import target_cross_entropy
+from tests.conftest import make_model
+from tests.reference import separate_losses
+from tests.test_modeling import GEMMA3, GPT2
+
+COHERE = {
+    "model_type": "cohere", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "logit_scale": 0.25,
+}  # fmt: skip
+GEMMA2 = {
+    "model_type": "gemma2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 4,
+}  # fmt: skip
+DECODERS = {"llama": None, "gemma3": GEMMA3, "gpt2": GPT2, "cohere": COHERE, "gemma2": GEMMA2}
+NO_DROPOUT = {"gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}}
+
+SAMPLES = [
+    (0, "what is this?", ["a temple", "a temple by a lake"]),
+    (0, "is it old?", ["yes"]),
+    (1, "what colour?", ["red", "dark red, almost brown"]),
+    (0, "what is this?", ["water"]),
+]
+"""Number of the photograph, instruction, targets: three questions on one image, two of them equally long."""
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def name(request):
+    return request.param
+
+
+def model_of(name, visibility):
+    settings = DECODERS[name]
+    return make_model(settings and {**settings, **NO_DROPOUT.get(name, {})}, visibility=visibility)
+
+
+def batch_of(processor, photos, packed=True, bucket=1, samples=SAMPLES):
+    records = [
+        EncodedRecord(processor.transform(photos[photo]), (processor.encode(instruction, targets),), (), str(photo))
+        for photo, instruction, targets in samples
+    ]
+    return Collator(
+        processor.pad_id, processor.prefix_visibility, processor.shared_prefix, packed=packed, bucket=bucket
+    ).train(records)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("bucket", [1, 16])
+@pytest.mark.parametrize("normalization", ["tokens", "per_sample"])
+@pytest.mark.parametrize("visibility", ["full", "nested", "causal"])
+def test_packed_loss_and_every_gradient_match_separate_sequences(name, visibility, normalization, bucket, photos):
+    model, processor = model_of(name, visibility)
+    batch = batch_of(processor, photos, bucket=bucket)
+    assert batch.plan.calls
+    assert batch.input_ids.shape[0] == 1
+    assert batch.num_samples == 4
+    images = []
+    handle = model.vision.register_forward_pre_hook(lambda _, args: images.append(args[0].shape[0]))
+    total, count = model.target_loss(batch, normalization)
+    handle.remove()
+    assert images == [2], "the encoder runs once for each image"
+    if visibility == "nested":
+        assert int((batch.plan.region == 0).sum()) == 2 * processor.num_image_tokens, "and its tokens stand there once"
+    fast = gradients(model, total / count)
+    losses = []
+    for photo, instruction, targets in SAMPLES:
+        losses += separate_losses(
+            model, processor.layout, processor.transform(photos[photo]), processor.num_image_tokens,
+            processor._ids(instruction), [processor._ids(target) for target in targets],
+        )  # fmt: skip
+    mean = torch.cat(losses).mean() if normalization == "tokens" else torch.stack([x.mean() for x in losses]).mean()
+    slow = gradients(model, mean)
+    torch.testing.assert_close(total / count, mean, atol=1e-5, rtol=1e-5)
+    assert fast.keys() == slow.keys()
+    for parameter, gradient in slow.items():
+        torch.testing.assert_close(
+            fast[parameter], gradient, atol=3e-5, rtol=2e-3, msg=lambda m, p=parameter: f"{p}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "cohere"])
+def test_attention_runs_without_a_mask_and_logits_are_never_made(name, photos, monkeypatch):
+    model, processor = model_of(name, "full")
+    batch = batch_of(processor, photos)
+    calls = []
+    monkeypatch.setattr(
+        MaskFree, "attend", lambda self, *a, attend=MaskFree.attend: calls.append(1) or attend(self, *a)
+    )
+    sizes = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda *a: sizes.append(a[2].numel()))
+    with only_mask_free():
+        model.target_loss(batch)
+    handle.remove()
+    assert len(calls) == model.decoder.config.num_hidden_layers
+    assert sizes == [0]
+
+
+def test_where_attention_needs_a_mask_it_gets_one(photos):
+    """Soft-capped scores: eager attention, on the very same packed row."""
+    model, processor = model_of("gemma2", "full")
+    assert not model.config.mask_free
+    batch = batch_of(processor, photos)
+    with torch.no_grad():
+        packed, _ = model.target_loss(batch)
+        apart, _ = model.target_loss(batch_of(processor, photos, packed=False))
+    torch.testing.assert_close(packed, apart, atol=1e-4, rtol=1e-5)
+    model.config.mask_free = True  # as a wrong config would say
+    with only_mask_free(), pytest.raises(MaskFreeError, match="eager attention"):
+        model.target_loss(batch)
+    dropping, processor = make_model({**GPT2, "attn_pdrop": 0.5})
+    with only_mask_free(), pytest.raises(MaskFreeError, match="attention dropout"):
+        dropping.train().target_loss(batch_of(processor, photos))
+
+
+@pytest.mark.parametrize("visibility", ["full", "nested"])
+def test_gradient_checkpointing_recomputes_with_the_same_calls(visibility, photos):
+    """The recomputation runs in the backward pass, where no plan is set."""
+    model, processor = model_of("llama", visibility)
+    model.train()
+    batch = batch_of(processor, photos)
+    plain = gradients(model, model.target_loss(batch)[0])
+    model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    recomputed = gradients(model, model.target_loss(batch)[0])
+    for parameter, gradient in plain.items():
+        torch.testing.assert_close(recomputed[parameter], gradient)
+
+
+def test_target_loss_matches_logits_where_the_output_layer_is_wrapped(photos):
+    """LoRA on the output layer: it is no plain linear layer any more, and logits are made."""
+    from peft import LoraConfig, get_peft_model
+
+    model, processor = model_of("llama", "full")
+    batch = batch_of(processor, photos)
+    model.replace_decoder(
+        get_peft_model(model.decoder, LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    )
+    logits = model.target_logits(batch)
+    expected = target_cross_entropy(logits, batch.labels, batch.target_lengths)
+    torch.testing.assert_close(model.target_loss(batch), expected)
+
+
+def ragged_batches(processor, photos, number, bucket):
+    """Batches of many shapes: other lengths, other numbers of targets and images."""
+    words = ["red", "a house", "an old house by the lake", "no", "a very long answer to a very short question indeed"]
+    for n in range(number):
+        samples = [
+            ((n + k) % 2 if k else 0, words[(n + k) % 5], [words[(n + k + j) % 5] for j in range(1 + (n + k) % 3)])
+            for k in range(2 + n % 3)
+        ]
+        yield batch_of(processor, photos, bucket=bucket, samples=samples)
+
+
+@pytest.mark.parametrize("visibility", ["full", "nested"])
+def test_compiled_step_has_no_graph_break_and_is_not_compiled_again(visibility, photos):
+    model, processor = model_of("llama", visibility)
+    batches = list(ragged_batches(processor, photos, 12, bucket=32))
+    shapes = {(tuple(b.input_ids.shape), b.labels.numel(), len(b.plan.calls[-1].cu_q)) for b in batches}
+    assert len(shapes) > 3, "shapes must differ"
+    expected = [gradients(model, model.target_loss(batch)[0]) for batch in batches]
+    torch._dynamo.reset()
+    model.compile(backend="aot_eager", fullgraph=True)
+    compiled = [gradients(model, model.target_loss(batch)[0]) for batch in batches]
+    for found, reference in zip(compiled, expected, strict=True):
+        for parameter, gradient in reference.items():
+            torch.testing.assert_close(found[parameter], gradient, atol=1e-4, rtol=1e-3)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for batch in [*batches, *ragged_batches(processor, photos, 20, bucket=32)]:
+            model.target_loss(batch)[0].backward()
+    torch._dynamo.reset()
