@@ -22,11 +22,11 @@ import statistics
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -165,6 +165,8 @@ def random_text(length: int, vocab: int, generator: torch.Generator) -> list[int
 
 # --- time
 
+Side = TypeVar("Side", bound=Hashable)
+
 
 def now(device: torch.device) -> float:
     """Seconds, once the device has done all it was asked for."""
@@ -173,7 +175,9 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def take_turns(sides: Mapping[str, Callable[[], dict[str, float]]], repeats: int) -> dict[str, dict[str, list[float]]]:
+def take_turns(
+    sides: Mapping[Side, Callable[[], dict[str, float]]], repeats: int
+) -> dict[Side, dict[str, list[float]]]:
     """Runs the sides by turns, after one untimed run each.
 
     Args:
@@ -183,7 +187,7 @@ def take_turns(sides: Mapping[str, Callable[[], dict[str, float]]], repeats: int
     Returns:
         side -> metric -> one value for each run.
     """
-    values: dict[str, dict[str, list[float]]] = {name: {} for name in sides}
+    values: dict[Side, dict[str, list[float]]] = {name: {} for name in sides}
     gc.collect()
     gc.disable()
     try:
@@ -340,7 +344,10 @@ def print_row(row: Row) -> None:
 
 def _with_range(median: float, between: tuple[float, float], metric: str) -> str:
     def short(value: float) -> str:
-        return f"{value / 2**20:,.0f} MiB" if metric == "peak_memory" else f"{value:.4g}"
+        if metric == "peak_memory":
+            mebibytes = value / 2**20
+            return f"{mebibytes:,.{0 if mebibytes >= 100 else 1}f} MiB"
+        return f"{value:.4g}"
 
     if between[0] == between[1]:
         return short(median)
