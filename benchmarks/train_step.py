@@ -334,10 +334,10 @@ def measure(
     check_equal(f"{case}: mmprefix", expected, found["mmprefix"], dtype)
     if liger is not None:
         check_equal(f"{case}: Liger", found["transformers"], found["transformers + Liger"], dtype)
-    with torch.no_grad():
-        # The check above would pass without a mask, if the mask made no difference.
-        causal = float(our_mean_loss(ours, our_batch(samples, pixel_values, size, vocab, "causal")))
-    assert abs(causal - expected[0]) > 2e-5 * expected[0], "the mask must matter"
+    if dtype == "float32":  # rounding in bfloat16 is as large as what a mask changes
+        with torch.no_grad():
+            causal = float(our_mean_loss(ours, our_batch(samples, pixel_values, size, vocab, "causal")))
+        assert abs(causal - expected[0]) > 2 * TOLERANCE[dtype] * expected[0], "checked nothing: the mask must matter"
 
     values = take_turns(
         {
