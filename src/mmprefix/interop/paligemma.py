@@ -131,25 +131,47 @@ def import_paligemma(
         raise InputError(f"{where}: cannot read its config: {' '.join(str(error).split())[:300]}") from error
     if config.model_type != "paligemma":
         raise InputError(f"{where}: expected a PaliGemma checkpoint, got model type {config.model_type!r}")
-    text_config, implementation = _text_config(config)
-    spec, vision_kwargs = _vision_spec(config.vision_config, where)
+    # What cannot be converted is refused before gigabytes are read.
+    _text_config(config)
+    _vision_spec(config.vision_config, where)
     theirs = load_exactly(PaliGemmaForConditionalGeneration, source, where, dtype="auto", attn_implementation="eager")
     try:
         their_processor = PaliGemmaProcessor.from_pretrained(source)
     except Exception as error:  # files that are missing or broken, each reader with errors of its own
         message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise InputError(f"{where}: expected a PaliGemma processor, cannot read it: {message}") from error
+    model = convert_paligemma(theirs, image_size, where)
+    return model, _our_processor(their_processor, config, model.config.vision_spec, where)
+
+
+def convert_paligemma(
+    theirs: PaliGemmaForConditionalGeneration, image_size: int | None = None, where: str = "PaliGemma"
+) -> MMPrefixForConditionalGeneration:
+    """A PaliGemma in memory as our model, in its dtype and on its device.
+
+    Decoder and connector are taken over as they are, not copied: ``theirs`` is of no use afterwards.
+
+    Args:
+        theirs: the model to take apart.
+        image_size: as in `import_paligemma`.
+        where: begins the message of an error.
+
+    Raises:
+        InputError: as `import_paligemma`, where it concerns the model.
+    """
+    config = theirs.config
+    text_config, implementation = _text_config(config)
+    spec, vision_kwargs = _vision_spec(config.vision_config, where)
     decoder = _decoder_around(theirs, text_config, implementation)
-    processor = _our_processor(their_processor, config, spec, where)
     vision = siglip_to_timm(_siglip(theirs))
     if image_size is not None and (image_size, image_size) != spec.image_size:
         spec = _resized(spec, vision_kwargs, image_size, where)
         vision["pos_embed"] = timm.layers.resample_abs_pos_embed(
             vision["pos_embed"].float(), list(spec.grid or ()), num_prefix_tokens=0
         ).to(vision["pos_embed"].dtype)
-        processor = _our_processor(their_processor, config, spec, where)
     _warn_of_window(text_config, spec.num_tokens)
-    encoder = VisionEncoder(spec).to(theirs.dtype)
+    with theirs.device:
+        encoder = VisionEncoder(spec).to(theirs.dtype)
     encoder.model.load_state_dict(vision)
     model = MMPrefixForConditionalGeneration.assemble(
         MMPrefixConfig(
@@ -167,7 +189,7 @@ def import_paligemma(
     )
     if theirs.generation_config is not None:
         model.generation_config = copy.deepcopy(theirs.generation_config)
-    return model, processor
+    return model
 
 
 def _special_tokens(config: PreTrainedConfig) -> dict[str, Any]:
