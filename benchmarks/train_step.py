@@ -62,7 +62,7 @@ from side_by_side import (
 from torch import Tensor, nn
 from transformers import PaliGemmaForConditionalGeneration
 
-from mmprefix.loss import target_cross_entropy
+from mmprefix.data.loading import Collator
 from mmprefix.masks import PrefixVisibility
 from mmprefix.modeling import MMPrefixForConditionalGeneration
 from mmprefix.packing import PackedBatch, collate, map_tensors
@@ -143,20 +143,19 @@ CASES = {"captions": Case(captions), "questions": Case(questions, "nested"), "si
 def our_batch(
     samples: list[Sample], pixel_values: Tensor, size: Size, vocab: int, visibility: PrefixVisibility
 ) -> PackedBatch:
-    """The samples as ours takes them: targets of one instruction are branches of one prefix."""
-    sequences = [
-        TokenSequence.build(layout(vocab), size.num_image_tokens, sample.instruction, sample.targets)
-        for sample in samples
-    ]
-    batch = collate(
-        sequences, [sample.image for sample in samples], pixel_values.cpu(), pad_id=PAD, visibility=visibility
+    """The samples as ours takes them: packed into one row, targets of one instruction as branches of one prefix, under
+    `nested` with one copy of each image's tokens."""
+    sequences, image_of = Collator(PAD, visibility).rows(
+        [TokenSequence.build(layout(vocab), size.num_image_tokens, s.instruction, s.targets) for s in samples],
+        [sample.image for sample in samples],
     )
+    batch = collate(sequences, image_of, pixel_values.cpu(), pad_id=PAD, visibility=visibility, packed=True)
     return map_tensors(batch, lambda t: t.to(pixel_values.device))
 
 
 def our_loss(model: MMPrefixForConditionalGeneration, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """Summed loss and number of target tokens."""
-    return target_cross_entropy(model.target_logits(batch), batch.labels, batch.target_lengths)
+    return model.target_loss(batch)
 
 
 def our_mean_loss(model: MMPrefixForConditionalGeneration, batch: PackedBatch) -> Tensor:
