@@ -5,8 +5,8 @@ several into one, and nothing downstream changes, because every token carries it
 position. All index maps are built here, in the data loader's workers, so that the training step never searches for
 positions (`nonzero` would synchronise with the device).
 
-Shapes: B rows, T tokens of a row, S sequences, I images, N image tokens of one image, P image tokens placed,
-M scored target tokens of the batch.
+Shapes: B rows, T tokens of a row, S sequences, I images, N image tokens of one image, D encoder width,
+P image tokens placed, M scored target tokens of the batch.
 """
 
 from __future__ import annotations
@@ -142,6 +142,7 @@ class PackedBatch:
         references: one for each sequence.
         bad: samples that were left out of this batch, and why.
         num_tokens: tokens that are not padding.
+        image_features: bfloat16 ``[I, N, D]``, what the encoder gives for the images, in place of ``pixel_values``.
     """
 
     input_ids: Tensor
@@ -155,6 +156,7 @@ class PackedBatch:
     references: tuple[Reference, ...] = ()
     bad: tuple[BadSample, ...] = ()
     num_tokens: int = 0
+    image_features: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -180,12 +182,14 @@ class PromptBatch:
         attention_mask: int64 ``[S, T]``.
         pixel_values: float32 ``[I, 3, H, W]``.
         image_of: int64 ``[S]``.
+        image_features: bfloat16 ``[I, N, D]``, what the encoder gives for the images, in place of ``pixel_values``.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     pixel_values: Tensor | None
     image_of: Tensor
+    image_features: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

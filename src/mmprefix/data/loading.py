@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mmprefix.data.features import FeatureCache, image_digest
 from mmprefix.data.images import RandomAffine, UndecodableImageError, decode_image
 from mmprefix.data.samples import Sample
 from mmprefix.data.shards import ShardCollection
@@ -69,11 +70,21 @@ class TextLimits:
 
 @dataclass(frozen=True, eq=False)
 class EncodedRecord:
-    """One record, ready for collation: float32 ``[3, H, W]`` pixels, and a sequence for each sample."""
+    """One record, ready for collation, with a sequence for each sample.
 
-    pixels: Tensor
+    Attributes:
+        pixels: float32 ``[3, H, W]``; None where ``features`` stand for them.
+        sequences: one for each sample.
+        references: one for each sample.
+        image_digest: SHA-256 of the encoded image, in hex; pixels also depend on augmentation.
+        features: bfloat16 ``[N, D]``, the encoder's output from a cache.
+    """
+
+    pixels: Tensor | None
     sequences: tuple[TokenSequence, ...]
     references: tuple[Reference, ...]
+    image_digest: str
+    features: Tensor | None = None
 
 
 @dataclass
@@ -89,6 +100,8 @@ class RecordDataset(Dataset[EncodedRecord | BadSample]):
     augment: RandomAffine | None = None
     seed: int = 0
     undecodable_is_fatal: bool = False
+    features: FeatureCache | None = None
+    """Where given, images are not decoded: their features are read."""
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -98,14 +111,14 @@ class RecordDataset(Dataset[EncodedRecord | BadSample]):
         record = self.shards.records[index]
         shard = self.shards.paths[record.shard]
         try:
-            image = decode_image(self.shards.image_bytes(index))
+            content = self.shards.image_bytes(index)
+            digest = image_digest(content)
+            pixels = None if self.features is not None else self._pixels(content, epoch, index)
+            features = None if self.features is None else self._features(self.features, digest)
         except UndecodableImageError as error:
             return BadSample(shard, record.key, str(error), fatal=self.undecodable_is_fatal)
         except (InputError, OSError) as error:
             return BadSample(shard, record.key, str(error), fatal=True)
-        image = self.processor.transform.resize(image)
-        if self.augment is not None:
-            image = self.augment(image, torch.Generator().manual_seed(_mix(self.seed, epoch, index)))
         try:
             samples = self.shards.samples(index)
             sequences = tuple(self._encode(sample) for sample in samples)
@@ -114,7 +127,21 @@ class RecordDataset(Dataset[EncodedRecord | BadSample]):
         references = tuple(
             Reference(s.id, s.image_id, s.kind, s.instruction, s.answers, (index, n)) for n, s in enumerate(samples)
         )
-        return EncodedRecord(self.processor.transform.to_tensor(image), sequences, references)
+        return EncodedRecord(pixels, sequences, references, digest, features)
+
+    def _pixels(self, content: bytes, epoch: int, index: int) -> Tensor:
+        image = self.processor.transform.resize(decode_image(content))
+        if self.augment is not None:
+            image = self.augment(image, torch.Generator().manual_seed(_mix(self.seed, epoch, index)))
+        return self.processor.transform.to_tensor(image)
+
+    @staticmethod
+    def _features(cache: FeatureCache, digest: str) -> Tensor:
+        if digest in cache.undecodable:
+            raise UndecodableImageError(cache.undecodable[digest])
+        if digest not in cache:  # it was when the run began
+            raise InputError(f"the image changed: {cache.folder} has no features of SHA-256 {digest}")
+        return cache[digest]
 
     def _encode(self, sample: Sample) -> TokenSequence:
         return self.processor.encode(
@@ -222,15 +249,17 @@ class Collator:
     def train(self, items: Sequence[EncodedRecord | BadSample]) -> PackedBatch:
         """A batch to learn from."""
         records = [item for item in items if isinstance(item, EncodedRecord)]
-        return self._targets(records, [item for item in items if isinstance(item, BadSample)])
+        batch = self._targets(records, [item for item in items if isinstance(item, BadSample)])
+        return replace(batch, image_features=_stacked_features(records))
 
     def evaluate(self, items: Sequence[EncodedRecord | BadSample]) -> EvaluationBatch:
         """Prefixes to generate from, and targets for the loss where every sample has them."""
         records = [item for item in items if isinstance(item, EncodedRecord)]
         sequences, image_of, pixels = _flatten(records)
+        prompts = collate_prompts(sequences, image_of, pixels, pad_id=self.pad_id)
         has_targets = bool(sequences) and all(sequence.num_targets for sequence in sequences)
         return EvaluationBatch(
-            prompts=collate_prompts(sequences, image_of, pixels, pad_id=self.pad_id),
+            prompts=replace(prompts, image_features=_stacked_features(records)),
             targets=replace(self._targets(records, ()), pixel_values=None) if has_targets else None,
             references=tuple(reference for record in records for reference in record.references),
             bad=tuple(item for item in items if isinstance(item, BadSample)),
@@ -253,4 +282,11 @@ def _flatten(records: Sequence[EncodedRecord]) -> tuple[list[TokenSequence], lis
     """Sequences of all records, the image of each, and the images, each once."""
     sequences = [sequence for record in records for sequence in record.sequences]
     image_of = [number for number, record in enumerate(records) for _ in record.sequences]
-    return sequences, image_of, torch.stack([record.pixels for record in records]) if records else None
+    pixels = [record.pixels for record in records if record.pixels is not None]
+    return sequences, image_of, torch.stack(pixels) if pixels else None
+
+
+def _stacked_features(records: Sequence[EncodedRecord]) -> Tensor | None:
+    """The cached features of the images that `_flatten` numbers, bfloat16 ``[I, N, D]``."""
+    features = [record.features for record in records if record.features is not None]
+    return torch.stack(features) if features else None
