@@ -78,7 +78,6 @@ def cache_features(module: MMPrefixModule, data: ShardDataModule, options: Names
         batch_size=_CHUNK,
         collate_fn=list,
         num_workers=data.num_workers if options.num_workers is None else options.num_workers,
-        worker_init_fn=_leave_interrupts_to_the_main_process,
     )
     batch_size = options.batch_size or data.eval_batch_size
     what = f"features of {', '.join(splits)}"
@@ -88,8 +87,10 @@ def cache_features(module: MMPrefixModule, data: ShardDataModule, options: Names
     # In a log file each refresh is a line of its own.
     refresh = 0.1 if sys.stderr.isatty() else 30.0
     try:
+        with _interrupts_held():
+            chunks = iter(loader)
         with tqdm(desc=what, total=len(inputs), mininterval=refresh, unit="image") as bar:
-            for item in chain.from_iterable(loader):
+            for item in chain.from_iterable(chunks):
                 bar.update()
                 if isinstance(item, BadSample):
                     raise InputError(str(item))
@@ -154,5 +155,15 @@ def _tensor_float(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the block ends; processes that start in it never hear of it.
+
+    It reaches the whole process group, and workers would each print a traceback; and what arrives while one is forked,
+    Python's own hooks may swallow.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
