@@ -333,6 +333,7 @@ def test_what_is_stored_is_the_encoders_output(command, cache):
                 expected = module.model.vision(module.processor.transform(decode_image(content))[None])[0]
             found = stored[image_digest(content)]
             assert found.shape == stored.shape == (4, 64)
+            assert found.untyped_storage().nbytes() == 4 * 64 * 2
             torch.testing.assert_close(found.float(), expected, atol=0, rtol=2**-8)
     index = json.loads((cache / INDEX).read_text())
     assert (index["num_images"], index["shape"], index["hash"]) == (15, [4, 64], stored.key.hash)

@@ -228,7 +228,8 @@ class FeatureCache:
             file = safe_open(self.folder / self._names[shard], framework="pt")
             self._open[shard] = (os.getpid(), file)
         row = number - self._starts[shard]
-        features: Tensor = file.get_slice(_TENSOR)[row : row + 1][0]
+        # A copy: a slice is a view of the whole mapped shard, and would be pickled as such.
+        features: Tensor = file.get_slice(_TENSOR)[row : row + 1][0].clone()
         return features
 
     def check_key(self, key: FeatureKey) -> None:
