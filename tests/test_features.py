@@ -224,7 +224,8 @@ def test_what_does_not_match_is_refused_in_one_line(command, cache, tmp_path, se
 
 
 def test_keys_tell_every_part_apart():
-    (model, processor), spec = make_model(), make_model()[0].config.vision_spec
+    model, processor = make_model()
+    spec = replace(model.config.vision_spec, unused=("norm.weight",))
     key = FeatureKey.of(model.vision, spec, processor.transform)
     assert key == FeatureKey.of(make_model()[0].vision, spec, processor.transform)
     assert key.difference(key) == ""
@@ -234,6 +235,7 @@ def test_keys_tell_every_part_apart():
     other = FeatureKey.of(model.vision, replace(spec, kwargs={"depth": 3}), processor.transform)
     assert key.difference(other).startswith("encoder: expected ")
     assert "format: " in key.difference(replace(key, format={"version": 2, "dtype": "bfloat16"}))
+    assert "norm.weight" in model.vision.model.state_dict()
     for name, tensor in model.vision.model.state_dict().items():
         if tensor.is_floating_point():
             before = tensor.clone()
@@ -251,6 +253,7 @@ def test_a_missing_image_is_named_by_shard_and_key(command, cache, tmp_path):
     # The test split is scored at the end: it is looked at before hours of training.
     line = refused(command, "--data.feature_cache", cache, "--data.test", tmp_path / "new.tar")
     assert "images of data.test, 2 have none" in line
+    assert not (tmp_path / "run").exists()
     status, text = command("cache-features", "--out", cache, "--data.val", tmp_path / "new.tar", "--splits", "val")
     assert status == 0
     assert "3 images of val, 3 unique, 2 encoded now, 15 there before" in text
@@ -463,6 +466,7 @@ def test_a_full_disk_leaves_the_finished_shards(tmp_path, monkeypatch):
     key = FeatureKey({"name": "x", "kwargs": {}}, "0", {}, features_room.FORMAT)
     writer = FeatureWriter(tmp_path / "cache", key, (2, 3), shard_bytes=24)  # two images
     writer.add("a", torch.ones(2, 3))
+    writer.add("a", torch.zeros(2, 3))  # the same image once more
     writer.add("b", torch.ones(2, 3) * 2)
     writer.add("c", torch.ones(2, 3) * 3)
 
@@ -474,6 +478,8 @@ def test_a_full_disk_leaves_the_finished_shards(tmp_path, monkeypatch):
         writer.add("d", torch.ones(2, 3) * 4)
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["features-00000.safetensors", INDEX]
     cache = FeatureCache(tmp_path / "cache")
+    assert len(cache) == 2
+    assert torch.equal(cache["a"], torch.ones(2, 3, dtype=torch.bfloat16))
     assert torch.equal(cache["b"], torch.full((2, 3), 2.0, dtype=torch.bfloat16))
     assert "c" not in cache
 
