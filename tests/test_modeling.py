@@ -340,7 +340,7 @@ def test_decoders_that_cannot_branch_get_a_sequence_for_each_target(photos):
     assert not processor.shared_prefix
     pixels = [processor.transform(photo) for photo in photos]
     items = [
-        EncodedRecord(image, (processor.encode(instruction, targets),), (Reference(id=instruction),))
+        EncodedRecord(image, (processor.encode(instruction, targets),), (Reference(id=instruction),), instruction)
         for image, (instruction, targets) in zip(pixels, QUESTIONS, strict=True)
     ]
     apart = Collator(processor.pad_id, "full", processor.shared_prefix).train(items)

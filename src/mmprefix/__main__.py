@@ -16,6 +16,7 @@ commands:
   validate   score the validation split              validate --config C --ckpt_path runs/X/checkpoints/step=N.ckpt
   test       score the test split                    (the same options)
   predict    write predictions, no targets needed    (the same options)
+  cache-features                                     cache-features --config C --out DIR (for a frozen encoder)
   generate   answer about one image                  generate --checkpoint runs/X --image a.png --instruction "..."
   probe      is this decoder an exact prefix LM?     probe --decoder NAME_OR_FOLDER
   import-paligemma                                   import-paligemma --from NAME_OR_FOLDER --out DIR
@@ -31,7 +32,7 @@ options:
   --version      version of mmprefix
 """
 
-COMMANDS = ("fit", "validate", "test", "predict", "generate", "probe", "import-paligemma", "export")
+COMMANDS = ("fit", "validate", "test", "predict", "cache-features", "generate", "probe", "import-paligemma", "export")
 
 
 def main(arguments: list[str] | None = None) -> int:

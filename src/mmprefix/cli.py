@@ -1,4 +1,4 @@
-"""The command line: LightningCLI over the module and the data module. The other commands are in `commands`.
+"""The command line: LightningCLI over the module and the data module. The others are in `commands`, `caching`.
 
 What a run leaves behind lies in one folder, ``trainer.default_root_dir``: checkpoints/, tensorboard/, metrics.csv,
 config.yaml, predictions.jsonl, predictions.png, model/. A new run never overwrites an older one: it is renamed first.
@@ -23,7 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from mmprefix import __version__
+from mmprefix import __version__, caching
 from mmprefix.commands import COMMANDS
 from mmprefix.data.datamodule import ShardDataModule
 from mmprefix.errors import InputError
@@ -86,6 +86,7 @@ class MMPrefixCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One seed for everything; the data gets the model's processor."""
         parser.link_arguments("model.processor", "data.processor", apply_on="instantiate")
+        parser.link_arguments("model.frozen_feature_key", "data.feature_key", apply_on="instantiate")
         for part in ("model", "data"):
             parser.link_arguments("seed_everything", f"{part}.seed", compute_fn=_seed)
 
@@ -179,6 +180,38 @@ class MMPrefixCLI(LightningCLI):
             print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
+class PartsCLI(MMPrefixCLI):
+    """Builds model and data from the arguments of ``fit``, weights and all as ``fit`` would, and runs nothing."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """None: loggers and checkpoints would make a run folder."""
+        return None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def _build(cli: type[MMPrefixCLI], arguments: list[str]) -> MMPrefixCLI:
+    return cli(
+        MMPrefixModule,
+        ShardDataModule,
+        parser_class=OneLineParser,
+        save_config_callback=SaveConfigCallback,
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        trainer_defaults={"use_distributed_sampler": False},
+        parser_kwargs={"version": f"mmprefix {__version__}"},
+        args=arguments,
+    )
+
+
+def _cache_features(arguments: list[str]) -> int:
+    options, others = caching.parse(arguments)
+    parts = _build(PartsCLI, ["fit", *others])
+    return caching.cache_features(parts.model, parts.datamodule, options)
+
+
 def _seed(value: bool | int) -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", 0)) if isinstance(value, bool) else value
 
@@ -216,18 +249,9 @@ def run(arguments: list[str]) -> int:
     try:
         if arguments[0] in COMMANDS:
             return COMMANDS[arguments[0]](arguments[1:])
-        MMPrefixCLI(
-            MMPrefixModule,
-            ShardDataModule,
-            parser_class=OneLineParser,
-            save_config_callback=SaveConfigCallback,
-            save_config_kwargs={"overwrite": True},
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            trainer_defaults={"use_distributed_sampler": False},
-            parser_kwargs={"version": f"mmprefix {__version__}"},
-            args=arguments,
-        )
+        if arguments[0] == "cache-features":
+            return _cache_features(arguments[1:])
+        _build(MMPrefixCLI, arguments)
     except (InputError, MisconfigurationException) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT

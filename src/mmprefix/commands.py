@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from torch import nn
 
 from mmprefix.data.images import UndecodableImageError, decode_image
 from mmprefix.decoder import DecoderArgs, attention_implementation, decoder_config
@@ -23,7 +24,7 @@ from mmprefix.training.checkpoints import load_model
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-class _Parser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """Errors in one line, without the usage."""
 
     def __init__(self, command: str, description: str) -> None:
@@ -34,9 +35,17 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{self.command}: {message}")
 
 
+def use_device(module: nn.Module, device: str) -> None:
+    """Moves a module; InputError where there is no such device."""
+    try:
+        module.to(device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or none here
+        raise InputError(f"--device: cannot use {device}: {' '.join(str(error).split())[:200]}") from error
+
+
 def generate(arguments: list[str]) -> int:
     """Prints one answer about one image."""
-    parser = _Parser("generate", "Answers about one image.")
+    parser = CommandParser("generate", "Answers about one image.")
     parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, its model/ folder, or a .ckpt file")
     parser.add_argument("--image", required=True, type=Path, help="picture file")
     parser.add_argument("--instruction", required=True, help="text of the prefix")
@@ -54,10 +63,7 @@ def generate(arguments: list[str]) -> int:
     except UndecodableImageError as error:
         raise InputError(f"--image: {options.image}: {error}") from error
     model, processor = load_model(options.checkpoint)
-    try:
-        model.to(options.device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or none here
-        raise InputError(f"--device: cannot use {options.device}: {' '.join(str(error).split())[:200]}") from error
+    use_device(model, options.device)
     inputs = processor(images=image, text=options.instruction).to(options.device)
     generated = model.generate(
         **inputs, max_new_tokens=options.max_new_tokens, num_beams=options.num_beams, do_sample=False
@@ -68,7 +74,7 @@ def generate(arguments: list[str]) -> int:
 
 def probe_command(arguments: list[str]) -> int:
     """Prints what holds of a decoder; status 1 if it can't be a prefix LM."""
-    parser = _Parser("probe", "Proves on a tiny random copy of a decoder that it is an exact prefix LM.")
+    parser = CommandParser("probe", "Proves on a tiny random copy of a decoder that it is an exact prefix LM.")
     parser.add_argument("--decoder", required=True, help="hub name or local folder; only its config is read")
     parser.add_argument("--attn_implementation", help="sdpa or eager; by default as training would choose")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the config")
@@ -86,7 +92,7 @@ def probe_command(arguments: list[str]) -> int:
 
 def import_paligemma_command(arguments: list[str]) -> int:
     """Writes a PaliGemma checkpoint as a folder of ours."""
-    parser = _Parser("import-paligemma", "PaliGemma or PaliGemma 2 -> a model folder of mmprefix.")
+    parser = CommandParser("import-paligemma", "PaliGemma or PaliGemma 2 -> a model folder of mmprefix.")
     parser.add_argument("--from", required=True, dest="source", help="hub name or local folder")
     parser.add_argument("--out", required=True, type=Path, help="new folder")
     parser.add_argument(
@@ -107,7 +113,7 @@ def import_paligemma_command(arguments: list[str]) -> int:
 
 def export_command(arguments: list[str]) -> int:
     """Writes a trained model as a folder of transformers."""
-    parser = _Parser("export", "A trained model -> a folder that transformers loads.")
+    parser = CommandParser("export", "A trained model -> a folder that transformers loads.")
     parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, its model/ folder, or a .ckpt file")
     parser.add_argument("--format", required=True, choices=("transformers", "paligemma"), dest="form")
     parser.add_argument("--out", required=True, type=Path, help="new folder")

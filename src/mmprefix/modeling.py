@@ -32,7 +32,7 @@ from mmprefix.errors import InputError
 from mmprefix.generation import PrefixDecoderConfig, PrefixDecoderModel, cached_length, plan_of_rows, run_decoder
 from mmprefix.loss import LogitTransform, LossNormalization, linear_cross_entropy, target_cross_entropy
 from mmprefix.masks import PrefixVisibility
-from mmprefix.packing import PackedBatch, PrefixPlan
+from mmprefix.packing import PackedBatch, PrefixPlan, PromptBatch
 from mmprefix.probe import check_prefix_lm, probe
 from mmprefix.sequence import IGNORE_INDEX
 from mmprefix.vision import ConnectorArgs, VisionArgs, VisionEncoder, VisionSpec, build_connector, resolve_vision
@@ -222,6 +222,17 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         tokens: Tensor = self.connector(self.vision(pixel_values))
         return tokens
 
+    def image_tokens_of(self, batch: PackedBatch | PromptBatch) -> Tensor | None:
+        """Image tokens of a batch's images, float ``[I, N, W]``; cached features only pass the connector.
+
+        None for a batch without images of its own.
+        """
+        if batch.image_features is not None:
+            # They are stored in bfloat16, the connector computes in the precision of its weights.
+            tokens: Tensor = self.connector(batch.image_features.to(next(self.connector.parameters()).dtype))
+            return tokens
+        return None if batch.pixel_values is None else self.get_image_tokens(batch.pixel_values)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -299,6 +310,8 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             batch: from `packing.collate`.
             image_tokens: float ``[I, N, W]`` from `get_image_tokens`, where they are known already.
         """
+        if image_tokens is None and batch.image_features is not None:
+            image_tokens = self.image_tokens_of(batch)
         output = self(
             input_ids=batch.input_ids,
             pixel_values=batch.pixel_values if image_tokens is None else None,

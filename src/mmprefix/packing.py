@@ -12,8 +12,8 @@ because every token carries its segment, branch, question, region and position.
 This is the one place that pads. All index maps are built here, in the data loader's workers, so that the training step
 never searches for positions (`nonzero` would synchronise with the device).
 
-Shapes: B rows, T tokens of a row, S sequences, I images, N image tokens of one image, P image tokens placed,
-M scored target tokens of the batch (and, in a bucketed batch, labels that fill up).
+Shapes: B rows, T tokens of a row, S sequences, I images, N image tokens of one image, D encoder width,
+P image tokens placed, M scored target tokens of the batch (and, in a bucketed batch, labels that fill up).
 """
 
 from __future__ import annotations
@@ -178,6 +178,7 @@ class PackedBatch:
         bad: samples that were left out of this batch, and why.
         num_tokens: tokens that are not padding.
         num_samples: instructions (each on an image).
+        image_features: bfloat16 ``[I, N, D]``, what the encoder gives for the images, in place of ``pixel_values``.
     """
 
     input_ids: Tensor
@@ -192,6 +193,7 @@ class PackedBatch:
     bad: tuple[BadSample, ...] = ()
     num_tokens: int = 0
     num_samples: int = 0
+    image_features: Tensor | None = None
 
     @property
     def padding_share(self) -> float:
@@ -212,12 +214,14 @@ class PromptBatch:
         attention_mask: int64 ``[S, T]``.
         pixel_values: float32 ``[I, 3, H, W]``.
         image_of: int64 ``[S]``.
+        image_features: bfloat16 ``[I, N, D]``, what the encoder gives for the images, in place of ``pixel_values``.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     pixel_values: Tensor | None
     image_of: Tensor
+    image_features: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,12 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from mmprefix.data import digits
-from mmprefix.data.images import RandomAffine
+from mmprefix.data.features import FeatureCache, FeatureKey
+from mmprefix.data.images import RandomAffine, decode_image
 from mmprefix.data.loading import (
     Collator,
     EpochBatchSampler,
@@ -54,6 +56,8 @@ class ShardDataModule(pl.LightningDataModule):
         truncate: Literal["none", "instruction", "target", "both"] = "none",
         augmentation: RandomAffine | None = None,
         on_bad_sample: Literal["skip", "error"] = "skip",
+        feature_cache: str | None = None,
+        feature_key: Any = None,
         seed: int = 0,
     ) -> None:
         """Settings of the data.
@@ -80,6 +84,10 @@ class ShardDataModule(pl.LightningDataModule):
             truncate: which text may be cut at its limit; `none` makes a longer one an error. Image tokens never are.
             augmentation: random affine transform of training images; none by default.
             on_bad_sample: what happens to an image that cannot be decoded: `skip` counts and reports it.
+            feature_cache: folder written by `cache-features`: a frozen encoder's features are read from it, and no
+                image is decoded.
+            feature_key: a function without arguments that gives the key those features must have; the command line
+                passes the model's.
             seed: of order and augmentation; the command line passes `seed_everything`.
         """
         super().__init__()
@@ -106,6 +114,10 @@ class ShardDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.limits = TextLimits(max_instruction_tokens, max_target_tokens, truncate)
         self.augmentation = augmentation
+        self.feature_cache = feature_cache
+        self.feature_key: Callable[[], FeatureKey] | None = feature_key
+        self._features: FeatureCache | None = None
+        self._checked: set[str] = set()
         self.undecodable_is_fatal = on_bad_sample == "error"
         self.seed = seed
         self.packed = False
@@ -138,12 +150,48 @@ class ShardDataModule(pl.LightningDataModule):
         """Indexes the shards that the stage needs.
 
         Raises:
-            InputError: missing, broken or incomplete shards.
+            InputError: missing, broken or incomplete shards, or a feature cache that is not theirs or the encoder's.
         """
         needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}[stage]
+        if self.feature_cache is not None:
+            if stage == "fit" and self.has("test"):  # scored at the end: what is missing must not show only then
+                needed = (*needed, "test")
+            self._check_features(self.feature_cache, needed)
         for split in needed:
-            if split not in self._shards:
-                self._shards[split] = self._open(split)
+            self.shards(split)
+
+    def _check_features(self, folder: str, splits: tuple[str, ...]) -> None:
+        if self.augmentation is not None:
+            raise InputError(
+                "data.feature_cache: expected data.augmentation: null, got augmentation: "
+                "features of augmented images cannot be cached"
+            )
+        if self._features is None:  # once: a trainer may turn the weights into half precision later
+            assert self.feature_key is not None, "the data module needs the encoder's key to check the cache"
+            key = self.feature_key()
+            cache = FeatureCache(folder)
+            cache.check_key(key)
+            rank_zero_info(cache.describe())
+            self._features = cache
+        for split in splits:
+            if split not in self._checked:
+                self._features.check_images(split, self.shards(split))
+                self._checked.add(split)
+
+    def shards(self, split: str) -> ShardCollection:
+        """The shards of a split, indexed on the first call.
+
+        Raises:
+            InputError: missing, broken or incomplete shards.
+        """
+        if split not in self._shards:
+            self._shards[split] = self._open(split)
+        return self._shards[split]
+
+    def picture(self, split: str, record: int) -> Image.Image:
+        """The image of a record of ``split`` as the encoder takes it, RGB: for reports on batches without pixels."""
+        assert self.processor is not None
+        return self.processor.transform.resize(decode_image(self.shards(split).image_bytes(record)))
 
     def _open(self, split: str) -> ShardCollection:
         pattern = self.patterns[split]
@@ -164,6 +212,7 @@ class ShardDataModule(pl.LightningDataModule):
             augment=self.augmentation if split == "train" else None,
             seed=self.seed,
             undecodable_is_fatal=self.undecodable_is_fatal,
+            features=self._features,
         )
 
     def _loader(self, split: str, sampler: Any, collate: Callable[..., Any]) -> DataLoader[Any]:

@@ -10,9 +10,8 @@ batch holds as many records as fit into it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from itertools import islice
 from typing import Any, Protocol
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mmprefix.data.features import FeatureCache, image_digest
 from mmprefix.data.images import RandomAffine, UndecodableImageError, decode_image
 from mmprefix.data.samples import Sample
 from mmprefix.data.shards import ShardCollection
@@ -80,15 +80,22 @@ class TextLimits:
 
 @dataclass(frozen=True, eq=False)
 class EncodedRecord:
-    """One record, ready for collation: float32 ``[3, H, W]`` pixels, and a sequence for each sample.
+    """One record, ready for collation, with a sequence for each sample.
 
-    ``image_digest`` is the same for equal pixels; records of a batch that share it share an image.
+    Attributes:
+        pixels: float32 ``[3, H, W]``; None where ``features`` stand for them.
+        sequences: one for each sample.
+        references: one for each sample.
+        image_digest: SHA-256 of the encoded image, in hex; augmented images have one for each record. Records of a batch
+            that share it share an image.
+        features: bfloat16 ``[N, D]``, the encoder's output from a cache.
     """
 
-    pixels: Tensor
+    pixels: Tensor | None
     sequences: tuple[TokenSequence, ...]
     references: tuple[Reference, ...]
-    image_digest: str = ""
+    image_digest: str
+    features: Tensor | None = None
 
 
 @dataclass
@@ -104,6 +111,8 @@ class RecordDataset(Dataset[EncodedRecord | BadSample]):
     augment: RandomAffine | None = None
     seed: int = 0
     undecodable_is_fatal: bool = False
+    features: FeatureCache | None = None
+    """Where given, images are not decoded: their features are read."""
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -114,16 +123,13 @@ class RecordDataset(Dataset[EncodedRecord | BadSample]):
         shard = self.shards.paths[record.shard]
         try:
             content = self.shards.image_bytes(index)
-            image = decode_image(content)
+            digest = image_digest(content)
+            pixels = None if self.features is not None else self._pixels(content, epoch, index)
+            features = None if self.features is None else self._features(self.features, digest)
         except UndecodableImageError as error:
             return BadSample(shard, record.key, str(error), fatal=self.undecodable_is_fatal)
         except (InputError, OSError) as error:
             return BadSample(shard, record.key, str(error), fatal=True)
-        image = self.processor.transform.resize(image)
-        digest = sha256(content).hexdigest()
-        if self.augment is not None:
-            digest = f"{digest}-{index}"  # each record's own
-            image = self.augment(image, torch.Generator().manual_seed(_mix(self.seed, epoch, index)))
         try:
             samples = self.shards.samples(index)
             sequences = self.encode(samples)
@@ -132,7 +138,23 @@ class RecordDataset(Dataset[EncodedRecord | BadSample]):
         references = tuple(
             Reference(s.id, s.image_id, s.kind, s.instruction, s.answers, (index, n)) for n, s in enumerate(samples)
         )
-        return EncodedRecord(self.processor.transform.to_tensor(image), sequences, references, digest)
+        if self.augment is not None:
+            digest = f"{digest}-{index}"
+        return EncodedRecord(pixels, sequences, references, digest, features)
+
+    def _pixels(self, content: bytes, epoch: int, index: int) -> Tensor:
+        image = self.processor.transform.resize(decode_image(content))
+        if self.augment is not None:
+            image = self.augment(image, torch.Generator().manual_seed(_mix(self.seed, epoch, index)))
+        return self.processor.transform.to_tensor(image)
+
+    @staticmethod
+    def _features(cache: FeatureCache, digest: str) -> Tensor:
+        if digest in cache.undecodable:
+            raise UndecodableImageError(cache.undecodable[digest])
+        if digest not in cache:  # it was when the run began
+            raise InputError(f"the image changed: {cache.folder} has no features of SHA-256 {digest}")
+        return cache[digest]
 
     def encode(self, samples: Sequence[Sample]) -> tuple[TokenSequence, ...]:
         """The token sequences of a record's samples.
@@ -352,11 +374,13 @@ class Collator:
     def evaluate(self, items: Sequence[EncodedRecord | BadSample]) -> EvaluationBatch:
         """Prefixes to generate from, and targets for the loss where every sample has them."""
         records = [item for item in items if isinstance(item, EncodedRecord)]
-        sequences, image_of, pixels = _flatten(records)
+        sequences, image_of, images = _flatten(records)
+        prompts = collate_prompts(sequences, image_of, _stacked(r.pixels for r in images), pad_id=self.pad_id)
+        targets = self._targets(records, ())
         has_targets = bool(sequences) and all(sequence.num_targets for sequence in sequences)
         return EvaluationBatch(
-            prompts=collate_prompts(sequences, image_of, pixels, pad_id=self.pad_id),
-            targets=replace(self._targets(records, ()), pixel_values=None) if has_targets else None,
+            prompts=replace(prompts, image_features=targets.image_features),
+            targets=replace(targets, pixel_values=None, image_features=None) if has_targets else None,
             references=tuple(reference for record in records for reference in record.references),
             bad=tuple(item for item in items if isinstance(item, BadSample)),
         )
@@ -384,25 +408,32 @@ class Collator:
         return [TokenSequence.on_one_image(group) for group in on_image.values()], list(on_image)
 
     def _targets(self, records: Sequence[EncodedRecord], bad: Sequence[BadSample]) -> PackedBatch:
-        samples, images, pixels = _flatten(records)
+        samples, image_of_sample, images = _flatten(records)
         references = [reference for record in records for reference in record.references]
-        sequences, image_of = self.rows(samples, images)
-        return collate(
-            sequences, image_of, pixels, pad_id=self.pad_id, visibility=self.visibility, references=references, bad=bad,
-            packed=self.packed, bucket=self.bucket,
+        sequences, image_of = self.rows(samples, image_of_sample)
+        batch = collate(
+            sequences, image_of, _stacked(r.pixels for r in images), pad_id=self.pad_id, visibility=self.visibility,
+            references=references, bad=bad, packed=self.packed, bucket=self.bucket,
         )  # fmt: skip
+        return replace(batch, image_features=_stacked(r.features for r in images))
 
 
-def _flatten(records: Sequence[EncodedRecord]) -> tuple[list[TokenSequence], list[int], Tensor | None]:
-    """Sequences of all records, the image of each, and the images, each once."""
+def _flatten(records: Sequence[EncodedRecord]) -> tuple[list[TokenSequence], list[int], list[EncodedRecord]]:
+    """Sequences of all records, the image of each, and a record for each image."""
     first: dict[str, int] = {}  # digest -> number of the image in the batch
-    pixels: list[Tensor] = []
+    images: list[EncodedRecord] = []
     sequences: list[TokenSequence] = []
     image_of: list[int] = []
     for record in records:
-        number = first.setdefault(record.image_digest, len(pixels)) if record.image_digest else len(pixels)
-        if number == len(pixels):
-            pixels.append(record.pixels)
+        number = first.setdefault(record.image_digest, len(images))
+        if number == len(images):
+            images.append(record)
         sequences.extend(record.sequences)
         image_of.extend([number] * len(record.sequences))
-    return sequences, image_of, torch.stack(pixels) if pixels else None
+    return sequences, image_of, images
+
+
+def _stacked(tensors: Iterable[Tensor | None]) -> Tensor | None:
+    """``[I, ...]``; None where there are none."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present) if present else None

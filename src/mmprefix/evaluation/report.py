@@ -7,7 +7,8 @@ While `fit` runs, a picture of validation predictions goes to TensorBoard. A fin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch.distributed
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from PIL import Image
 
 from mmprefix.evaluation.pictures import Answer, Cell, draw_cells, to_image
 from mmprefix.files import replacing
@@ -79,7 +81,14 @@ class _Gallery:
         self.wrong: list[Cell] = []
         self.right: list[Cell] = []
 
-    def add(self, batch: EvaluationBatch, predictions: Sequence[Prediction], transform: ImageTransform) -> None:
+    def add(
+        self,
+        batch: EvaluationBatch,
+        predictions: Sequence[Prediction],
+        transform: ImageTransform,
+        picture: Callable[[int], Image.Image],
+    ) -> None:
+        """``picture`` gives a record's image, for batches that hold features in place of pixels."""
         of_image: dict[int, list[Prediction]] = {}
         for image, prediction in zip(batch.prompts.image_of.tolist(), predictions, strict=True):
             of_image.setdefault(image, []).append(prediction)
@@ -94,9 +103,11 @@ class _Gallery:
                 for r, said in members
             )
             group = self.right if all(answer.correct is not False for answer in answers) else self.wrong
-            if len(group) < self.room and batch.prompts.pixel_values is not None:
-                pixels = batch.prompts.pixel_values[image]
-                group.append(Cell(f"image {members[0][0].image_id}", to_image(pixels.float(), transform), answers))
+            if len(group) >= self.room:
+                continue
+            pixels, first = batch.prompts.pixel_values, members[0][0]
+            shown = picture(first.order[0]) if pixels is None else to_image(pixels[image].float(), transform)
+            group.append(Cell(f"image {first.image_id}", shown, answers))
 
     def cells(self) -> list[Cell]:
         wrong = self.wrong[: max(self.room // 2, self.room - len(self.right))]
@@ -126,9 +137,10 @@ class PredictionReport(pl.Callback):
         self._predictions: list[Prediction] = []
         self._gallery = _Gallery(self.num_images)
 
-    def _collect(self, outputs: Any, batch: EvaluationBatch) -> None:
+    def _collect(self, trainer: pl.Trainer, split: str, outputs: Any, batch: EvaluationBatch) -> None:
         self._predictions += outputs
-        self._gallery.add(batch, outputs, self.transform)
+        picture = partial(trainer.datamodule.picture, split)  # type: ignore[attr-defined]
+        self._gallery.add(batch, outputs, self.transform, picture)
 
     def _finish(self, trainer: pl.Trainer, split: str) -> None:
         predictions, gallery = self._gathered(trainer), self._gallery
@@ -180,7 +192,7 @@ class PredictionReport(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
         """Collects."""
-        self._collect(outputs, batch)
+        self._collect(trainer, "val", outputs, batch)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A picture while fitting, the whole report otherwise."""
@@ -198,7 +210,7 @@ class PredictionReport(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
         """Collects."""
-        self._collect(outputs, batch)
+        self._collect(trainer, "test", outputs, batch)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports."""
@@ -208,7 +220,7 @@ class PredictionReport(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
         """Collects."""
-        self._collect(outputs, batch)
+        self._collect(trainer, "predict", outputs, batch)
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports."""

@@ -10,6 +10,7 @@ resumed draws what it would have drawn, and no generator state has to be saved.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch.distributed
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from mmprefix.data.features import FeatureKey
 from mmprefix.decoder import DecoderArgs
 from mmprefix.errors import InputError
 from mmprefix.loss import LossNormalization
@@ -221,6 +223,43 @@ class MMPrefixModule(pl.LightningModule):
         dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(self.trainer.precision).split("-")[0])
         return mask_free_refusal(config, implementation, device, dtype or torch.float32)
 
+    # Cached features
+
+    def feature_key(self) -> FeatureKey:
+        """What the features of the encoder, as its weights are now, are known by."""
+        return FeatureKey.of(self.model.vision, self.model.config.vision_spec, self.processor.transform)
+
+    def frozen_feature_key(self) -> FeatureKey:
+        """`feature_key`, for training on cached features.
+
+        Raises:
+            InputError: an encoder that learns; no gradient reaches it through a cache.
+        """
+        args = self.part_args["vision"]
+        if not args.freeze or args.unfreeze_at_step is not None:
+            raise InputError(
+                "data.feature_cache: expected model.train_vision.freeze: true and unfreeze_at_step: null, got freeze: "
+                f"{str(args.freeze).lower()} and unfreeze_at_step: {json.dumps(args.unfreeze_at_step)}: "
+                "an encoder that learns needs pixels"
+            )
+        return self.feature_key()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Cached features were compared with the encoder as it was built: a checkpoint must not bring another.
+
+        Raises:
+            InputError: naming the first weight that differs.
+        """
+        if getattr(self.trainer.datamodule, "feature_cache", None) is None:  # type: ignore[attr-defined]
+            return
+        unused = self.model.config.vision_spec.unused
+        for name, own in self.model.vision.model.state_dict().items():
+            stored = checkpoint["state_dict"].get(f"model.vision.model.{name}")
+            if stored is None or stored.shape != own.shape or name in unused:
+                continue  # what doesn't fit is refused when it is loaded
+            if not torch.equal(stored.to(own.device), own.to(stored.dtype)):  # half precision is stored as such
+                raise InputError(f"data.feature_cache: the checkpoint has another encoder, {name} differs")
+
     # Training
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -358,16 +397,13 @@ class MMPrefixModule(pl.LightningModule):
         )
         return self.processor.decode_generated(generated[:, prompts.input_ids.shape[1] :])
 
-    def _image_tokens(self, prompts: PromptBatch) -> Tensor | None:
-        return None if prompts.pixel_values is None else self.model.get_image_tokens(prompts.pixel_values)
-
     @property
     def max_new_tokens(self) -> int:
         """What evaluation generates at most: the data module's longest target."""
         return int(getattr(self.trainer.datamodule, "max_new_tokens", 256))  # type: ignore[attr-defined]
 
     def _evaluate(self, batch: EvaluationBatch) -> list[tuple[Reference, str]]:
-        image_tokens = self._image_tokens(batch.prompts)
+        image_tokens = self.model.image_tokens_of(batch.prompts)
         if batch.targets is not None:
             self._evaluation_loss.append(self.model.target_loss(batch.targets, self.loss_normalization, image_tokens))
         predictions = list(zip(batch.references, self.generate(batch.prompts, image_tokens), strict=True))
@@ -419,7 +455,8 @@ class MMPrefixModule(pl.LightningModule):
 
     def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[tuple[Reference, str]]:
         """Answers only; targets are not needed."""
-        return list(zip(batch.references, self.generate(batch.prompts, self._image_tokens(batch.prompts)), strict=True))
+        predictions = self.generate(batch.prompts, self.model.image_tokens_of(batch.prompts))
+        return list(zip(batch.references, predictions, strict=True))
 
     # Checkpoints
 
