@@ -29,7 +29,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mmprefix.sequence import PREFIX_BRANCH, Region
+from mmprefix.sequence import PREFIX_BRANCH, Region, TokenSequence
 
 PrefixVisibility = Literal["full", "nested", "causal"]
 
@@ -101,3 +101,21 @@ def prefix_lm_mask(
     region[prefix_len:] = Region.TARGET
     branch = torch.where(index < prefix_len, PREFIX_BRANCH, 0)
     return dense_mask(TokenIndex(torch.zeros_like(index), branch, region, index), visibility)
+
+
+def visible_pairs(sequence: TokenSequence, visibility: PrefixVisibility = "full") -> int:
+    """How many (query, key) pairs of a sample the rule lets see each other: the area of `dense_mask`, without drawing it.
+
+    From lengths alone, so that a collator can afford it: T^2 entries of a long sample would cost more than its batch.
+    """
+    prefix = sequence.prefix_length
+    if visibility == "full":
+        pairs = prefix * prefix
+    elif visibility == "nested":
+        image = int((sequence.regions == Region.IMAGE).sum())
+        pairs = image * image + (prefix - image) * prefix
+    else:
+        pairs = prefix * (prefix + 1) // 2
+    for length in sequence.branches[sequence.branches != PREFIX_BRANCH].bincount().tolist():
+        pairs += length * prefix + length * (length + 1) // 2
+    return pairs

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmprefix.masks import PADDING_SEGMENT, PrefixVisibility, TokenIndex
+from mmprefix.masks import PADDING_SEGMENT, PrefixVisibility, TokenIndex, visible_pairs
 from mmprefix.sequence import PREFIX_BRANCH, Region, TokenSequence
 
 
@@ -142,6 +142,7 @@ class PackedBatch:
         references: one for each sequence.
         bad: samples that were left out of this batch, and why.
         num_tokens: tokens that are not padding.
+        visible_pairs: (query, key) pairs that attention has to compute, of one head of one layer.
     """
 
     input_ids: Tensor
@@ -155,6 +156,7 @@ class PackedBatch:
     references: tuple[Reference, ...] = ()
     bad: tuple[BadSample, ...] = ()
     num_tokens: int = 0
+    visible_pairs: int = 0
 
     @property
     def num_sequences(self) -> int:
@@ -278,6 +280,7 @@ def collate(
         references=tuple(references),
         bad=tuple(bad),
         num_tokens=sum(len(sequence) for sequence in sequences),
+        visible_pairs=sum(visible_pairs(sequence, visibility) for sequence in sequences),
     )
 
 
