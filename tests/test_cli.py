@@ -72,7 +72,7 @@ def test_no_command_and_wrong_command():
     assert wrong.returncode == 2
     assert (
         wrong.stderr
-        == "error: expected one of fit, validate, test, predict, generate, probe, import-paligemma, export, "
+        == "error: expected one of fit, validate, test, predict, generate, probe, estimate, import-paligemma, export, "
         "got 'fitt'; did you mean fit?\n"
     )
 

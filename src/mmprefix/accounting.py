@@ -27,8 +27,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmprefix.errors import InputError
@@ -134,6 +134,12 @@ def _grouped_mm_flops(a: torch.Size, b: torch.Size, *args: Any, out_shape: Any =
     return 2 * a[0] * a[1] * b[-1]
 
 
+def _matrix_shape(layer: nn.Module | None) -> torch.Size:
+    assert layer is not None
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight.shape
+
+
 def _flops(function: Callable[[], Any]) -> int:
     formulas = {torch.ops.aten._grouped_mm: _grouped_mm_flops}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
@@ -145,7 +151,8 @@ def _decoder_flops(model: MMPrefixForConditionalGeneration, length: int, num_lab
     """Of a pass over one row of ``length`` tokens that all see each other, with logits of ``num_labels`` of them."""
     index = torch.zeros(1, length, dtype=torch.long, device="meta")
     plan = PrefixPlan(index, index, index, index, label_positions=index[0, :num_labels])
-    embeds = torch.empty(1, length, model.get_input_embeddings().weight.shape[1], device="meta")  # type: ignore[arg-type]
+    width = _matrix_shape(model.get_input_embeddings())[1]
+    embeds = torch.empty(1, length, width, device="meta")
     return _flops(lambda: run_decoder(model.decoder, embeds, plan, index, index, use_cache=False))
 
 
@@ -218,7 +225,8 @@ class LiveBytes(TorchDispatchMode):
             return
         size = share * storage.nbytes()
         self._known[key] = weakref.ref(storage, lambda _: self._free(key)), kind, size
-        self._add(kind, size)
+        if size:
+            self._add(kind, size)
 
     def recount(self, tensor: Tensor, kind: str, share: float) -> None:
         """Counts a known tensor as another kind: what turned out to be a gradient, of which a rank keeps its share."""
@@ -232,7 +240,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         entry = self._known.pop(key, None)
-        if entry is not None:
+        if entry is not None and entry[2]:
             self._add(entry[1], -entry[2])
 
 
@@ -365,7 +373,7 @@ class MemoryEstimate:
 
     def _simulate(self, batch: PackedBatch) -> dict[str, float]:
         model = self._model
-        vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        vocabulary = _matrix_shape(model.get_output_embeddings())[0]
         logits = (batch.labels.numel(), vocabulary)
 
         def kind_of(tensor: Tensor) -> str:
@@ -400,26 +408,34 @@ class MemoryEstimate:
         """Bytes of a device at the peak of a step."""
         return self.weights + self.optimizer + self.communication + sum(self.step_peak(batch_size).values())
 
-    def largest_batch(self, memory: float) -> int:
-        """The largest batch size whose peak fits into ``memory`` bytes, 0 if none does.
+    def largest_batch(self, memory: float, start: int = 1) -> int:
+        """The largest batch size whose peak fits into ``memory`` bytes, 0 if none does, at most `MAX_BATCH`.
 
-        The peak is the larger of a few straight lines in the batch size (end of forward, end of backward), so
-        Newton's method lands on it in a few simulations.
+        The peak is the largest of a few straight lines in the batch size (end of forward, end of backward): convex,
+        so that secants find the answer in a few simulations and prove it without trying the next size.
+
+        Args:
+            memory: bytes of a device.
+            start: size to begin with; ones that were simulated already are read again for nothing.
         """
-        size = 1
-        for _ in range(10):
-            here, above = self.total(size), self.total(size + 1)
-            if here <= memory < above:
-                return size
-            if size == 1 and here > memory:
-                return 0
-            size = min(MAX_BATCH, max(1, int(size + (memory - here) / (above - here))))
-            if size == MAX_BATCH:
-                return size
-        return size
+        self.total(start)
+        self.total(2 * start)
+        while True:
+            sizes = sorted(self._peaks)
+            fits = [size for size in sizes if self.total(size) <= memory]
+            low, high = max(fits, default=0), min((s for s in sizes if s not in fits), default=MAX_BATCH + 1)
+            if high == low + 1:
+                return low
+            # With a size that does not fit, between the two; without one, beyond the two largest; else before all.
+            a, b = (low, high) if fits and high <= MAX_BATCH else fits[-2:] if len(fits) > 1 else sizes[:2]
+            slope = (self.total(b) - self.total(a)) / (b - a)
+            if b == low and self.total(low) + slope > memory:
+                return low
+            guess = int(a + (memory - self.total(a)) / slope) if slope else 8 * b
+            self.total(max(low + 1, min(guess, high - 1, 8 * max(1, low))))
 
 
-MAX_BATCH = 1 << 16
+MAX_BATCH = 1 << 14
 """Where the search for the largest batch ends: nobody trains with more records on a device."""
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from mmprefix import __version__
-from mmprefix.commands import COMMANDS
+from mmprefix.commands import COMMANDS, estimate_command
 from mmprefix.data.datamodule import ShardDataModule
 from mmprefix.errors import InputError
 from mmprefix.evaluation.report import PredictionReport
@@ -179,6 +180,38 @@ class MMPrefixCLI(LightningCLI):
             print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
+class _SettingsReader(MMPrefixCLI):
+    """Reads what ``fit`` would run with, and stops there."""
+
+    def instantiate_classes(self) -> None:
+        """Builds nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs nothing."""
+
+
+def fit_settings(arguments: list[str]) -> Mapping[str, Any]:
+    """Plain values of ``fit``'s settings, defaults included, from its command line."""
+    reader = _run_cli(_SettingsReader, ["fit", *arguments])
+    settings: Mapping[str, Any] = reader.config["fit"].as_dict()
+    return settings
+
+
+def _run_cli(cli: type[MMPrefixCLI], arguments: list[str]) -> MMPrefixCLI:
+    return cli(
+        MMPrefixModule,
+        ShardDataModule,
+        parser_class=OneLineParser,
+        save_config_callback=SaveConfigCallback,
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        trainer_defaults={"use_distributed_sampler": False},
+        parser_kwargs={"version": f"mmprefix {__version__}"},
+        args=arguments,
+    )
+
+
 def _seed(value: bool | int) -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", 0)) if isinstance(value, bool) else value
 
@@ -216,18 +249,9 @@ def run(arguments: list[str]) -> int:
     try:
         if arguments[0] in COMMANDS:
             return COMMANDS[arguments[0]](arguments[1:])
-        MMPrefixCLI(
-            MMPrefixModule,
-            ShardDataModule,
-            parser_class=OneLineParser,
-            save_config_callback=SaveConfigCallback,
-            save_config_kwargs={"overwrite": True},
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            trainer_defaults={"use_distributed_sampler": False},
-            parser_kwargs={"version": f"mmprefix {__version__}"},
-            args=arguments,
-        )
+        if arguments[0] == "estimate":
+            return estimate_command(arguments[1:], fit_settings)
+        _run_cli(MMPrefixCLI, arguments)
     except (InputError, MisconfigurationException) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT

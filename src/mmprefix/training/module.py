@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from mmprefix.accounting import PARTS
 from mmprefix.decoder import DecoderArgs
 from mmprefix.errors import InputError
 from mmprefix.loss import LossNormalization, target_cross_entropy
@@ -40,8 +41,6 @@ from mmprefix.training.checkpoints import CONTENT_KEY, load_model
 from mmprefix.training.optim import OptimizerArgs, PartArgs, build_optimizer
 from mmprefix.vision import ConnectorArgs, VisionArgs
 
-PARTS = ("vision", "connector", "decoder")
-
 
 class NonFiniteLossError(InputError):
     """The loss of an optimizer step is NaN or infinite; the weights were not touched by it."""
@@ -54,6 +53,20 @@ class _Window:
     losses: list[Tensor] = field(default_factory=list)
     counts: list[Tensor] = field(default_factory=list)
     ids: list[tuple[str, ...]] = field(default_factory=list)
+
+
+def checkpoint_activations(model: MMPrefixForConditionalGeneration) -> None:
+    """Makes encoder and decoder keep the inputs of their layers only, and recompute the rest in backward."""
+    model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    model.vision.model.set_grad_checkpointing(True)
+
+
+def switch_off_training_mode(part: nn.Module) -> None:
+    """What a frozen part needs: batch statistics and dropout stay off."""
+    part.eval()
+    for module in part.modules():
+        # Layers of transformers recompute activations in training mode only; what is inside stays as it is.
+        module.training = getattr(module, "gradient_checkpointing", False) is True
 
 
 def _from_parts(
@@ -107,6 +120,7 @@ class MMPrefixModule(pl.LightningModule):
         gradient_checkpointing: bool = False,
         compile: bool = False,
         num_beams: int = 1,
+        peak_tflops: float | Literal["measure"] | None = None,
         seed: int = 0,
     ) -> None:
         """Builds model and processor from their parts.
@@ -130,12 +144,16 @@ class MMPrefixModule(pl.LightningModule):
             gradient_checkpointing: recompute activations in the backward pass, to save memory.
             compile: run the model through `torch.compile`.
             num_beams: beams when generating for evaluation; 1 is greedy.
+            peak_tflops: TFLOP/s that a device can do at most, from its data sheet, to log utilization (train/mfu);
+                `measure` times matrix products at start instead. Without it no utilization is logged.
             seed: of dropout; the command line passes `seed_everything`.
         """
         super().__init__()
         optimizer.check()
         if num_beams < 1:
             raise InputError(f"model.num_beams: expected at least 1, got {num_beams}")
+        if isinstance(peak_tflops, float | int) and not 0 < peak_tflops < math.inf:
+            raise InputError(f"model.peak_tflops: expected more than 0, or `measure`, got {peak_tflops}")
         if pretrained is not None:
             given = {"vision": vision, "decoder": decoder, "connector": connector, "tokenizer": tokenizer}
             for name, args in given.items():
@@ -154,6 +172,7 @@ class MMPrefixModule(pl.LightningModule):
         self.optimizer_args = optimizer
         self.part_args = dict(zip(PARTS, (train_vision, train_connector, train_decoder), strict=True))
         self.num_beams = num_beams
+        self.peak_tflops = peak_tflops
         self.seed = seed
         self._window = self._last_window = _Window()
         self._exact_match: dict[str, ExactMatch] = {}
@@ -162,8 +181,7 @@ class MMPrefixModule(pl.LightningModule):
         self._trainable = {name: [p for p in self.part(name).parameters() if p.requires_grad] for name in PARTS}
         self._set_freezing(step=0)
         if gradient_checkpointing:
-            self.model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
-            self.model.vision.model.set_grad_checkpointing(True)
+            checkpoint_activations(self.model)
         if compile:
             self.model.compile()
 
@@ -205,10 +223,7 @@ class MMPrefixModule(pl.LightningModule):
             frozen = args.is_frozen(step)
             part = self.part(name)
             if frozen and part.training:
-                part.eval()  # batch statistics and dropout of a frozen part stay off, too
-                for module in part.modules():
-                    # Layers of transformers recompute activations in training mode only; what is inside stays as it is.
-                    module.training = getattr(module, "gradient_checkpointing", False) is True
+                switch_off_training_mode(part)
             elif not frozen and self.training and not part.training:
                 part.train()
             for parameter in self._trainable[name]:
