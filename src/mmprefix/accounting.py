@@ -392,7 +392,9 @@ class MemoryEstimate:
                 live.recount(parameter.grad, "gradients", self.share)
             live.at_peak = {}
             batch = map_tensors(batch, lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
-            with torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            # As Lightning does it: without a cache, each product's cast weight is freed where backward has no use for it.
+            enabled = self.autocast is not None
+            with torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=enabled, cache_enabled=False):
                 loss, _ = target_cross_entropy(
                     model.target_logits(batch), batch.labels, batch.target_lengths, self.normalization
                 )
