@@ -96,7 +96,9 @@ def _peak_memory(device: torch.device) -> tuple[str, float]:
     """Metric and value in GiB. Neither asks the device: the allocator keeps its statistics on the host."""
     if device.type == "cuda":
         return "train/peak_memory_gib", torch.cuda.max_memory_allocated(device) / GIB
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, KiB elsewhere
+    # getrusage(2): bytes on macOS, KiB elsewhere. On Linux it survives exec: started from a process that is larger than
+    # training gets, this is that process's.
+    unit = 1 if sys.platform == "darwin" else 1024
     return "train/peak_rss_gib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
