@@ -410,6 +410,16 @@ class MemoryEstimate:
         """Bytes of a device at the peak of a step."""
         return self.weights + self.optimizer + self.communication + sum(self.step_peak(batch_size).values())
 
+    def each_record(self) -> tuple[dict[str, float], float]:
+        """Bytes by kind that a record adds, and of activations whatever the batch size.
+
+        Read off the two largest sizes simulated so far: in small batches the peak may lie where gradients are summed.
+        """
+        a, b = sorted(self._peaks)[-2:]
+        small, large = self._peaks[a], self._peaks[b]
+        each = {kind: (large.get(kind, 0.0) - small.get(kind, 0.0)) / (b - a) for kind in ("activations", "logits")}
+        return each, max(0.0, large["activations"] - b * each["activations"])
+
     def largest_batch(self, memory: float, start: int = 1) -> int:
         """The largest batch size whose peak fits into ``memory`` bytes, 0 if none does, at most `MAX_BATCH`.
 

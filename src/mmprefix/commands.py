@@ -176,8 +176,8 @@ def estimate_command(arguments: list[str], read_settings: Callable[[list[str]], 
         normalization=model_settings["loss_normalization"],
     )
     memory = options.memory * GIB if options.memory else torch.cuda.get_device_properties(0).total_memory
-    lines += _memory_lines(estimate, batch_size)
     largest = estimate.largest_batch(memory, batch_size)
+    lines += _memory_lines(estimate, batch_size)
     lines.append(_line(f"largest batch size in {memory / GIB:.4g} GiB", "", f"{largest:,}"))
     devices = f"{options.devices} devices, {strategy}" if options.devices > 1 else "1 device"
     lines += [
@@ -196,6 +196,7 @@ def estimate_command(arguments: list[str], read_settings: Callable[[list[str]], 
 ASSUMPTIONS = (
     "The total is the peak of one simulated step, which is less than the sum of its parts where they don't live together.",
     "Tensors only: add the CUDA context (0.5 to 1 GiB) and some percent for the allocator's fragments.",
+    "Activations and logits of a record: what one more adds to a large batch.",
     "Parts that unfreeze later count as trained. One row per record, as long as the longest; no torch.compile.",
     "Operations are the CPU's: attention is fused (eager attention is not), autocast keeps norms as the CPU does.",
 )
@@ -253,9 +254,7 @@ def _parameter_lines(model: MMPrefixForConditionalGeneration) -> list[str]:
 
 
 def _memory_lines(estimate: MemoryEstimate, batch_size: int) -> list[str]:
-    one, two = estimate.step_peak(batch_size), estimate.step_peak(2 * batch_size)
-    each = {kind: (two.get(kind, 0.0) - one.get(kind, 0.0)) / batch_size for kind in ("activations", "logits")}
-    fixed = one["activations"] - batch_size * each["activations"]
+    each, fixed = estimate.each_record()
     rows = [
         ("weights", estimate.weights),
         ("gradients", estimate.gradients),
