@@ -72,7 +72,7 @@ def test_no_command_and_wrong_command():
     assert wrong.returncode == 2
     assert (
         wrong.stderr
-        == "error: expected one of fit, validate, test, predict, cache-features, generate, probe, import-paligemma, export, "
+        == "error: expected one of fit, validate, test, predict, cache-features, generate, probe, estimate, import-paligemma, export, "
         "got 'fitt'; did you mean fit?\n"
     )
 
@@ -107,6 +107,8 @@ def test_unknown_keys_are_refused_with_the_nearest(config, capfd, tmp_path):
         (["--data.eval_batch_size", "0"], "data.eval_batch_size: expected at least 1, got 0"),
         (["--data.num_workers", "-1"], "data.num_workers: expected at least 0, got -1"),
         (["--model.num_beams", "0"], "model.num_beams: expected at least 1, got 0"),
+        (["--model.peak_tflops", "0"], "model.peak_tflops: expected more than 0, or `measure`, got 0"),
+        (["--model.peak_tflops", "much"], "model.peak_tflops"),
         (["--model.optimizer.warmup", "7"], "model.optimizer.warmup: expected at least 0 and below 1.0, got 7.0"),
         (["--trainer.accelerator", "gpuu"], "gpuu"),
         (["--data.batch_size", "many"], "data.batch_size"),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mmprefix.masks import PADDING_SEGMENT, TokenIndex, dense_mask, prefix_lm_mask
+from mmprefix.masks import PADDING_SEGMENT, TokenIndex, dense_mask, prefix_lm_mask, visible_pairs
 from mmprefix.packing import collate
 from mmprefix.sequence import PREFIX_BRANCH, PromptLayout, TokenSequence
 from tests.reference import mask_by_loops
@@ -73,3 +73,19 @@ def test_padding_sees_nothing_and_is_not_seen():
     assert not mask[2].any()
     assert not mask[:, 2].any()
     assert mask[:2, :2].all()
+
+
+@pytest.mark.parametrize("visibility", ["full", "nested", "causal"])
+@pytest.mark.parametrize("num_images", [0, 5])
+@pytest.mark.parametrize("targets", [[], [[8]], [[8, 9, 8], [9], [9, 9]]])
+def test_visible_pairs_matches_dense_mask(visibility, num_images, targets):
+    sequence = TokenSequence.build(LAYOUT, num_images, [3, 4, 5], targets)
+    tokens = TokenIndex(torch.zeros_like(sequence.ids), sequence.branches, sequence.regions, sequence.positions)
+    assert visible_pairs(sequence, visibility) == int(dense_mask(tokens, visibility).sum())
+
+
+def test_a_batch_counts_the_visible_pairs_of_its_plan():
+    sequences = [TokenSequence.build(LAYOUT, 2, [3], [[8], [9, 9]]), TokenSequence.build(LAYOUT, 2, [3, 4], [[8, 8]])]
+    for rows_ in (None, [[1, 0]]):
+        batch = collate(sequences, [0, 1], None, pad_id=0, visibility="nested", rows=rows_)
+        assert batch.visible_pairs == int(dense_mask(batch.plan.tokens, "nested").sum()) > 0

@@ -111,6 +111,35 @@ def test_fit_leaves_everything_behind(fit):
     assert "which colour?" in text
 
 
+def test_throughput_logs_utilization_and_memory(fit, caplog):
+    status, text, folder = fit(model__peak_tflops=0.5)
+    assert status == 0, text
+    steps = [row for row in metric_rows(folder) if row["train/tokens_per_second"]]
+    assert len(steps) == 8
+    for row in steps:
+        tflops = float(row["train/tflops_per_device"])
+        assert float(row["train/mfu"]) == pytest.approx(tflops / 0.5)
+        # From 3 times the two of each weight, for a token, up to what vision and logits add.
+        assert 0.3e6 < tflops * 1e12 / float(row["train/tokens_per_second"]) < 3e6
+        assert 0.1 < float(row["train/peak_rss_gib"]) < 100
+    status, text, folder = fit("measured", model__peak_tflops="measure", trainer__max_epochs=1)
+    assert status == 0, text
+    assert caplog.text.count("TFLOP/s, measured with torch.float32 matrix products") == 1
+    assert all(0 < float(row["train/mfu"]) < 1.5 for row in metric_rows(folder) if row["train/mfu"])
+
+
+def test_a_decoder_whose_flops_cannot_be_counted_trains_all_the_same(fit, monkeypatch):
+    def refuse(config):
+        raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+
+    monkeypatch.setattr(callbacks.ModelFlops, "of", refuse)
+    with pytest.warns(UserWarning, match="train/tflops_per_device is not logged: .* Tensor.item"):
+        status, text, folder = fit(trainer__max_epochs=1, model__peak_tflops=1)
+    assert status == 0, text
+    assert not {"train/tflops_per_device", "train/mfu"} & metric_rows(folder)[0].keys()
+    assert "train/peak_rss_gib" in metric_rows(folder)[0]
+
+
 def test_a_second_run_keeps_the_first(fit):
     _, _, folder = fit(trainer__max_epochs=1)
     first = (folder / "metrics.csv").read_text()

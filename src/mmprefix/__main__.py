@@ -19,6 +19,7 @@ commands:
   cache-features                                     cache-features --config C --out DIR (for a frozen encoder)
   generate   answer about one image                  generate --checkpoint runs/X --image a.png --instruction "..."
   probe      is this decoder an exact prefix LM?     probe --decoder NAME_OR_FOLDER
+  estimate   memory, largest batch that fits         estimate --config C --devices 8 --memory 80
   import-paligemma                                   import-paligemma --from NAME_OR_FOLDER --out DIR
   export     for transformers, or as a PaliGemma     export --checkpoint runs/X --format transformers --out DIR
 
@@ -32,7 +33,9 @@ options:
   --version      version of mmprefix
 """
 
-COMMANDS = ("fit", "validate", "test", "predict", "cache-features", "generate", "probe", "import-paligemma", "export")
+COMMANDS = (
+    "fit", "validate", "test", "predict", "cache-features", "generate", "probe", "estimate", "import-paligemma", "export",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from mmprefix import __version__, caching
-from mmprefix.commands import COMMANDS
+from mmprefix.commands import COMMANDS, estimate_command
 from mmprefix.data.datamodule import ShardDataModule
 from mmprefix.errors import InputError
 from mmprefix.evaluation.report import PredictionReport
@@ -191,6 +192,23 @@ class PartsCLI(MMPrefixCLI):
         pass
 
 
+class SettingsCLI(MMPrefixCLI):
+    """Reads what ``fit`` would run with, and builds and runs nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Builds nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def fit_settings(arguments: list[str]) -> Mapping[str, Any]:
+    """Plain values of ``fit``'s settings, defaults included, from its command line."""
+    reader = _build(SettingsCLI, ["fit", *arguments])
+    settings: Mapping[str, Any] = reader.config["fit"].as_dict()
+    return settings
+
+
 def _build(cli: type[MMPrefixCLI], arguments: list[str]) -> MMPrefixCLI:
     return cli(
         MMPrefixModule,
@@ -251,6 +269,8 @@ def run(arguments: list[str]) -> int:
             return COMMANDS[arguments[0]](arguments[1:])
         if arguments[0] == "cache-features":
             return _cache_features(arguments[1:])
+        if arguments[0] == "estimate":
+            return estimate_command(arguments[1:], fit_settings)
         _build(MMPrefixCLI, arguments)
     except (InputError, MisconfigurationException) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

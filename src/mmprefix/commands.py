@@ -1,4 +1,4 @@
-"""The commands beside training: generate, probe, import-paligemma, export.
+"""The commands beside training: generate, probe, estimate, import-paligemma, export.
 
 Each takes its arguments, raises `InputError` on bad ones, and returns the exit status.
 """
@@ -6,20 +6,26 @@ Each takes its arguments, raises `InputError` on bad ones, and returns the exit 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import nn
 
+from mmprefix.accounting import GIB, PARTS, MemoryEstimate, Precision, Record, meta_model
 from mmprefix.data.images import UndecodableImageError, decode_image
-from mmprefix.decoder import DecoderArgs, attention_implementation, decoder_config
+from mmprefix.decoder import DecoderArgs, attention_implementation, build_decoder, decoder_config
 from mmprefix.errors import InputError
 from mmprefix.interop.export import check_output, export, write_pretrained
 from mmprefix.interop.paligemma import import_paligemma
+from mmprefix.modeling import MMPrefixConfig, MMPrefixForConditionalGeneration
 from mmprefix.probe import probe
-from mmprefix.training.checkpoints import load_model
+from mmprefix.processing import TokenizerArgs, load_tokenizer, text_vocab_size
+from mmprefix.training.checkpoints import load_config, load_model
+from mmprefix.training.module import checkpoint_activations, switch_off_training_mode
+from mmprefix.vision import ConnectorArgs, VisionArgs, resolve_vision
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -27,8 +33,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 class CommandParser(argparse.ArgumentParser):
     """Errors in one line, without the usage."""
 
-    def __init__(self, command: str, description: str) -> None:
-        super().__init__(f"python -m mmprefix {command}", description=description, allow_abbrev=False)
+    def __init__(self, command: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(f"python -m mmprefix {command}", description=description, epilog=epilog, allow_abbrev=False)
         self.command = command
 
     def error(self, message: str) -> NoReturn:
@@ -124,6 +130,150 @@ def export_command(arguments: list[str]) -> int:
     export(options.checkpoint, options.form, options.out, options.max_shard_size, dtype)
     print(f"{options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}")
     return 0
+
+
+def estimate_command(arguments: list[str], read_settings: Callable[[list[str]], Mapping[str, Any]]) -> int:
+    """Prints parameters, memory of a device, and the largest batch that fits.
+
+    Args:
+        arguments: of the command line.
+        read_settings: reads what ``fit`` would run with (`model`, `data`, `trainer`) from ``--config`` and the
+            settings behind it, without building anything.
+    """
+    parser = _Parser(
+        "estimate",
+        "Memory of a training run, from its config alone: no weights are read and nothing is trained.",
+        "Every setting of `fit` can be given, too (--data.batch_size 16).",
+    )
+    parser.add_argument("--config", required=True, action="append", help="config of `fit`; may be given several times")
+    parser.add_argument("--devices", type=int, default=1, help="ranks")
+    parser.add_argument("--strategy", choices=("ddp", "fsdp"), help="by default the config's")
+    parser.add_argument("--memory", type=float, help="GiB of a device; by default those of the GPU here")
+    parser.add_argument("--precision", help="by default the config's")
+    parser.add_argument("--instruction_tokens", type=int, default=32, help="without BOS and separator")
+    parser.add_argument("--target_tokens", type=int, default=32, help="of each target, without EOS")
+    parser.add_argument("--targets", type=int, default=1, help="of each instruction")
+    options, rest = parser.parse_known_args(arguments)
+    for name, least in (("devices", 1), ("instruction_tokens", 0), ("target_tokens", 1), ("targets", 1)):
+        if getattr(options, name) < least:
+            raise InputError(f"--{name}: expected at least {least}, got {getattr(options, name)}")
+    if options.memory is not None and not 0 < options.memory < float("inf"):
+        raise InputError(f"--memory: expected more than 0 GiB, got {options.memory}")
+    if options.memory is None and not torch.cuda.is_available():
+        raise InputError("--memory: expected the GiB of a device, there is no GPU here to ask")
+    settings = read_settings([*(word for path in options.config for word in ("--config", path)), *rest])
+    model_settings, trainer, batch_size = settings["model"], settings["trainer"], settings["data"]["batch_size"]
+    if batch_size < 1:
+        raise InputError(f"data.batch_size: expected at least 1, got {batch_size}")
+    record = Record(options.instruction_tokens, options.target_tokens, options.targets)
+    precision = Precision.from_name(options.precision or trainer["precision"])
+    strategy: Literal["ddp", "fsdp"] = options.strategy or (
+        "fsdp" if str(trainer["strategy"]).startswith("fsdp") else "ddp"
+    )
+    model = configured_model(model_settings)
+    lines = _parameter_lines(model)
+    estimate = MemoryEstimate(
+        model,
+        record,
+        precision,
+        devices=options.devices,
+        strategy=strategy,
+        accumulates=trainer["accumulate_grad_batches"] > 1,
+        normalization=model_settings["loss_normalization"],
+    )
+    memory = options.memory * GIB if options.memory else torch.cuda.get_device_properties(0).total_memory
+    largest = estimate.largest_batch(memory, batch_size)
+    lines += _memory_lines(estimate, batch_size)
+    lines.append(_line(f"largest batch size in {memory / GIB:.4g} GiB", "", f"{largest:,}"))
+    devices = f"{options.devices} devices, {strategy}" if options.devices > 1 else "1 device"
+    lines += [
+        "",
+        f"{devices}, precision {options.precision or trainer['precision'] or '32-true'}; a record is an image of "
+        f"{model.num_image_tokens} tokens, an instruction of {record.instruction_tokens} and {record.targets} "
+        f"target(s) of {record.target_tokens}.",
+        *ASSUMPTIONS,
+    ]
+    if options.devices > 1 and strategy == "fsdp":
+        lines.append("FSDP: full shards, wrapped layer by layer; without a wrapping policy all weights are gathered.")
+    print("\n".join(lines))
+    return 0
+
+
+ASSUMPTIONS = (
+    "The total is the peak of one simulated step, which is less than the sum of its parts where they don't live together.",
+    "Tensors only: add the CUDA context (0.5 to 1 GiB) and some percent for the allocator's fragments.",
+    "Activations and logits of a record: what one more adds to a large batch.",
+    "Parts that unfreeze later count as trained. One row per record, as long as the longest; no torch.compile.",
+    "Operations are the CPU's: attention is fused (eager attention is not), autocast keeps norms as the CPU does.",
+)
+
+
+def configured_model(settings: Mapping[str, Any]) -> MMPrefixForConditionalGeneration:
+    """The model of ``fit``'s settings (`MMPrefixModule`'s, plain values) on the meta device.
+
+    In training mode, frozen and checkpointed as they say. Of a hub name or folder, only the config is read.
+
+    Raises:
+        InputError: settings that make no model, or nothing to train.
+    """
+    if settings["pretrained"] is not None:
+        config = load_config(Path(settings["pretrained"]))
+    else:
+        decoder = DecoderArgs(**settings["decoder"])
+        if decoder.config is not None and "vocab_size" not in decoder.config:
+            tokenizer = load_tokenizer(TokenizerArgs(**settings["tokenizer"]), None)
+            decoder = replace(decoder, config={"vocab_size": text_vocab_size(tokenizer), **decoder.config})
+        text_config = decoder_config(decoder)
+        with torch.device("meta"):
+            attention = build_decoder(replace(decoder, pretrained=False), text_config).config._attn_implementation
+        config = MMPrefixConfig(
+            vision_config=resolve_vision(VisionArgs(**settings["vision"])).to_dict(),
+            text_config=text_config,
+            connector=vars(ConnectorArgs(**settings["connector"])),
+            image_token_id=text_config.vocab_size,
+            decoder_attention=attention,
+        )
+    if settings["prefix_visibility"] is not None:
+        config.prefix_visibility = settings["prefix_visibility"]
+    model = meta_model(config).train()
+    if settings["gradient_checkpointing"]:
+        checkpoint_activations(model)
+    for name in PARTS:
+        if settings[f"train_{name}"]["freeze"]:
+            switch_off_training_mode(getattr(model, name).requires_grad_(False))
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError("model: expected a part that learns, all of vision, connector and decoder are frozen")
+    return model
+
+
+def _line(name: str, *values: str) -> str:
+    return f"{name:<52}" + "".join(f"{value:>12}" for value in values)
+
+
+def _parameter_lines(model: MMPrefixForConditionalGeneration) -> list[str]:
+    lines = [_line("parameters (millions)", "trained", "frozen"), "-" * 76]
+    for name in PARTS:
+        parameters = list(getattr(model, name).parameters())
+        counts = (sum(p.numel() for p in parameters if p.requires_grad is learns) for learns in (True, False))
+        lines.append(_line(name, *(f"{count / 1e6:,.3f}" for count in counts)))
+    return [*lines, ""]
+
+
+def _memory_lines(estimate: MemoryEstimate, batch_size: int) -> list[str]:
+    each, fixed = estimate.each_record()
+    rows = [
+        ("weights", estimate.weights),
+        ("gradients", estimate.gradients),
+        ("AdamW state", estimate.optimizer),
+        ("buckets (ddp) or gathered weights (fsdp)", estimate.communication),
+        ("activations, whatever the batch size", fixed),
+        ("activations, each record", each["activations"]),
+        ("logits, each record", each["logits"]),
+        (f"total at batch size {batch_size}", estimate.total(batch_size)),
+    ]
+    unit, size = ("GiB", GIB) if rows[-1][1] >= GIB else ("MiB", GIB / 1024)
+    head = [f"memory of a device ({unit})", "-" * 76]
+    return [*head, *(_line(name, "", f"{value / size:,.3f}") for name, value in rows)]
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

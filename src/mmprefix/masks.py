@@ -30,7 +30,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mmprefix.sequence import PREFIX_BRANCH, Region
+from mmprefix.sequence import PREFIX_BRANCH, Region, TokenSequence
 
 PrefixVisibility = Literal["full", "nested", "causal"]
 
@@ -106,3 +106,25 @@ def prefix_lm_mask(
     branch = torch.where(index < prefix_len, PREFIX_BRANCH, 0)
     zeros = torch.zeros_like(index)
     return dense_mask(TokenIndex(zeros, branch, zeros, region, index), visibility)
+
+
+def visible_pairs(sequence: TokenSequence, visibility: PrefixVisibility = "full") -> int:
+    """How many (query, key) pairs of a sample the rule lets see each other: the area of `dense_mask`, without drawing it.
+
+    From lengths alone, so that a collator can afford it: T^2 entries of a long sample would cost more than its batch.
+    """
+    in_target = sequence.branches != PREFIX_BRANCH
+    image = int((sequence.regions == Region.IMAGE).sum())
+    instructions = sequence.questions[~in_target & (sequence.regions != Region.IMAGE)].bincount(minlength=1)
+    if visibility == "full":
+        pairs = sequence.prefix_length**2
+    elif visibility == "nested":
+        pairs = image * image + int((instructions * (image + instructions)).sum())
+    else:
+        pairs = sequence.prefix_length * (sequence.prefix_length + 1) // 2
+    branches, questions = sequence.branches[in_target], sequence.questions[in_target]
+    for branch in branches.unique().tolist():
+        of_branch = branches == branch
+        length, question = int(of_branch.sum()), int(questions[of_branch][0])
+        pairs += length * (image + int(instructions[question])) + length * (length + 1) // 2
+    return pairs

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmprefix.masks import PADDING_SEGMENT, PrefixVisibility, TokenIndex
+from mmprefix.masks import PADDING_SEGMENT, PrefixVisibility, TokenIndex, visible_pairs
 from mmprefix.sequence import IGNORE_INDEX, PREFIX_BRANCH, Region, TokenSequence
 
 
@@ -179,6 +179,7 @@ class PackedBatch:
         num_tokens: tokens that are not padding.
         num_samples: instructions (each on an image).
         image_features: bfloat16 ``[I, N, D]``, what the encoder gives for the images, in place of ``pixel_values``.
+        visible_pairs: (query, key) pairs that attention has to compute, of one head of one layer.
     """
 
     input_ids: Tensor
@@ -194,6 +195,7 @@ class PackedBatch:
     num_tokens: int = 0
     num_samples: int = 0
     image_features: Tensor | None = None
+    visible_pairs: int = 0
 
     @property
     def padding_share(self) -> float:
@@ -324,6 +326,7 @@ def collate(
         bad=tuple(bad),
         num_tokens=sum(lengths),
         num_samples=sum(sequence.num_questions for sequence in sequences),
+        visible_pairs=sum(visible_pairs(sequence, visibility) for sequence in sequences),
     )
 
 

@@ -1,37 +1,67 @@
-"""Callbacks of a run: throughput, skipped samples, time left, metrics that survive a resume."""
+"""Callbacks of a run: throughput and utilization, skipped samples, time left, metrics that survive a resume."""
 
 from __future__ import annotations
 
 import csv
 import json
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from mmprefix.accounting import GIB, ModelFlops, Precision, measured_peak_flops, trained_parts
 from mmprefix.errors import InputError
 from mmprefix.files import replacing
 from mmprefix.packing import BadSample, PackedBatch
 
 
 class Throughput(pl.Callback):
-    """Logs samples/s and tokens/s of all ranks, and the share of padding, since the last time they were logged.
+    """Logs throughput since the last time it was logged: counted on the host, from numbers the collator knew.
 
-    A sample is an image with one instruction; tokens are those of prefix and target, without padding.
+    - `train/samples_per_second`, `train/tokens_per_second`: of all ranks. A sample is an image with one instruction;
+      tokens are those of prefix and target, without padding.
+    - `train/padding_share`: in [0, 1].
+    - `train/tflops_per_device`: model TFLOP/s (`accounting.ModelFlops`) of the first rank.
+    - `train/mfu`: the same as a share of the device's peak, where `model.peak_tflops` says what that is.
+    - `train/peak_memory_gib`: largest memory of tensors since the start, on the first rank's GPU. Without a GPU it is
+      `train/peak_rss_gib`: largest resident set of the process, with libraries and all.
     """
 
     def __init__(self) -> None:
         self._logged_at = 0
+        self._flops_of: ModelFlops | None = None
+        self._peak_flops: float | None = None
         self._reset()
 
     def _reset(self) -> None:
         self._since = time.perf_counter()
-        self._samples = self._tokens = self._padded = 0
+        self._samples = self._tokens = self._padded = self._flops = 0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Counts what an image, a token, a pair and a label cost, and finds out the peak."""
+        assert isinstance(pl_module.model, torch.nn.Module)
+        try:
+            self._flops_of = ModelFlops.of(pl_module.model.config)  # type: ignore[arg-type]
+        except (NotImplementedError, RuntimeError) as error:  # shapes that depend on values
+            message = " ".join(str(error).split())[:200]
+            rank_zero_warn(f"train/tflops_per_device is not logged: this decoder's FLOPs can't be counted: {message}")
+            return
+        peak = pl_module.peak_tflops
+        if peak == "measure":
+            dtype = Precision.from_name(str(trainer.precision)).compute
+            self._peak_flops = measured_peak_flops(pl_module.device, dtype)
+            rank_zero_info(f"peak: {self._peak_flops / 1e12:.3g} TFLOP/s, measured with {dtype} matrix products")
+        elif peak is not None:
+            self._peak_flops = float(peak) * 1e12  # type: ignore[arg-type]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock after validation."""
@@ -44,6 +74,8 @@ class Throughput(pl.Callback):
         self._samples += batch.num_samples
         self._tokens += batch.num_tokens
         self._padded += batch.input_ids.numel()
+        if self._flops_of is not None:
+            self._flops += self._flops_of.step(batch, trained_parts(pl_module.model))  # type: ignore[arg-type]
         # Once per optimizer step: accumulated micro-batches share a step number.
         due = trainer.global_step != self._logged_at and trainer.global_step % trainer.log_every_n_steps == 0
         if due and self._padded:
@@ -52,7 +84,22 @@ class Throughput(pl.Callback):
             pl_module.log("train/samples_per_second", trainer.world_size * self._samples / seconds)
             pl_module.log("train/tokens_per_second", trainer.world_size * self._tokens / seconds)
             pl_module.log("train/padding_share", 1 - self._tokens / self._padded)
+            if self._flops_of is not None:
+                pl_module.log("train/tflops_per_device", self._flops / seconds / 1e12)
+            if self._peak_flops is not None:
+                pl_module.log("train/mfu", self._flops / seconds / self._peak_flops)
+            pl_module.log(*_peak_memory(pl_module.device))
             self._reset()
+
+
+def _peak_memory(device: torch.device) -> tuple[str, float]:
+    """Metric and value in GiB. Neither asks the device: the allocator keeps its statistics on the host."""
+    if device.type == "cuda":
+        return "train/peak_memory_gib", torch.cuda.max_memory_allocated(device) / GIB
+    # getrusage(2): bytes on macOS, KiB elsewhere. On Linux it survives exec: started from a process that is larger than
+    # training gets, this is that process's.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return "train/peak_rss_gib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
 class BadSampleReport(pl.Callback):

@@ -105,23 +105,14 @@ def load_model(path: Path) -> tuple[MMPrefixForConditionalGeneration, MMPrefixPr
     Raises:
         InputError: nothing usable there.
     """
+    path = _find_model(path)
     if path.is_dir():
-        if (path / "config.json").is_file():
-            _check_model_type(path)
-            model: MMPrefixForConditionalGeneration = load_exactly(MMPrefixForConditionalGeneration, path, str(path))
-            try:
-                return model.eval(), MMPrefixProcessor.from_pretrained(path)
-            except Exception as error:  # files that are missing or broken, each reader with errors of its own
-                message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                raise InputError(
-                    f"{path}: expected processor and tokenizer files, cannot read them: {message}"
-                ) from error
-        if (path / "model" / "config.json").is_file():
-            return load_model(path / "model")
-        newest = newest_checkpoint(path)
-        if newest is None:
-            raise InputError(f"{path}: expected model/config.json or {FOLDER}/step=*.ckpt in it, found neither")
-        path = newest
+        model: MMPrefixForConditionalGeneration = load_exactly(MMPrefixForConditionalGeneration, path, str(path))
+        try:
+            return model.eval(), MMPrefixProcessor.from_pretrained(path)
+        except Exception as error:  # files that are missing or broken, each reader with errors of its own
+            message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise InputError(f"{path}: expected processor and tokenizer files, cannot read them: {message}") from error
     checkpoint = read_checkpoint(path)
     content = checkpoint[CONTENT_KEY]
     model = MMPrefixForConditionalGeneration(MMPrefixConfig(**content["config"]))
@@ -134,6 +125,37 @@ def load_model(path: Path) -> tuple[MMPrefixForConditionalGeneration, MMPrefixPr
     if "generation_config" in content:
         model.generation_config = GenerationConfig.from_dict(content["generation_config"])
     return model.eval(), MMPrefixProcessor.from_files(content["processor"])
+
+
+def load_config(path: Path) -> MMPrefixConfig:
+    """The config alone of what `load_model` would load.
+
+    Raises:
+        InputError: nothing usable there.
+    """
+    path = _find_model(path)
+    if path.is_dir():
+        try:
+            config: MMPrefixConfig = MMPrefixConfig.from_pretrained(path)
+        except Exception as error:  # whatever a broken file raises
+            raise InputError(f"{path}/config.json: cannot read it: {' '.join(str(error).split())[:200]}") from error
+        return config
+    return MMPrefixConfig(**read_checkpoint(path)[CONTENT_KEY]["config"])
+
+
+def _find_model(path: Path) -> Path:
+    """A folder of `save_pretrained` or a checkpoint file, where a run folder holds either."""
+    if not path.is_dir():
+        return path
+    if (path / "config.json").is_file():
+        _check_model_type(path)
+        return path
+    if (path / "model" / "config.json").is_file():
+        return _find_model(path / "model")
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise InputError(f"{path}: expected model/config.json or {FOLDER}/step=*.ckpt in it, found neither")
+    return newest
 
 
 def _check_model_type(folder: Path) -> None:

@@ -23,6 +23,7 @@ import torch.distributed
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from mmprefix.accounting import PARTS
 from mmprefix.data.features import FeatureKey
 from mmprefix.decoder import DecoderArgs
 from mmprefix.errors import InputError
@@ -44,8 +45,6 @@ from mmprefix.training.checkpoints import CONTENT_KEY, load_model
 from mmprefix.training.optim import OptimizerArgs, PartArgs, build_optimizer
 from mmprefix.vision import ConnectorArgs, VisionArgs
 
-PARTS = ("vision", "connector", "decoder")
-
 _BUCKET = 64
 """What lengths are rounded up to for a compiled model: shapes repeat, and half a bucket is little."""
 
@@ -61,6 +60,20 @@ class _Window:
     losses: list[Tensor] = field(default_factory=list)
     counts: list[Tensor] = field(default_factory=list)
     ids: list[tuple[str, ...]] = field(default_factory=list)
+
+
+def checkpoint_activations(model: MMPrefixForConditionalGeneration) -> None:
+    """Makes encoder and decoder keep the inputs of their layers only, and recompute the rest in backward."""
+    model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    model.vision.model.set_grad_checkpointing(True)
+
+
+def switch_off_training_mode(part: nn.Module) -> None:
+    """What a frozen part needs: batch statistics and dropout stay off."""
+    part.eval()
+    for module in part.modules():
+        # Layers of transformers recompute activations in training mode only; what is inside stays as it is.
+        module.training = getattr(module, "gradient_checkpointing", False) is True
 
 
 def _from_parts(
@@ -115,6 +128,7 @@ class MMPrefixModule(pl.LightningModule):
         compile: bool = False,
         attention: Literal["auto", "dense"] = "auto",
         num_beams: int = 1,
+        peak_tflops: float | Literal["measure"] | None = None,
         seed: int = 0,
     ) -> None:
         """Builds model and processor from their parts.
@@ -140,12 +154,16 @@ class MMPrefixModule(pl.LightningModule):
             attention: `auto`: without a mask, over samples packed into one row, where decoder, device and precision
                 allow it, which is said in one line at the start. `dense`: a row for each sample and a mask.
             num_beams: beams when generating for evaluation; 1 is greedy.
+            peak_tflops: TFLOP/s that a device can do at most, from its data sheet, to log utilization (train/mfu);
+                `measure` times matrix products at start instead. Without it no utilization is logged.
             seed: of dropout; the command line passes `seed_everything`.
         """
         super().__init__()
         optimizer.check()
         if num_beams < 1:
             raise InputError(f"model.num_beams: expected at least 1, got {num_beams}")
+        if isinstance(peak_tflops, float | int) and not 0 < peak_tflops < math.inf:
+            raise InputError(f"model.peak_tflops: expected more than 0, or `measure`, got {peak_tflops}")
         if pretrained is not None:
             given = {"vision": vision, "decoder": decoder, "connector": connector, "tokenizer": tokenizer}
             for name, args in given.items():
@@ -164,6 +182,7 @@ class MMPrefixModule(pl.LightningModule):
         self.optimizer_args = optimizer
         self.part_args = dict(zip(PARTS, (train_vision, train_connector, train_decoder), strict=True))
         self.num_beams = num_beams
+        self.peak_tflops = peak_tflops
         self.seed = seed
         self.attention = attention
         self._compiled = compile
@@ -174,8 +193,7 @@ class MMPrefixModule(pl.LightningModule):
         self._trainable = {name: [p for p in self.part(name).parameters() if p.requires_grad] for name in PARTS}
         self._set_freezing(step=0)
         if gradient_checkpointing:
-            self.model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
-            self.model.vision.model.set_grad_checkpointing(True)
+            checkpoint_activations(self.model)
         if compile:
             self.model.compile()
 
@@ -293,10 +311,7 @@ class MMPrefixModule(pl.LightningModule):
             frozen = args.is_frozen(step)
             part = self.part(name)
             if frozen and part.training:
-                part.eval()  # batch statistics and dropout of a frozen part stay off, too
-                for module in part.modules():
-                    # Layers of transformers recompute activations in training mode only; what is inside stays as it is.
-                    module.training = getattr(module, "gradient_checkpointing", False) is True
+                switch_off_training_mode(part)
             elif not frozen and self.training and not part.training:
                 part.train()
             for parameter in self._trainable[name]:
