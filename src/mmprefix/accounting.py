@@ -115,7 +115,8 @@ class ModelFlops:
             batch: only its sizes are read, none of its tensors.
             trained: which of `PARTS` learn.
         """
-        images = 0 if batch.pixel_values is None else batch.pixel_values.shape[0]
+        encoded = 0 if batch.pixel_values is None else batch.pixel_values.shape[0]
+        images = encoded if batch.image_features is None else batch.image_features.shape[0]
         vision_factor = 3 if "vision" in trained else 1
         behind_vision = "vision" in trained
         connector_factor = 3 if "connector" in trained else 2 if behind_vision else 1
@@ -123,7 +124,8 @@ class ModelFlops:
         decoder_factor = 3 if "decoder" in trained else 2 if behind_connector else 1
         pair_factor = 1 if decoder_factor == 1 else 3
         return (
-            images * (vision_factor * self.vision + connector_factor * self.connector)
+            encoded * vision_factor * self.vision
+            + images * connector_factor * self.connector
             + decoder_factor * (batch.num_tokens * self.token + batch.labels.numel() * self.label)
             + pair_factor * batch.visible_pairs * self.pair
         )
@@ -150,7 +152,7 @@ def _flops(function: Callable[[], Any]) -> int:
 def _decoder_flops(model: MMPrefixForConditionalGeneration, length: int, num_labels: int) -> int:
     """Of a pass over one row of ``length`` tokens that all see each other, with logits of ``num_labels`` of them."""
     index = torch.zeros(1, length, dtype=torch.long, device="meta")
-    plan = PrefixPlan(index, index, index, index, label_positions=index[0, :num_labels])
+    plan = PrefixPlan(index, index, index, index, index, label_positions=index[0, :num_labels])
     width = _matrix_shape(model.get_input_embeddings())[1]
     embeds = torch.empty(1, length, width, device="meta")
     return _flops(lambda: run_decoder(model.decoder, embeds, plan, index, index, use_cache=False))

@@ -140,7 +140,7 @@ def estimate_command(arguments: list[str], read_settings: Callable[[list[str]], 
         read_settings: reads what ``fit`` would run with (`model`, `data`, `trainer`) from ``--config`` and the
             settings behind it, without building anything.
     """
-    parser = _Parser(
+    parser = CommandParser(
         "estimate",
         "Memory of a training run, from its config alone: no weights are read and nothing is trained.",
         "Every setting of `fit` can be given, too (--data.batch_size 16).",
