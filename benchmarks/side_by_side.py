@@ -7,7 +7,7 @@ through `interop.paligemma.convert_paligemma`. Nothing is loaded or downloaded.
   are compared, smallest and largest shown.
 - Peak memory is what a forward and backward pass needs on top of weights, gradients and optimizer state. Gradients are
   allocated before the pass, as in the second micro-batch of an accumulated step. On CUDA it is what the allocator
-  counted; on a CPU the bytes of live tensors (`LiveBytes`), in a pass of its own that is not timed.
+  counted; on a CPU what its allocator had given out (from the profiler), in a pass of its own that is not timed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import platform
 import statistics
 import sys
 import time
-import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,9 +29,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.profiler import ProfilerActivity, profile
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from mmprefix.interop.paligemma import convert_paligemma
@@ -204,39 +201,20 @@ def take_turns(
 # --- memory
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are made inside the block, while they live; ``peak`` is the most at one time.
+def _allocator_peak(run: Callable[[], Tensor]) -> tuple[int, Tensor]:
+    """Most bytes that the CPU allocator had given out at one time during ``run``, above what it had before.
 
-    Storages are followed, not tensors: views cost nothing, and a storage is free when its last tensor is. Tensors of
-    the backward pass are seen, too: on a CPU it runs in the thread that called it, where this mode is set. Not seen
-    is what a kernel allocates and frees inside.
+    From the profiler's record of every allocation, those inside of operators included.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # What comes in without having come out before was there before the block: weights, gradients, the batch.
-        for storage in _storages((args, kwargs)):
-            self._known.setdefault(storage, None)
-        result = func(*args, **(kwargs or {}))
-        for storage in _storages(result):
-            if storage not in self._known:
-                self._known[storage] = None
-                size = storage.nbytes()
-                self.live += size
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._freed, size)
-        return result
-
-    def _freed(self, size: int) -> None:
-        self.live -= size
-
-
-def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+        value = run()
+    live = peak = 0
+    changes = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert changes, "the profiler saw no allocation"
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak, value
 
 
 def peak_memory(model: nn.Module, loss: Callable[[], Tensor], device: torch.device) -> tuple[int, Tensor]:
@@ -253,10 +231,13 @@ def peak_memory(model: nn.Module, loss: Callable[[], Tensor], device: torch.devi
         value = loss()
         value.backward()
         return torch.cuda.max_memory_allocated(device) - before, value.detach()
-    with LiveBytes() as tracker:
+
+    def forward_and_backward() -> Tensor:
         value = loss()
         value.backward()
-    return tracker.peak, value.detach()
+        return value.detach()
+
+    return _allocator_peak(forward_and_backward)
 
 
 # --- rows

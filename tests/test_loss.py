@@ -69,7 +69,7 @@ def test_linear_cross_entropy_matches_logits(case, chunk, transform, bias, norma
     layer = torch.nn.Linear(6, 11, bias=bias).double()
     hidden = (3 * torch.randn(8, 6, dtype=torch.double)).requires_grad_()
     learns = [hidden, *layer.parameters()]
-    fast, fast_count = linear_cross_entropy(hidden, layer, labels, lengths, normalization, transform)
+    fast, fast_count = linear_cross_entropy(hidden, layer.weight, layer.bias, labels, lengths, normalization, transform)
     losses = F.cross_entropy(transform(layer(hidden)), labels, reduction="none", ignore_index=IGNORE_INDEX)
     shares = (labels != IGNORE_INDEX) / (lengths if normalization == "per_sample" else 1)
     slow = (losses * shares).sum()
@@ -84,12 +84,14 @@ def test_linear_cross_entropy_of_frozen_layers_and_without_gradients(case):
     _, labels, lengths = case
     layer = torch.nn.Linear(6, 11).requires_grad_(False)
     hidden = torch.randn(8, 6, requires_grad=True)
-    total, _ = linear_cross_entropy(hidden, layer, labels, lengths)
+    total, _ = linear_cross_entropy(hidden, layer.weight, layer.bias, labels, lengths)
     total.backward()
     assert hidden.grad is not None
     assert layer.weight.grad is None
     with torch.no_grad():
-        torch.testing.assert_close(linear_cross_entropy(hidden, layer, labels, lengths)[0], total.detach())
+        torch.testing.assert_close(
+            linear_cross_entropy(hidden, layer.weight, layer.bias, labels, lengths)[0], total.detach()
+        )
 
 
 def test_linear_cross_entropy_under_autocast_matches_logits(case):
@@ -97,7 +99,7 @@ def test_linear_cross_entropy_under_autocast_matches_logits(case):
     layer = torch.nn.Linear(6, 11)
     hidden = torch.randn(8, 6, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        fast, _ = linear_cross_entropy(hidden, layer, labels, lengths)
+        fast, _ = linear_cross_entropy(hidden, layer.weight, layer.bias, labels, lengths)
         slow, _ = target_cross_entropy(layer(hidden), labels, lengths)
     assert fast.dtype == torch.float32
     torch.testing.assert_close(fast, slow, rtol=1e-2, atol=1e-2)

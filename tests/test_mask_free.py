@@ -178,3 +178,28 @@ def test_compiled_step_has_no_graph_break_and_is_not_compiled_again(visibility, 
         for batch in [*batches, *ragged_batches(processor, photos, 20, bucket=32)]:
             model.target_loss(batch)[0].backward()
     torch._dynamo.reset()
+
+
+def test_gradient_of_a_tied_embedding_stays_dense_and_matches(photos):
+    """Autograd adds the embedding's sparse gradient to the output layer's dense one."""
+    model, processor = make_model({**GEMMA3, "tie_word_embeddings": True})
+    embedding = model.get_input_embeddings()
+    assert embedding.weight is model.get_output_embeddings().weight
+    batch = batch_of(processor, photos)
+    layouts = []
+    original = torch.nn.functional.embedding
+
+    def seen(*args, **kwargs):
+        layouts.append(args[-1] if len(args) > 6 else kwargs.get("sparse"))
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "embedding", seen)
+        fast = gradients(model, model.target_loss(batch)[0])
+    assert layouts == [True], "the sparse gradient must have been asked for"
+    assert not embedding.sparse
+    logits = model.target_logits(batch)
+    slow = gradients(model, target_cross_entropy(logits, batch.labels, batch.target_lengths)[0])
+    for parameter, gradient in slow.items():
+        assert fast[parameter].layout == torch.strided
+        torch.testing.assert_close(fast[parameter], gradient, atol=1e-4, rtol=1e-4)

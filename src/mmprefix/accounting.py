@@ -221,6 +221,10 @@ class LiveBytes(TorchDispatchMode):
 
     def count(self, tensor: Tensor, kind: str, share: float = 1.0) -> None:
         """Counts ``share`` of a tensor's storage as ``kind``, unless it is known."""
+        if tensor.layout != torch.strided:  # a sparse gradient of an embedding
+            self.count(tensor._indices(), kind, share)
+            self.count(tensor._values(), kind, share)
+            return
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._known:

@@ -13,7 +13,7 @@ Shapes: M target tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -76,22 +76,65 @@ class LogitTransform:
         return values if self.softcap is None else self.softcap * torch.tanh(values / self.softcap)
 
 
+class TiedWeight(torch.autograd.Function):
+    """A weight that is both the token embedding's and the output layer's, as two tensors with one gradient.
+
+    The embedding's gradient is as large as the vocabulary and nearly all zeros. By itself autograd makes it, and then
+    a third tensor of that size for the sum. Here it stays sparse (`sparse_embedding`) and is added to the output
+    layer's in place: the sum is dense as ever, with one tensor of that size instead of three, and no pass over zeros.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """``[V, W]`` -> itself for the embedding, itself for the output layer."""
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight), weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Tensor | None:
+        """The sum of the two."""
+        of_embedding, of_output = gradients
+        if of_embedding is None or of_output is None:
+            return of_output if of_embedding is None else of_embedding.to_dense()
+        # In place: `linear_cross_entropy` made it for nobody else. (A second pass through the same graph would find
+        # what it had saved changed, and autograd says so.)
+        return of_output.index_add_(0, of_embedding._indices()[0], of_embedding._values())
+
+
+def sparse_embedding(embedding: nn.Module, weight: Tensor, ids: Tensor) -> Tensor:
+    """``embedding(ids)`` with another weight ``[V, W]``, whose gradient is sparse.
+
+    Args:
+        embedding: an ``nn.Embedding``; subclasses that scale what they look up do so here, too.
+        weight: in place of its own.
+        ids: int64, any shape.
+    """
+    assert isinstance(embedding, nn.Embedding)
+    own, embedding.sparse = embedding.sparse, True
+    try:
+        values: Tensor = torch.func.functional_call(embedding, {"weight": weight}, (ids,))
+    finally:
+        embedding.sparse = own
+    return values
+
+
 def linear_cross_entropy(
     hidden: Tensor,
-    output_layer: nn.Linear,
+    weight: Tensor,
+    bias: Tensor | None,
     labels: Tensor,
     target_lengths: Tensor,
     normalization: LossNormalization = "tokens",
     transform: LogitTransform | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`target_cross_entropy` of ``transform(output_layer(hidden))``, without ever holding all logits.
+    """`target_cross_entropy` of ``transform(F.linear(hidden, weight, bias))``, without ever holding all logits.
 
     Matrix products run in the autocast dtype, where that is on, or in that of ``hidden``; softmax and sums in float32
     (float64 for float64).
 
     Args:
         hidden: float ``[M, D]``.
-        output_layer: ``D -> V``, with or without bias.
+        weight, bias: ``[V, D]`` and ``[V]`` or None, of the output layer.
         labels, target_lengths, normalization: see `label_weights`.
         transform: of the layer's values, none by default.
 
@@ -102,7 +145,6 @@ def linear_cross_entropy(
     weights = label_weights(labels, target_lengths, normalization)
     device = hidden.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    weight, bias = output_layer.weight, output_layer.bias
     needs = torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
         total = _linear_cross_entropy(
@@ -206,10 +248,14 @@ def _keep_gradients(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad, *unused):  # type: ignore[no-untyped-def]
     gradients = [g if wanted else None for g, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
-    # On the CPU a look at the number is free, and spares a pass over the output layer's size. (While a graph is traced,
-    # it is no plain tensor and has none.)
-    if type(grad) is not Tensor or grad.device.type != "cpu" or grad.item() != 1:
+    if type(grad) is not Tensor:  # while a graph is traced
         gradients = [None if g is None else g * grad.to(g.dtype) for g in gradients]
+    # On the CPU a look at the number is free, and spares a pass over the output layer's size.
+    elif grad.device.type != "cpu" or grad.item() != 1:
+        # In place, to hold one tensor of that size: a second pass through the graph is an error, which autograd raises.
+        for g in gradients:
+            if g is not None:
+                g.mul_(grad)
     return (*gradients, *(None,) * 8)
 
 

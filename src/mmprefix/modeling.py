@@ -30,7 +30,14 @@ from mmprefix.attention import collect_hidden_states
 from mmprefix.decoder import DecoderArgs, build_decoder, decoder_config, find_logit_transform
 from mmprefix.errors import InputError
 from mmprefix.generation import PrefixDecoderConfig, PrefixDecoderModel, cached_length, plan_of_rows, run_decoder
-from mmprefix.loss import LogitTransform, LossNormalization, linear_cross_entropy, target_cross_entropy
+from mmprefix.loss import (
+    LogitTransform,
+    LossNormalization,
+    TiedWeight,
+    linear_cross_entropy,
+    sparse_embedding,
+    target_cross_entropy,
+)
 from mmprefix.masks import PrefixVisibility
 from mmprefix.packing import PackedBatch, PrefixPlan, PromptBatch
 from mmprefix.probe import check_prefix_lm, probe
@@ -303,19 +310,26 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             )
         return MMPrefixOutput(loss=loss, logits=logits, past_key_values=output.get("past_key_values"))
 
-    def target_logits(self, batch: PackedBatch, image_tokens: Tensor | None = None) -> Tensor:
+    def target_logits(
+        self, batch: PackedBatch, image_tokens: Tensor | None = None, embedding_weight: Tensor | None = None
+    ) -> Tensor:
         """Logits of the batch's target tokens, float ``[M, V]``, in the order of ``batch.labels``.
 
         Args:
             batch: from `packing.collate`.
             image_tokens: float ``[I, N, W]`` from `get_image_tokens`, where they are known already.
+            embedding_weight: float ``[V, W]`` in place of the token embedding's, which then gets a sparse gradient.
         """
         if image_tokens is None and batch.image_features is not None:
             image_tokens = self.image_tokens_of(batch)
+        pixel_values = batch.pixel_values if image_tokens is None else None
+        if embedding_weight is None:
+            inputs = {"input_ids": batch.input_ids, "pixel_values": pixel_values, "image_tokens": image_tokens}
+        else:
+            embeds = self._embed(batch.input_ids, pixel_values, image_tokens, batch.plan, 0, embedding_weight)
+            inputs = {"inputs_embeds": embeds}
         output = self(
-            input_ids=batch.input_ids,
-            pixel_values=batch.pixel_values if image_tokens is None else None,
-            image_tokens=image_tokens,
+            **inputs,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             plan=batch.plan,
@@ -343,13 +357,31 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         if self.config.logit_transform is None or type(output_layer) is not nn.Linear:  # adapters wrap it
             logits = self.target_logits(batch, image_tokens)
             return target_cross_entropy(logits, batch.labels, batch.target_lengths, normalization)
+        weight: Tensor = output_layer.weight
         with collect_hidden_states() as hidden_states:
-            self.target_logits(batch, image_tokens)
+            if self._shares_gradient(output_layer):
+                for_embedding, weight = TiedWeight.apply(weight)
+                self.target_logits(batch, image_tokens, embedding_weight=for_embedding)
+            else:
+                self.target_logits(batch, image_tokens)
         (hidden,) = hidden_states
         return linear_cross_entropy(
-            hidden, output_layer, batch.labels, batch.target_lengths, normalization,
+            hidden, weight, output_layer.bias, batch.labels, batch.target_lengths, normalization,
             LogitTransform(**self.config.logit_transform),
         )  # fmt: skip
+
+    def _shares_gradient(self, output_layer: nn.Linear) -> bool:
+        """Whether the output layer's weight is also the embedding's, learns, and `TiedWeight` may stand for it."""
+        embedding = self.get_input_embeddings()
+        return (
+            isinstance(embedding, nn.Embedding)
+            and embedding.weight is output_layer.weight
+            and embedding.weight.requires_grad
+            and torch.is_grad_enabled()
+            # Sums over tokens would round in half precision; graphs of torch.compile know no sparse gradients.
+            and embedding.weight.dtype in (torch.float32, torch.float64)
+            and self._compiled_call_impl is None
+        )
 
     def _embed(
         self,
@@ -358,11 +390,17 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         image_tokens: Tensor | None,
         plan: PrefixPlan | None,
         cached: int,
+        embedding_weight: Tensor | None = None,
     ) -> Tensor:
         """Token embeddings ``[B, T, W]`` with image tokens in place."""
         is_image = input_ids == self.config.image_token_id
         # The placeholder may lie beyond the vocabulary, so it is never looked up.
-        embeds: Tensor = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        text_ids = input_ids.masked_fill(is_image, 0)
+        embedding = self.get_input_embeddings()
+        if embedding_weight is None:
+            embeds: Tensor = embedding(text_ids)
+        else:
+            embeds = sparse_embedding(embedding, embedding_weight, text_ids)
         if image_tokens is None and pixel_values is not None:
             image_tokens = self.get_image_tokens(pixel_values)
         if image_tokens is None:
