@@ -203,3 +203,38 @@ def test_gradient_of_a_tied_embedding_stays_dense_and_matches(photos):
     for parameter, gradient in slow.items():
         assert fast[parameter].layout == torch.strided
         torch.testing.assert_close(fast[parameter], gradient, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("visibility", ["full", "nested", "causal"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "cohere"])
+def test_generation_without_masks_matches_generation_with_them(name, visibility, cache, photos):
+    """Prompts of one length; gemma3's window of 4 is shorter than prompt and target."""
+    model, processor = model_of(name, visibility)
+    images, texts = photos[:2], ["what colour?", "which animal"]
+    inputs = processor(images=images, text=texts)
+    assert bool(inputs["attention_mask"].all())
+    how = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "cache_implementation": cache}
+    seen = []
+    handle = model.decoder.get_output_embeddings().register_forward_hook(lambda *a: seen.append(a[2].shape[1]))
+    fast = model.generate(**inputs, **how, output_logits=True, return_dict_in_generate=True)
+    handle.remove()
+    assert seen[0] == 1, "logits of the last prompt position only"
+    model.config.mask_free = False
+    slow = model.generate(**inputs, **how, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(fast.sequences, slow.sequences)
+    torch.testing.assert_close(torch.stack(fast.logits), torch.stack(slow.logits), atol=1e-4, rtol=1e-4)
+
+
+def test_generation_makes_no_mask_for_prompts_of_one_length_only(photos, monkeypatch):
+    from mmprefix import attention
+
+    model, processor = model_of("llama", "full")
+    hidden = []
+    real = attention._hides_nothing
+    monkeypatch.setattr(attention, "_hides_nothing", lambda *a: hidden.append(real(*a)) or hidden[-1])
+    for texts, expected in ((["what colour?", "which animal"], True), (["what colour?", "why"], False)):
+        hidden.clear()
+        model.generate(**processor(images=photos[:2], text=texts), max_new_tokens=4, min_new_tokens=4)
+        assert len(hidden) >= 4
+        assert set(hidden) == {expected}

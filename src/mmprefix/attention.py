@@ -164,6 +164,23 @@ class MaskFree:
         return torch.cat(outputs).unsqueeze(0)
 
 
+class _Unmasked:
+    """What stands in the place of a mask where every query sees every key. None would be causal to the library."""
+
+
+_UNMASKED = _Unmasked()
+
+
+def _hides_nothing(plan: PrefixPlan, window: int | None, q_length: int, kv_length: int, q_offset: Any) -> bool:
+    """Whether every query sees every key, in generation from prompts of equal length."""
+    prompt = plan.segment.shape[1]
+    if not plan.unpadded or not isinstance(q_offset, int) or kv_length != q_offset + q_length:
+        return False  # a static cache has columns that aren't written yet
+    if q_length > 1:
+        return plan.visibility == "full" and kv_length == prompt
+    return window is None or (kv_length if plan.visibility == "causal" else kv_length - prompt) <= window
+
+
 def _follow_plan(library_mask: Callable[..., Any], mask_free: bool) -> Callable[..., Any]:
     @wraps(library_mask)
     def mask(
@@ -191,11 +208,14 @@ def _follow_plan(library_mask: Callable[..., Any], mask_free: bool) -> Callable[
                 **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "use_vmap": False},
             )
 
+        window = kwargs.get("local_size")
+        q_length = kwargs.get("q_length", 0)
+        if mask_free and _hides_nothing(plan, window, q_length, kv_length, kwargs.get("q_offset", 0)):
+            return None if q_length == 1 else _UNMASKED
         if not (plan.calls and mask_free):
             if plan.calls and _current.only_mask_free:
                 raise MaskFreeError("eager attention is the architecture's own")
             return dense()
-        window = kwargs.get("local_size")
         chunk = getattr(kwargs.get("config"), "attention_chunk_size", None)
         refusal = "chunked attention" if window is not None and window == chunk else None
         return MaskFree(plan, NO_WINDOW if window is None else int(window), refusal, dense)
@@ -216,7 +236,9 @@ def _run_calls(library_attention: Callable[..., Any]) -> Callable[..., Any]:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> Any:
-        if isinstance(attention_mask, MaskFree):
+        if attention_mask is _UNMASKED:
+            attention_mask, kwargs["is_causal"] = None, False
+        elif isinstance(attention_mask, MaskFree):
             if torch.is_autocast_enabled(query.device.type):  # as it would for the library's attention
                 dtype = torch.get_autocast_dtype(query.device.type)
                 query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

@@ -40,6 +40,7 @@ def to_prefix_lm(model: PreTrainedModel) -> PrefixLMForCausalLM:
     for line in report.warnings(packing=False):
         warnings.warn(line, stacklevel=2)
     prefix_lm = PrefixLMForCausalLM.around(model, report.refused_caches)
+    prefix_lm.config.mask_free = report.dense_reason is None
     try:
         check_prefix_lm(model)
     except InputError:

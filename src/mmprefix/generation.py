@@ -15,7 +15,9 @@ transformers does the decoding (greedy, sampling, beams); this module only keeps
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,6 +53,7 @@ def plan_of_rows(
     cached: int = 0,
     prefix_length: int | None = None,
     visibility: PrefixVisibility = "full",
+    unpadded: bool = False,
 ) -> PrefixPlan | None:
     """The plan of rows with one sample each, or of the prefix that a cache holds.
 
@@ -62,6 +65,7 @@ def plan_of_rows(
         cached: columns in the cache.
         prefix_length: how many columns, cached or not, are prompt; the others were generated.
         visibility: how prefix tokens see each other.
+        unpadded: whether all columns of the prompt are known to be real, on a decoder that can do without masks.
 
     Returns:
         None with a cache of unknown prefix length: the decoder's own mask shows a target token all that is cached,
@@ -80,7 +84,8 @@ def plan_of_rows(
         attention_mask = torch.ones((batch, length), dtype=torch.long, device=device)
     if is_image is None:
         is_image = torch.zeros((batch, length), dtype=torch.bool, device=device)
-    return PrefixPlan.from_prompt(attention_mask[:, :length], is_image, is_target, visibility)
+    plan = PrefixPlan.from_prompt(attention_mask[:, :length], is_image, is_target, visibility)
+    return replace(plan, unpadded=True) if unpadded and is_target is None else plan
 
 
 def run_decoder(
@@ -131,6 +136,7 @@ class PrefixDecoderConfig(PreTrainedConfig):
         text_config: config of the decoder, or its dict form.
         decoder_attention: `sdpa` or `eager`; transformers does not save an attention implementation by itself.
         refused_caches: caches with which this decoder generates wrongly (`static`), as the probe found.
+        mask_free: whether its attention can do without a mask, as the probe found.
     """
 
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  (transformers reads it from the class)
@@ -140,6 +146,7 @@ class PrefixDecoderConfig(PreTrainedConfig):
         text_config: PreTrainedConfig | dict[str, Any] | None = None,
         decoder_attention: str | None = None,
         refused_caches: Sequence[str] = (),
+        mask_free: bool = False,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -148,6 +155,7 @@ class PrefixDecoderConfig(PreTrainedConfig):
         self.text_config: Any = text_config
         self.decoder_attention = decoder_attention
         self.refused_caches = list(refused_caches)
+        self.mask_free = mask_free
         if text_config is not None:
             # `save_pretrained` and `generate` read them from the outermost config.
             for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
@@ -206,7 +214,15 @@ class PrefixDecoderModel(PreTrainedModel, GenerationMixin):
         for prompt in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
             if prompt is not None:
                 kwargs.setdefault("prefix_length", prompt.shape[1])
+        mask = kwargs.get("attention_mask")  # without one, the library looks for padding itself
+        kwargs["unpadded"] = self.config.mask_free and mask is not None and bool((mask != 0).all())
         return super().generate(inputs, *args, **kwargs)
+
+    def _logits_to_keep(self, number: int | Tensor) -> dict[str, Any]:
+        """What to tell the decoder, if it can be told; by default (0) it makes all logits."""
+        wanted = isinstance(number, Tensor) or number > 0
+        takes_it = "logits_to_keep" in inspect.signature(self.decoder.forward).parameters
+        return {"logits_to_keep": number} if wanted and takes_it else {}
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         if generation_config.cache_implementation is None and "dynamic" in self.config.refused_caches:

@@ -55,7 +55,6 @@ class MMPrefixConfig(PrefixDecoderConfig):
         image_token_id: placeholder id of image positions; may lie beyond the decoder's vocabulary.
         prefix_visibility: `full`, `nested` or `causal`.
         shared_prefix: whether several targets may branch off one prefix on this decoder.
-        mask_free: whether packed rows are attended to without a mask on this decoder.
         logit_transform: `LogitTransform` as a dict, where the loss may be computed from hidden states in chunks.
         kwargs: those of `PrefixDecoderConfig`.
     """
@@ -70,7 +69,6 @@ class MMPrefixConfig(PrefixDecoderConfig):
         image_token_id: int = 0,
         prefix_visibility: PrefixVisibility = "full",
         shared_prefix: bool = True,
-        mask_free: bool = False,
         logit_transform: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -79,7 +77,6 @@ class MMPrefixConfig(PrefixDecoderConfig):
         self.image_token_id = image_token_id
         self.prefix_visibility = prefix_visibility
         self.shared_prefix = shared_prefix
-        self.mask_free = mask_free
         self.logit_transform = logit_transform
         super().__init__(text_config=text_config, **kwargs)
 
@@ -253,6 +250,8 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         image_tokens: Tensor | None = None,
         plan: PrefixPlan | None = None,
         prefix_length: int | None = None,
+        unpadded: bool = False,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MMPrefixOutput:
         """One pass.
@@ -269,6 +268,8 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             image_tokens: float ``[I, N, W]`` from `get_image_tokens`, in place of `pixel_values`.
             plan: from `packing.collate`, in place of `token_type_ids`.
             prefix_length: with a cache, how many of its columns are prefix; sliding-window layers need to know.
+            unpadded: with `prefix_length`, whether all of the prompts' columns are real. `generate` sets both.
+            logits_to_keep: how many positions, from the last, get logits, as transformers has it; 0 for all.
 
         Raises:
             ValueError: labels without anything that says where the target starts, or images and placeholders that
@@ -298,7 +299,9 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
                 cached=cached,
                 prefix_length=prefix_length,
                 visibility=self.config.prefix_visibility,
+                unpadded=unpadded,
             )
+        kwargs |= self._logits_to_keep(logits_to_keep)
         output = run_decoder(self.decoder, inputs_embeds, plan, attention_mask, position_ids, past_key_values, **kwargs)
         logits = output.logits
         if plan is not None and plan.label_positions is not None:

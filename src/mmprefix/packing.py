@@ -71,6 +71,7 @@ class PrefixPlan:
         image_sources: ``[P]`` index into the flattened ``[I * N]`` image tokens. One image may be placed several
             times, so that the encoder runs once for all questions about it.
         calls: of a packed row, the attention calls that are the rule without a mask; empty elsewhere.
+        unpadded: of prompts, all of equal length: generation may do without masks, too.
     """
 
     segment: Tensor
@@ -83,6 +84,7 @@ class PrefixPlan:
     image_positions: Tensor | None = None
     image_sources: Tensor | None = None
     calls: tuple[AttentionCall, ...] = ()
+    unpadded: bool = False
 
     @classmethod
     def from_prompt(cls, attention_mask: Tensor, is_image: Tensor, is_target: Tensor | None = None,

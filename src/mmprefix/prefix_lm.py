@@ -70,6 +70,8 @@ class PrefixLMForCausalLM(PrefixDecoderModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         prefix_length: int | None = None,
+        unpadded: bool = False,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
         """One pass.
@@ -85,6 +87,8 @@ class PrefixLMForCausalLM(PrefixDecoderModel):
                 see each other, and padding are never scored, whatever stands there.
             prefix_length: in place of `bidirectional_mask`: how many columns, from the first, are prefix.
                 `generate` sets it.
+            unpadded: with `prefix_length`, whether all of the prompts' columns are real. `generate` sets it.
+            logits_to_keep: how many positions, from the last, get logits, as transformers has it; 0 for all.
 
         Returns:
             The decoder's own output: ``loss``, ``logits`` float ``[B, S, V]``, ``past_key_values``.
@@ -112,8 +116,9 @@ class PrefixLMForCausalLM(PrefixDecoderModel):
                 prefix_length = None
         plan = plan_of_rows(
             (batch, length), inputs_embeds.device, attention_mask,
-            is_target=is_target, cached=cached, prefix_length=prefix_length,
+            is_target=is_target, cached=cached, prefix_length=prefix_length, unpadded=unpadded,
         )  # fmt: skip
+        kwargs |= self._logits_to_keep(logits_to_keep)
         if labels is not None:
             if is_target is None:
                 raise ValueError("labels need a bidirectional_mask: without it, nothing says what is scored")
