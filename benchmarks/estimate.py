@@ -79,8 +79,8 @@ CASES: dict[str, dict[str, Any]] = {
 SMOKE = 2
 DEFAULTS: dict[str, Any] = {
     "connector": ConnectorArgs(), "tokenizer": TokenizerArgs("byte"), "gradient_checkpointing": False,
-    "prefix_visibility": None, "pretrained": None, "train_vision": PartArgs(), "train_connector": PartArgs(),
-    "train_decoder": PartArgs(),
+    "prefix_visibility": None, "pretrained": None, "attention": "auto", "train_vision": PartArgs(),
+    "train_connector": PartArgs(), "train_decoder": PartArgs(),
 }  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def trained(
         pixels = torch.randn(len(sequences), 3, *module.model.config.vision_spec.image_size)
         return collate(
             sequences, range(len(sequences)), pixels, pad_id=module.processor.pad_id,
-            visibility=module.processor.prefix_visibility,
+            visibility=module.processor.prefix_visibility, packed=module.model.config.mask_free,
         )  # fmt: skip
 
     trainer = pl.Trainer(

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmprefix.errors import InputError
 from mmprefix.generation import run_decoder
-from mmprefix.loss import LossNormalization, target_cross_entropy
+from mmprefix.loss import LossNormalization, transient_bytes
 from mmprefix.modeling import MMPrefixConfig, MMPrefixForConditionalGeneration
 from mmprefix.packing import PackedBatch, PrefixPlan, collate, map_tensors
 from mmprefix.sequence import PromptLayout, TokenSequence
@@ -188,7 +188,8 @@ def measured_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float
 class LiveBytes(TorchDispatchMode):
     """Adds up the storages that operations make inside the block, until they are freed; remembers the peak.
 
-    What was alive before is not counted, nor what an operation needs inside itself. Views count once.
+    What was alive before is not counted, nor what an operation needs inside itself, but for the loss, which makes its
+    logits inside. Views count once.
 
     Attributes:
         live: bytes by kind at the moment.
@@ -217,6 +218,10 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor):
                 self.count(tensor, self.kind_of(tensor))
+        if func is torch.ops.mmprefix.linear_cross_entropy.default:  # the one operator of ours that holds much inside
+            inside = transient_bytes(*args)
+            self._add("logits", inside)
+            self._add("logits", -inside)
         return outputs
 
     def count(self, tensor: Tensor, kind: str, share: float = 1.0) -> None:
@@ -369,7 +374,10 @@ class MemoryEstimate:
             [[0] * record.target_tokens] * record.targets,
         )  # fmt: skip
         pixels = torch.empty(size, 3, *config.vision_spec.image_size, device="meta")
-        return collate([sequence] * size, range(size), pixels, pad_id=0, visibility=config.prefix_visibility)
+        return collate(
+            [sequence] * size, range(size), pixels, pad_id=0, visibility=config.prefix_visibility,
+            packed=config.mask_free,
+        )  # fmt: skip
 
     def step_peak(self, batch_size: int) -> dict[str, float]:
         """Bytes by kind (`activations`, `logits`, `gradients`) at the peak of a step, beside what always stays."""
@@ -401,9 +409,7 @@ class MemoryEstimate:
             # As Lightning does it: without a cache, each product's cast weight is freed where backward has no use for it.
             enabled = self.autocast is not None
             with torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=enabled, cache_enabled=False):
-                loss, _ = target_cross_entropy(
-                    model.target_logits(batch), batch.labels, batch.target_lengths, self.normalization
-                )
+                loss, _ = model.target_loss(batch, self.normalization)
             if not self.accumulates:
                 model.zero_grad()
             loss.backward()

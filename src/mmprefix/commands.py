@@ -16,12 +16,18 @@ from torch import nn
 
 from mmprefix.accounting import GIB, PARTS, MemoryEstimate, Precision, Record, meta_model
 from mmprefix.data.images import UndecodableImageError, decode_image
-from mmprefix.decoder import DecoderArgs, attention_implementation, build_decoder, decoder_config
+from mmprefix.decoder import (
+    DecoderArgs,
+    attention_implementation,
+    build_decoder,
+    decoder_config,
+    find_logit_transform,
+)
 from mmprefix.errors import InputError
 from mmprefix.interop.export import check_output, export, write_pretrained
 from mmprefix.interop.paligemma import import_paligemma
 from mmprefix.modeling import MMPrefixConfig, MMPrefixForConditionalGeneration
-from mmprefix.probe import probe
+from mmprefix.probe import probe, tiny_copy
 from mmprefix.processing import TokenizerArgs, load_tokenizer, text_vocab_size
 from mmprefix.training.checkpoints import load_config, load_model
 from mmprefix.training.module import checkpoint_activations, switch_off_training_mode
@@ -233,6 +239,9 @@ def configured_model(settings: Mapping[str, Any]) -> MMPrefixForConditionalGener
             image_token_id=text_config.vocab_size,
             decoder_attention=attention,
         )
+        config.note(probe(text_config, attention), find_logit_transform(tiny_copy(text_config, attention)))
+    if settings["attention"] == "dense":
+        config.mask_free = False
     if settings["prefix_visibility"] is not None:
         config.prefix_visibility = settings["prefix_visibility"]
     model = meta_model(config).train()

@@ -110,12 +110,16 @@ def sparse_embedding(embedding: nn.Module, weight: Tensor, ids: Tensor) -> Tenso
         ids: int64, any shape.
     """
     assert isinstance(embedding, nn.Embedding)
-    own, embedding.sparse = embedding.sparse, True
+    own, padding = embedding.sparse, embedding.padding_idx
+    # The padding token gets no gradient. A sparse one would be searched for it, which synchronises with the device.
+    embedding.sparse, embedding.padding_idx = True, None
     try:
         values: Tensor = torch.func.functional_call(embedding, {"weight": weight}, (ids,))
     finally:
-        embedding.sparse = own
-    return values
+        embedding.sparse, embedding.padding_idx = own, padding
+    if padding is None:
+        return values
+    return torch.where((ids == padding).unsqueeze(-1), values.detach(), values)
 
 
 def linear_cross_entropy(
@@ -228,6 +232,15 @@ def _linear_cross_entropy(
         d_weight.to(weight.dtype),
         d_bias.to(weight.dtype),
     )
+
+
+def transient_bytes(hidden: Tensor, weight: Tensor, bias: Any, labels: Any, weights: Any, scale: float, softcap: float,
+                    chunk: int, *wanted: bool) -> int:  # fmt: skip
+    """Bytes that the operator holds inside itself at its peak; its own arguments."""
+    wide = torch.promote_types(hidden.dtype, torch.float32).itemsize
+    # A chunk of logits, its copy in half precision, and the soft-cap's slope.
+    each = wide + (hidden.dtype.itemsize if hidden.dtype.itemsize < wide else 0) + (wide if softcap else 0)
+    return min(hidden.shape[0], chunk) * weight.shape[0] * each
 
 
 @_linear_cross_entropy.register_fake

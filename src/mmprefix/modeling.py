@@ -40,7 +40,7 @@ from mmprefix.loss import (
 )
 from mmprefix.masks import PrefixVisibility
 from mmprefix.packing import PackedBatch, PrefixPlan, PromptBatch
-from mmprefix.probe import check_prefix_lm, probe
+from mmprefix.probe import ProbeReport, check_prefix_lm, probe
 from mmprefix.sequence import IGNORE_INDEX
 from mmprefix.vision import ConnectorArgs, VisionArgs, VisionEncoder, VisionSpec, build_connector, resolve_vision
 
@@ -79,6 +79,12 @@ class MMPrefixConfig(PrefixDecoderConfig):
         self.shared_prefix = shared_prefix
         self.logit_transform = logit_transform
         super().__init__(text_config=text_config, **kwargs)
+
+    def note(self, report: ProbeReport, transform: LogitTransform | None) -> None:
+        """Enters what was found out about the decoder."""
+        self.shared_prefix, self.refused_caches = report.can_share, list(report.refused_caches)
+        self.mask_free = report.dense_reason is None
+        self.logit_transform = None if transform is None else asdict(transform)
 
     @property
     def vision_spec(self) -> VisionSpec:
@@ -204,10 +210,7 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         check_prefix_lm(decoder)
         for line in report.warnings():
             warnings.warn(line, stacklevel=3)
-        config.shared_prefix, config.refused_caches = report.can_share, list(report.refused_caches)
-        config.mask_free = report.dense_reason is None
-        transform = find_logit_transform(decoder)
-        config.logit_transform = None if transform is None else asdict(transform)
+        config.note(report, find_logit_transform(decoder))
         model.tie_weights()
         return model
 

@@ -14,6 +14,9 @@ never searches for positions (`nonzero` would synchronise with the device).
 
 Shapes: B rows, T tokens of a row, S sequences, I images, N image tokens of one image, D encoder width,
 P image tokens placed, M scored target tokens of the batch (and, in a bucketed batch, labels that fill up).
+
+Nobody changes a batch or a plan once it is made. They are not frozen, because Lightning, which casts inputs for
+`precision: bf16-true` by setting the fields of a copy, refuses frozen dataclasses.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from mmprefix.masks import PADDING_SEGMENT, PrefixVisibility, TokenIndex, visibl
 from mmprefix.sequence import IGNORE_INDEX, PREFIX_BRANCH, Region, TokenSequence
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class AttentionCall:
     """One call of attention without a mask over a packed row: a slice of it as queries, each block with its own keys.
 
@@ -53,7 +56,7 @@ class AttentionCall:
     causal: bool
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PrefixPlan:
     """What attention and loss read of a batch, int64 tensors throughout.
 
@@ -150,7 +153,7 @@ class Reference(NamedTuple):
     """Record and sample in the split, by which gathered predictions are sorted."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class BadSample:
     """A sample that could not be used. ``fatal`` ones stop the run, in the main process."""
 
@@ -163,7 +166,7 @@ class BadSample:
         return f"{self.shard}: {self.key}: {self.reason}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PackedBatch:
     """A batch as the model and the loss take it.
 
@@ -209,7 +212,7 @@ class PackedBatch:
         return map_tensors(self, Tensor.pin_memory)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PromptBatch:
     """The prefixes of a batch, padded on the left as `generate` takes them.
 
@@ -228,7 +231,7 @@ class PromptBatch:
     image_features: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class EvaluationBatch:
     """A batch with its prefixes for generation, and with its targets for the loss where they are known.
 
@@ -509,7 +512,7 @@ def collate_prompts(
 
 
 def map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
-    """Applies ``function`` to every tensor of a (nested, frozen) batch dataclass and returns the new batch."""
+    """Applies ``function`` to every tensor of a (nested) batch dataclass and returns the new batch."""
     changes: dict[str, Any] = {}
     for f in fields(batch):
         value = getattr(batch, f.name)
