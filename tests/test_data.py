@@ -19,11 +19,12 @@ from mmprefix.data.loading import (
     EvaluationBatchSampler,
     RecordDataset,
     TextLimits,
+    TokenBudgetSampler,
 )
 from mmprefix.data.samples import parse_record
 from mmprefix.data.shards import ShardCollection, expand_shards, write_shard
 from mmprefix.errors import InputError
-from mmprefix.packing import BadSample
+from mmprefix.packing import BadSample, first_fit
 from tests.conftest import colour_record, make_model, png
 
 NO_LIMITS = TextLimits(None, None, "none")
@@ -272,6 +273,54 @@ def test_the_order_depends_on_seed_and_epoch_only():
     assert order(0, 0) == order(0, 0, num_ranks=2), "the same records in each step, whatever the number of ranks"
 
 
+LENGTHS = np.random.default_rng(0).integers(3, 40, 61).tolist()
+
+
+def budget_samplers(num_ranks=1, seed=0, **kwargs):
+    bins = first_fit(LENGTHS, 100, 8)
+    return [TokenBudgetSampler(bins, LENGTHS, seed, rank, num_ranks, **kwargs) for rank in range(num_ranks)]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
+def test_a_token_budget_is_kept_and_an_epoch_is_every_record_once(num_ranks):
+    for epoch in (0, 5):
+        of_ranks = []
+        for sampler in budget_samplers(num_ranks):
+            sampler.set_epoch(epoch)
+            of_ranks.append(list(sampler))
+            assert len(sampler) == len(of_ranks[-1])
+        assert len({len(batches) for batches in of_ranks}) == 1, "ranks must agree on the number of steps"
+        batches = [batch for batches in of_ranks for batch in batches]
+        assert sorted(index for batch in batches for _, index in batch) == list(range(len(LENGTHS)))
+        assert all(at == epoch for batch in batches for at, _ in batch)
+        assert max(sum(LENGTHS[index] for _, index in batch) for batch in batches) <= 100
+        assert max(map(len, batches)) <= 8
+
+
+def test_budgeted_batches_are_drawn_anew_by_seed_and_epoch_only():
+    def order(seed, epoch):
+        (sampler,) = budget_samplers(seed=seed)
+        sampler.set_epoch(epoch)
+        return [[index for _, index in batch] for batch in sampler]
+
+    assert order(0, 1) == order(0, 1)
+    assert order(0, 1) != order(0, 2)
+    assert order(0, 1) != order(1, 1)
+    together = [{frozenset(batch) for batch in order(0, epoch)} for epoch in (0, 1)]
+    assert len(together[0] & together[1]) < len(together[0]) / 2, "most batches must be made up anew"
+
+
+def test_a_budgeted_epoch_resumes_in_its_middle():
+    (whole,) = budget_samplers()
+    (rest,) = budget_samplers(batches_done=lambda: 4)
+    assert list(rest) == list(whole)[4:]
+
+
+def test_fewer_records_than_ranks_cannot_be_dealt():
+    with pytest.raises(ValueError, match="a record for each of 3 ranks, got 2"):
+        TokenBudgetSampler([[0], [1]], [5, 5], num_ranks=3)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_evaluation_counts_each_record_once(num_ranks):
     seen = [
@@ -303,6 +352,55 @@ def test_all_questions_of_a_record_share_its_image(tmp_path, processor):
     assert batch.image_of.tolist() == [0, 0, 1, 1, 2, 2]
     assert [r.id for r in batch.references] == ["0-colour", "0-red", "1-colour", "1-red", "2-colour", "2-red"]
     assert batch.num_tokens == int(batch.attention_mask.sum())
+
+
+def test_an_image_that_stands_in_several_records_is_in_the_batch_once(tmp_path, processor):
+    one, other = colour_record(0), colour_record(1)
+    records = [one, other, ("twin", one[1], other[2])]
+    write_shard(tmp_path / "x.tar", records)
+    shards = ShardCollection(str(tmp_path / "x.tar"), "data.train")
+    dataset = RecordDataset(shards, processor, NO_LIMITS)
+    items = [dataset[0, n] for n in range(3)]
+    collator = Collator(processor.pad_id, "full")
+    batch = collator.train(items)
+    assert batch.pixel_values.shape[0] == 2
+    assert batch.image_of.tolist() == [0, 0, 1, 1, 0, 0]
+    evaluation = collator.evaluate(items)
+    assert evaluation.prompts.image_of.tolist() == [0, 0, 1, 1, 0, 0]
+    assert torch.equal(evaluation.prompts.pixel_values, batch.pixel_values)
+    nested = Collator(processor.pad_id, "nested", packed=True).train(items)
+    assert nested.image_of.tolist() == [0, 1]
+    of_image = [nested.plan.question[nested.plan.segment == n] for n in range(2)]
+    assert [int(q.max()) for q in of_image] == [3, 1], "four questions on the image that stands there twice"
+    assert nested.num_samples == 6
+    rows = Collator(processor.pad_id, "nested").train(items)
+    assert rows.image_of.tolist() == [0, 1, 0], "rows are joined within a record"
+    assert [r.id for r in nested.references] == [r.id for r in batch.references]
+    # Augmented, the two are pictures of their own.
+    augmented = RecordDataset(shards, processor, NO_LIMITS, augment=RandomAffine(degrees=30))
+    assert collator.train([augmented[0, n] for n in range(3)]).pixel_values.shape[0] == 3
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("visibility", ["full", "nested"])
+def test_batches_of_a_data_module_keep_to_its_budget(tmp_path, processor, packed, visibility, monkeypatch):
+    monkeypatch.setattr(processor, "prefix_visibility", visibility)
+    write_shard(tmp_path / "x.tar", [colour_record(n) for n in range(20)])
+    data = ShardDataModule(processor, train=str(tmp_path / "x.tar"), val=str(tmp_path / "x.tar"), max_tokens=300)
+    data.packed = packed
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert 1 < len(batches) < 20
+    assert max(batch.input_ids.numel() for batch in batches) <= 300
+    assert all(bool(batch.plan.calls) == packed for batch in batches)
+    ids = [reference.id for batch in batches for reference in batch.references]
+    assert sorted(ids) == sorted(f"{n}-{kind}" for n in range(20) for kind in ("colour", "red"))
+    tokens = sum(batch.num_tokens for batch in batches)
+    padding = 1 - tokens / sum(batch.input_ids.numel() for batch in batches)
+    assert padding == 0 if packed else padding < 0.15
+    data.max_tokens = 20
+    with pytest.raises(InputError, match=r"data.max_tokens: expected items of at most 20 tokens, got one of"):
+        data.train_dataloader()
 
 
 def broken_shard(path):

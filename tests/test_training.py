@@ -469,6 +469,66 @@ def test_bf16_trains_close_to_float32_but_not_in_it(fit):
     assert losses[0] != pytest.approx(losses[1], rel=1e-5), "bf16 must show"
 
 
+NO_DROPOUT = {"model": {**MODEL, "decoder": {"config": TINY_DECODER}}}
+
+
+@pytest.mark.parametrize("visibility", ["full", "nested"])
+def test_packed_training_without_masks_matches_rows_with_masks(fit, visibility, caplog):
+    runs = {}
+    for attention in ("auto", "dense"):
+        config = {"model": {**NO_DROPOUT["model"], "vision": {"name": "test_vit", "image_size": 32}}}
+        status, text, folder = fit(
+            attention, config=config, model__attention=attention, model__prefix_visibility=visibility
+        )
+        assert status == 0, text
+        lines = [message for message in caplog.messages if message.startswith("attention: ")]
+        caplog.clear()
+        runs[attention] = folder
+        rows = metric_rows(folder)
+        padding = [float(row["train/padding_share"]) for row in rows if row["train/padding_share"]]
+        if attention == "auto":
+            kernel = "flash attention over runs of equal length"
+            assert lines == [f"attention: mask-free ({kernel}), samples packed into one row"]
+            assert max(padding) == 0
+        else:
+            assert lines == ["attention: dense mask, a row for each sample: as model.attention says"]
+            assert max(padding) > 0
+    assert_same(*map(weights, runs.values()), atol=1e-3, rtol=1e-2)
+    losses = [[float(row["train/loss"]) for row in metric_rows(run) if row["train/loss"]] for run in runs.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_attention_dropout_needs_a_mask_and_says_so(fit, caplog):
+    status, text, _ = fit(trainer__max_epochs=1)
+    assert status == 0, text
+    assert "attention: dense mask, a row for each sample: the decoder's attention_dropout" in caplog.messages
+
+
+def test_a_budgeted_run_resumes_in_mid_epoch_bit_equal(fit):
+    every = "[{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {every_n_train_steps: 1, " \
+        "save_top_k: -1, filename: '{step:08d}', auto_insert_metric_name: true}}]"  # fmt: skip
+    kwargs = {
+        "config": NO_DROPOUT, "data__max_tokens": 200, "data__batch_size": 32, "trainer__callbacks": every,
+    }  # fmt: skip
+    status, text, whole = fit("whole", **kwargs)
+    assert status == 0, text
+    steps = sorted(whole.rglob("*.ckpt"))
+    assert len(steps) > 8, "more batches than without a budget"
+    middle = steps[len(steps) // 2 + 1]
+    status, text, resumed = fit("resumed", ckpt_path=middle, **kwargs)
+    assert status == 0, text
+    last = [max(folder.rglob("*.ckpt"), key=lambda path: path.name) for folder in (whole, resumed)]
+    assert last[0].name == last[1].name, text
+    assert_same(*(torch.load(path, weights_only=True)["state_dict"] for path in last))
+
+
+def test_bf16_true_trains(fit):
+    """Lightning casts the batch by setting the fields of a copy."""
+    status, text, folder = fit(config=NO_DROPOUT, trainer__precision="bf16-true", trainer__max_epochs=1)
+    assert status == 0, text
+    assert all(value.dtype == torch.bfloat16 for value in weights(folder).values() if value.is_floating_point())
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradient_checkpointing_recomputes_activations_also_in_a_frozen_decoder(frozen, photos):
     module = MMPrefixModule(

@@ -392,10 +392,10 @@ class Collator:
 
         Args:
             sequences: one for each sample.
-            image_of: the image of each.
+            image_of: the image of each, or whatever number those that may share tokens have in common.
 
         Returns:
-            The sequences of the batch and the image of each.
+            The sequences of the batch and the number of each.
         """
         if not self.shared_prefix:
             parts = [(part, image) for s, image in zip(sequences, image_of, strict=True) for part in s.split()]
@@ -410,7 +410,13 @@ class Collator:
     def _targets(self, records: Sequence[EncodedRecord], bad: Sequence[BadSample]) -> PackedBatch:
         samples, image_of_sample, images = _flatten(records)
         references = [reference for record in records for reference in record.references]
-        sequences, image_of = self.rows(samples, image_of_sample)
+        if self.packed:
+            sequences, image_of = self.rows(samples, image_of_sample)
+        else:  # joined within a record only: a longer row would lengthen all others
+            of_record = [number for number, record in enumerate(records) for _ in record.sequences]
+            sequences, numbers = self.rows(samples, of_record)
+            image_of_record = dict(zip(of_record, image_of_sample, strict=True))
+            image_of = [image_of_record[number] for number in numbers]
         batch = collate(
             sequences, image_of, _stacked(r.pixels for r in images), pad_id=self.pad_id, visibility=self.visibility,
             references=references, bad=bad, packed=self.packed, bucket=self.bucket,

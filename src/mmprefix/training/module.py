@@ -185,6 +185,7 @@ class MMPrefixModule(pl.LightningModule):
         self.peak_tflops = peak_tflops
         self.seed = seed
         self.attention = attention
+        self._attention_line = ""
         self._compiled = compile
         self._window = self._last_window = _Window()
         self._exact_match: dict[str, ExactMatch] = {}
@@ -211,9 +212,12 @@ class MMPrefixModule(pl.LightningModule):
         if packed:
             device = self.trainer.strategy.root_device.type
             kernel = "flash attention over runs of equal length" if device == "cpu" else "varlen flash attention"
-            rank_zero_info(f"attention: mask-free ({kernel}), samples packed into one row")
+            line = f"attention: mask-free ({kernel}), samples packed into one row"
         else:
-            rank_zero_info(f"attention: dense mask, a row for each sample: {reason}")
+            line = f"attention: dense mask, a row for each sample: {reason}"
+        if line != self._attention_line:  # `fit` ends with a test
+            rank_zero_info(line)
+        self._attention_line = line
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "packed"):
             data.packed = packed
