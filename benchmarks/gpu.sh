@@ -42,7 +42,8 @@ measure() {
 
 full=(--sizes 3b --dtypes bfloat16 --vocabs 257152)
 measure 190 train_step "${full[@]}"
-measure 70 attention
+# FlexAttention is compiled for each shape and rule: half of the time. The longest come first.
+measure 95 attention --lengths 16384 2048 256 --repeats 3 --cases long_targets questions long_prefixes
 measure 100 decode "${full[@]}"
 measure 90 scaling --sizes 3b --dtypes bfloat16 --vocabs 32768 257152
 echo "== done (${SECONDS}s)"

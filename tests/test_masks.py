@@ -60,6 +60,16 @@ def test_dense_mask_matches_loops_on_packed_branched_and_padded_rows(visibility,
 
 
 @pytest.mark.parametrize("visibility", ["full", "nested", "causal"])
+def test_a_compiled_mask_is_the_same(visibility):
+    questions = [TokenSequence.build(LAYOUT, 3, [10, 11], [[20], [30]]), TokenSequence.build(LAYOUT, 3, [12], [[40]])]
+    if visibility == "nested":
+        questions = [TokenSequence.on_one_image(questions)]
+    tokens = collate(questions, [0] * len(questions), None, pad_id=0).plan.tokens
+    compiled = torch.compile(dense_mask, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(tokens, visibility), dense_mask(tokens, visibility))
+
+
+@pytest.mark.parametrize("visibility", ["full", "nested", "causal"])
 def test_no_prefix_token_sees_a_target_token(visibility):
     mask = prefix_lm_mask(5, 9, visibility, num_image_tokens=3)
     assert mask[5:, 5:].any()

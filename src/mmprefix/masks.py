@@ -37,6 +37,8 @@ PrefixVisibility = Literal["full", "nested", "causal"]
 PADDING_SEGMENT = -1
 """Segment of padding tokens; samples count from 0 in each row."""
 
+_IMAGE = int(Region.IMAGE)  # torch 2.15's compiler makes a tensor's comparison with an IntEnum a constant, False
+
 
 class TokenIndex(NamedTuple):
     """What the rule needs to know of tokens: int64 tensors of one shape (or shapes that broadcast).
@@ -73,8 +75,8 @@ def prefix_lm_visible(q: TokenIndex, k: TokenIndex, visibility: PrefixVisibility
     if visibility == "full":
         prefix_part = k_in_prefix
     elif visibility == "nested":
-        own_question = (q.region != Region.IMAGE) & (q.question == k.question)
-        prefix_part = k_in_prefix & ((k.region == Region.IMAGE) | own_question)
+        own_question = (q.region != _IMAGE) & (q.question == k.question)
+        prefix_part = k_in_prefix & ((k.region == _IMAGE) | own_question)
     else:
         prefix_part = k_in_prefix & own_rule
     target_part = ~k_in_prefix & (q.branch == k.branch) & own_rule
