@@ -90,12 +90,14 @@ def test_padding_sees_nothing_and_is_not_seen():
 @pytest.mark.parametrize("targets", [[], [[8]], [[8, 9, 8], [9], [9, 9]]])
 def test_visible_pairs_matches_dense_mask(visibility, num_images, targets):
     sequence = TokenSequence.build(LAYOUT, num_images, [3, 4, 5], targets)
-    tokens = TokenIndex(torch.zeros_like(sequence.ids), sequence.branches, sequence.regions, sequence.positions)
+    zeros = torch.zeros_like(sequence.ids)
+    tokens = TokenIndex(zeros, sequence.branches, sequence.questions, sequence.regions, sequence.positions)
     assert visible_pairs(sequence, visibility) == int(dense_mask(tokens, visibility).sum())
 
 
 def test_a_batch_counts_the_visible_pairs_of_its_plan():
     sequences = [TokenSequence.build(LAYOUT, 2, [3], [[8], [9, 9]]), TokenSequence.build(LAYOUT, 2, [3, 4], [[8, 8]])]
-    for rows_ in (None, [[1, 0]]):
-        batch = collate(sequences, [0, 1], None, pad_id=0, visibility="nested", rows=rows_)
+    joined = [TokenSequence.on_one_image(sequences)]
+    for parts, packed in ((sequences, False), (sequences, True), (joined, False), (joined, True)):
+        batch = collate(parts, range(len(parts)), None, pad_id=0, visibility="nested", packed=packed, bucket=4)
         assert batch.visible_pairs == int(dense_mask(batch.plan.tokens, "nested").sum()) > 0

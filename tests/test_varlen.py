@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mmprefix import varlen
 from mmprefix.varlen import NO_WINDOW, unsupported, varlen_attention
 from tests.reference import attention_by_loops
 
@@ -43,6 +44,14 @@ def test_varlen_attention_matches_loops(heads, groups, size, value_size, causal,
     if causal and window != NO_WINDOW:
         without, _ = run(tensors, attention_by_loops, lengths=LENGTHS, causal=True)
         assert (slow - without).abs().max() > 1e-2, "the window must hide something"
+
+
+@pytest.mark.parametrize("window", [NO_WINDOW, 2, 5])
+@pytest.mark.parametrize("prefix_in_window", [False, True])
+def test_long_causal_samples_are_cut_up_and_match_loops(window, prefix_in_window, monkeypatch):
+    monkeypatch.setattr(varlen, "_CHUNK", 3)
+    assert max(q for q, _ in LENGTHS) > 2 * 3
+    test_varlen_attention_matches_loops(4, 2, 8, 8, True, window, prefix_in_window)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

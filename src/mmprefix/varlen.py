@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import groupby, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -106,12 +107,36 @@ def varlen_attention(
 
 # The CPU operator ------------------------------------------------------------------------------------------------------
 
+_CHUNK = 128
+"""Queries of a causal call that the kernel takes at a time: it computes all pairs, hidden ones, too, so that longer
+targets are cut up and see keys up to their chunk's end only."""
 
-def _runs(cu_q: Tensor, cu_k: Tensor) -> Iterator[tuple[slice, slice, int, int, int]]:
-    """Runs of neighbours of one shape: their queries, their keys, how many they are, queries and keys of each.
+_SMALL = 1 << 16
+"""Entries of the largest mask that is remembered."""
 
-    Packing sorts samples by length, so that runs are long.
+
+class _Piece(NamedTuple):
+    """Neighbours of one shape, or a chunk of their queries.
+
+    Attributes:
+        queries, keys: slices of the packed tensors, of the whole run.
+        n: how many neighbours.
+        start, stop: the chunk, within each neighbour's queries.
+        seen: keys of each neighbour that the chunk may see.
+        prefix: keys of each neighbour that stand before its first query.
     """
+
+    queries: slice
+    keys: slice
+    n: int
+    start: int
+    stop: int
+    seen: int
+    prefix: int
+
+
+def _pieces(cu_q: Tensor, cu_k: Tensor, causal: bool) -> Iterator[_Piece]:
+    """What the kernel is called for, one after the other. Packing sorts samples by length, so that runs are long."""
     starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
     lengths_q = [b - a for a, b in pairwise(starts_q)]
     lengths_k = [b - a for a, b in pairwise(starts_k)]
@@ -119,36 +144,56 @@ def _runs(cu_q: Tensor, cu_k: Tensor) -> Iterator[tuple[slice, slice, int, int, 
     for (lq, lk), run in groupby(zip(lengths_q, lengths_k, strict=True)):
         n = len(list(run))
         last = first + n
-        if lq:
-            yield slice(starts_q[first], starts_q[last]), slice(starts_k[first], starts_k[last]), n, lq, lk
+        queries = slice(starts_q[first], starts_q[last])
+        keys = slice(starts_k[first], starts_k[last])
+        step = _CHUNK if causal else max(lq, 1)
+        for start in range(0, lq, step):
+            stop = min(start + step, lq)
+            yield _Piece(queries, keys, n, start, stop, lk - lq + stop if causal else lk, lk - lq)
         first = last
 
 
-def _fold(x: Tensor, n: int, heads: int) -> Tensor:
-    """Queries ``[n * L, H, D]`` -> ``[n, G, (H / G) * L, D]``: heads that share keys become queries of one head."""
-    length, size = x.shape[0] // n, x.shape[2]
-    return x.reshape(n, length, heads, -1, size).permute(0, 2, 3, 1, 4).reshape(n, heads, -1, size)
+def _fold(x: Tensor, piece: _Piece, heads: int) -> Tensor:
+    """A piece's queries of ``[Q, H, D]`` -> ``[n, G, (H / G) * L, D]``: heads that share keys become one's queries."""
+    rows = x[piece.queries].unflatten(0, (piece.n, -1))[:, piece.start : piece.stop]
+    return rows.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
-def _unfold(x: Tensor, length: int) -> Tensor:
-    """The inverse of `_fold`."""
-    n, heads, _, size = x.shape
-    return x.reshape(n, heads, -1, length, size).permute(0, 3, 1, 2, 4).reshape(n * length, -1, size)
+def _put(x: Tensor, piece: _Piece, folded: Tensor) -> None:
+    """Writes what `_fold` reads."""
+    length = piece.stop - piece.start
+    rows = folded.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    x[piece.queries].unflatten(0, (piece.n, -1))[:, piece.start : piece.stop] = rows
 
 
-def _bias(lq: int, lk: int, groups: int, window: int, prefix_in_window: bool, like: Tensor) -> Tensor | None:
-    """Additive mask of one causal run, ``[1, 1, groups * lq, lk]``: small, since targets are short."""
-    prefix = lk - lq
-    if lq == 1 and not prefix_in_window:
-        return None  # the last query sees all
-    q = torch.arange(lq).unsqueeze(1) + prefix
-    k = torch.arange(lk)
-    seen = k <= q
+def _keys_of(x: Tensor, piece: _Piece) -> Tensor:
+    """A piece's keys or values of ``[K, G, D]`` -> ``[n, G, L, D]``, a view."""
+    return x[piece.keys].unflatten(0, (piece.n, -1))[:, : piece.seen].transpose(1, 2)
+
+
+def _make_bias(
+    length: int, seen: int, prefix: int, groups: int, window: int, prefix_in_window: bool, dtype: torch.dtype
+) -> Tensor:
+    q = torch.arange(seen - length, seen).unsqueeze(1)
+    k = torch.arange(seen)
+    visible = k <= q
     if window != NO_WINDOW:
         within = k > q - window
-        seen &= within if prefix_in_window else within | (k < prefix)
-    bias = torch.zeros(lq, lk, dtype=like.dtype).masked_fill_(~seen, -torch.inf)
+        visible &= within if prefix_in_window else within | (k < prefix)
+    bias = torch.zeros(length, seen, dtype=dtype).masked_fill_(~visible, -torch.inf)
     return bias.repeat(groups, 1)[None, None]
+
+
+_remembered_bias = lru_cache(maxsize=64)(_make_bias)
+
+
+def _bias(piece: _Piece, groups: int, window: int, prefix_in_window: bool, dtype: torch.dtype) -> Tensor | None:
+    """Additive mask of a causal piece, ``[1, 1, groups * L, seen]``; None where all is seen."""
+    length = piece.stop - piece.start
+    if length == 1 and not (prefix_in_window and window != NO_WINDOW) and (window == NO_WINDOW or piece.start < window):
+        return None  # a last query sees all
+    make = _remembered_bias if groups * length * piece.seen <= _SMALL else _make_bias
+    return make(length, piece.seen, piece.prefix, groups, window, prefix_in_window, dtype)
 
 
 def _spread(n: int, heads: int, rows: int) -> int:
@@ -157,6 +202,11 @@ def _spread(n: int, heads: int, rows: int) -> int:
     if n * heads >= threads or rows < 64:
         return 1
     return next((parts for parts in range(threads // (n * heads), 1, -1) if rows % parts == 0), 1)
+
+
+def _to_size(x: Tensor, size: int) -> Tensor:
+    """The kernel wants one head size: zeros behind a smaller one change nothing."""
+    return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
 
 
 @torch.library.custom_op("mmprefix::varlen_attention", mutates_args=(), device_types="cpu")
@@ -172,19 +222,21 @@ def _cpu_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     heads, size = key.shape[1], value.shape[2]
+    groups = query.shape[1] // heads
     out = query.new_zeros((query.shape[0], query.shape[1], size))
-    # Of each run in the kernel's own shape, one after the other.
+    # Of each piece in the kernel's own shape, one after the other.
     lse = query.new_zeros(query.shape[0] * query.shape[1], dtype=torch.promote_types(query.dtype, torch.float32))
-    value = F.pad(value, (0, query.shape[2] - size))  # the kernel wants one head size
-    for at_q, at_k, n, lq, lk in _runs(cu_q, cu_k):
-        q = _fold(query[at_q], n, heads)
-        k, v = (x[at_k].reshape(n, lk, heads, -1).transpose(1, 2) for x in (key, value))
-        bias = _bias(lq, lk, q.shape[2] // lq, window, prefix_in_window, q) if causal else None
-        o, run_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, False, attn_mask=bias, scale=scale
-        )
-        out[at_q] = _unfold(o[..., :size], lq)
-        lse[at_q.start * query.shape[1] : at_q.stop * query.shape[1]] = run_lse.reshape(-1)
+    value = _to_size(value, query.shape[2])
+    done = 0
+    for piece in _pieces(cu_q, cu_k, causal):
+        q = _fold(query, piece, heads)
+        o, piece_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, _keys_of(key, piece), _keys_of(value, piece), 0.0, False,
+            attn_mask=_bias(piece, groups, window, prefix_in_window, q.dtype) if causal else None, scale=scale,
+        )  # fmt: skip
+        _put(out, piece, o[..., :size])
+        lse[done : done + piece_lse.numel()] = piece_lse.reshape(-1)
+        done += piece_lse.numel()
     return out, lse
 
 
@@ -210,28 +262,36 @@ def _cpu_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads, size = key.shape[1], value.shape[2]
+    groups = query.shape[1] // heads
     d_query, d_key, d_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    value, out, grad = (F.pad(x, (0, query.shape[2] - size)) for x in (value, out, grad))
-    for at_q, at_k, n, lq, lk in _runs(cu_q, cu_k):
-        q, o, g = (_fold(x[at_q], n, heads) for x in (query, out, grad))
-        k, v = (x[at_k].reshape(n, lk, heads, -1).transpose(1, 2) for x in (key, value))
-        rows = q.shape[2]
-        run_lse = lse[at_q.start * query.shape[1] : at_q.stop * query.shape[1]].view(n, heads, rows)
-        bias = _bias(lq, lk, rows // lq, window, prefix_in_window, q) if causal else None
+    value, out, grad = (_to_size(x, query.shape[2]) for x in (value, out, grad))
+    done = 0
+    for piece in _pieces(cu_q, cu_k, causal):
+        q, o, g = (_fold(x, piece, heads) for x in (query, out, grad))
+        k, v = _keys_of(key, piece), _keys_of(value, piece)
+        n, rows = piece.n, q.shape[2]
+        piece_lse = lse[done : done + n * heads * rows].view(n, heads, rows)
+        done += piece_lse.numel()
+        bias = _bias(piece, groups, window, prefix_in_window, q.dtype) if causal else None
         parts = _spread(n, heads, rows)
         if parts > 1:
             q, o, g = (x.reshape(n, heads * parts, rows // parts, -1) for x in (q, o, g))
             k, v = (x.repeat_interleave(parts, 1) for x in (k, v))
-            run_lse = run_lse.reshape(n, heads * parts, rows // parts)
+            piece_lse = piece_lse.reshape(n, heads * parts, rows // parts)
             if bias is not None:
-                bias = bias.reshape(1, parts, rows // parts, lk).repeat(1, heads, 1, 1)
+                bias = bias.reshape(1, parts, rows // parts, -1).repeat(1, heads, 1, 1)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            g, q, k, v, o, run_lse, 0.0, False, attn_mask=bias, scale=scale
+            g, q, k, v, o, piece_lse, 0.0, False, attn_mask=bias, scale=scale
         )
-        d_query[at_q] = _unfold(dq.reshape(n, heads, rows, -1), lq)
-        dk, dv = (x.reshape(n, heads, parts, lk, -1).sum(2).transpose(1, 2) for x in (dk, dv))
-        d_key[at_k] = dk.reshape(n * lk, heads, -1)
-        d_value[at_k] = dv.reshape(n * lk, heads, -1)[..., :size]
+        _put(d_query, piece, dq.reshape(n, heads, rows, -1))
+        if parts > 1:
+            dk, dv = (x.unflatten(1, (heads, parts)).sum(2) for x in (dk, dv))
+        for total, part in ((d_key, dk), (d_value, dv[..., :size])):
+            seen = _keys_of(total, piece)
+            if piece.start:  # an earlier chunk has written there
+                seen += part
+            else:
+                seen.copy_(part)
     return d_query, d_key, d_value
 
 
