@@ -70,7 +70,9 @@ def cache(command, tmp_path):
     return tmp_path / "cache"
 
 
-def no_forward(*_):
+def no_forward(self, pixels, forward=VisionEncoder.forward):
+    if pixels.device.type == "meta":  # counting its FLOPs
+        return forward(self, pixels)
     raise AssertionError("the encoder ran")
 
 

@@ -98,7 +98,7 @@ def test_attention_runs_without_a_mask_and_logits_are_never_made(name, photos, m
         MaskFree, "attend", lambda self, *a, attend=MaskFree.attend: calls.append(1) or attend(self, *a)
     )
     sizes = []
-    handle = model.get_output_embeddings().register_forward_hook(lambda *a: sizes.append(a[2].numel()))
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel()))
     with only_mask_free():
         model.target_loss(batch)
     handle.remove()

@@ -327,11 +327,8 @@ def test_assisted_generation_gives_the_same_tokens(settings):
 def test_the_model_itself_is_checked_not_only_its_architecture():
     class Stubborn(LlamaForCausalLM):
         def forward(self, attention_mask=None, **kwargs):
-            token = attention_module._current_plan.set(None)  # what code of its own might amount to
-            try:
+            with attention_module.prefix_plan(None):  # what code of its own might amount to
                 return super().forward(attention_mask=attention_mask, **kwargs)
-            finally:
-                attention_module._current_plan.reset(token)
 
     decoder = Stubborn(causal_lm("llama").config)
     with pytest.raises(InputError, match="Stubborn can't be a prefix LM: its prefix stays causal"):

@@ -528,6 +528,26 @@ def test_bf16_true_trains(fit):
     assert all(value.dtype == torch.bfloat16 for value in weights(folder).values() if value.is_floating_point())
 
 
+def test_rotary_frequencies_stay_exact_in_half_precision(photos):
+    seen = {}
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            buffers = dict(module.model.named_buffers())
+            seen.update({name: b.clone() for name, b in buffers.items() if name.endswith("inv_freq")})
+
+    module = MMPrefixModule(TINY_VISION, DecoderArgs(config=TINY_DECODER), tokenizer=TokenizerArgs("byte"))
+    exact = {name: b.clone() for name, b in module.model.named_buffers() if name.endswith("inv_freq")}
+    trainer = pl.Trainer(
+        precision="bf16-true", max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        callbacks=[Look()], enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader([make_batch(module.processor, photos)], batch_size=None))
+    assert seen
+    assert next(module.model.decoder.parameters()).dtype == torch.bfloat16
+    assert_same(seen, exact)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradient_checkpointing_recomputes_activations_also_in_a_frozen_decoder(frozen, photos):
     module = MMPrefixModule(

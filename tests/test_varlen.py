@@ -28,7 +28,9 @@ def run(tensors, attend, **kwargs):
     return out, torch.autograd.grad(out, tensors, projection)
 
 
-@pytest.mark.parametrize(("heads", "groups", "size", "value_size"), [(8, 1, 16, 16), (4, 4, 8, 8), (4, 2, 24, 16)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "size", "value_size"), [(8, 1, 16, 16), (4, 4, 8, 8), (4, 2, 24, 16), (4, 2, 8, 16)]
+)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [NO_WINDOW, 3])
 @pytest.mark.parametrize("prefix_in_window", [False, True])

@@ -23,7 +23,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -121,7 +121,9 @@ class MaskFree:
     window: int
     refusal: str | None
     make_dense: Callable[[], Any]
-    _dense: Any = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._dense: Any = None
 
     def dense(self) -> Any:
         """The dense mask, made once for all layers that share this object."""

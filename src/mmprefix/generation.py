@@ -183,7 +183,7 @@ class PrefixDecoderModel(PreTrainedModel, GenerationMixin):
             AutoModelForCausalLM.from_config(config.text_config, attn_implementation=config.decoder_attention)
         )
 
-    def replace_decoder(self, decoder: PreTrainedModel) -> None:
+    def replace_decoder(self, decoder: PreTrainedModel) -> Any:
         """Puts another decoder in the place of the present one, whose installation it takes back."""
         uninstall(self.decoder)
         self.decoder = install(decoder)
@@ -208,6 +208,7 @@ class PrefixDecoderModel(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replaces the decoder's output layer."""
         self.decoder.set_output_embeddings(value)
+        install(self.decoder)  # the new layer has no hook yet
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`; the whole prompt is prefix, whatever is generated is target."""

@@ -117,7 +117,9 @@ def visible_pairs(sequence: TokenSequence, visibility: PrefixVisibility = "full"
     """
     in_target = sequence.branches != PREFIX_BRANCH
     image = int((sequence.regions == Region.IMAGE).sum())
-    instructions = sequence.questions[~in_target & (sequence.regions != Region.IMAGE)].bincount(minlength=1)
+    instructions = sequence.questions[~in_target & (sequence.regions != Region.IMAGE)].bincount(
+        minlength=sequence.num_questions
+    )
     if visibility == "full":
         pairs = sequence.prefix_length**2
     elif visibility == "nested":

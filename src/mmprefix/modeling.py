@@ -101,11 +101,13 @@ class MMPrefixOutput(ModelOutput):
         loss: float scalar, mean over target tokens; only where `labels` were given.
         logits: float ``[B, T, V]``, or ``[M, V]`` where a plan names label positions.
         past_key_values: the decoder's cache.
+        label_states: float ``[M, W]``, in place of logits where they were asked for.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Cache | None = None
+    label_states: Tensor | None = None
 
 
 class MMPrefixForConditionalGeneration(PrefixDecoderModel):
@@ -203,16 +205,28 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         with torch.device("meta"):  # only the frame: a second set of weights would be made for nothing
             model = cls(config)
         model.vision, model.connector = vision, connector
-        model.replace_decoder(decoder)
+        report = model.replace_decoder(decoder)
+        for line in report.warnings():
+            warnings.warn(line, stacklevel=3)
+        model.tie_weights()
+        return model
+
+    def replace_decoder(self, decoder: PreTrainedModel) -> ProbeReport:
+        """Puts another decoder, or the same one with adapters, in the place of the present one.
+
+        Returns:
+            What the probe found about it; entered in the config, too.
+
+        Raises:
+            InputError: one that does not obey the prefix mask.
+        """
+        super().replace_decoder(decoder)
         report = probe(decoder.config, decoder.config._attn_implementation, decoder)
         if report.refusal is not None:
             raise InputError(report.refusal)
         check_prefix_lm(decoder)
-        for line in report.warnings():
-            warnings.warn(line, stacklevel=3)
-        config.note(report, find_logit_transform(decoder))
-        model.tie_weights()
-        return model
+        self.config.note(report, find_logit_transform(decoder))
+        return report
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialises what `from_pretrained` did not find, and buffers that are never saved.
@@ -255,6 +269,7 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         prefix_length: int | None = None,
         unpadded: bool = False,
         logits_to_keep: int | Tensor = 0,
+        return_label_states: bool = False,
         **kwargs: Any,
     ) -> MMPrefixOutput:
         """One pass.
@@ -273,6 +288,7 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             prefix_length: with a cache, how many of its columns are prefix; sliding-window layers need to know.
             unpadded: with `prefix_length`, whether all of the prompts' columns are real. `generate` sets both.
             logits_to_keep: how many positions, from the last, get logits, as transformers has it; 0 for all.
+            return_label_states: with a plan, no logits, but the hidden states that those of labels are made of.
 
         Raises:
             ValueError: labels without anything that says where the target starts, or images and placeholders that
@@ -305,7 +321,14 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
                 unpadded=unpadded,
             )
         kwargs |= self._logits_to_keep(logits_to_keep)
-        output = run_decoder(self.decoder, inputs_embeds, plan, attention_mask, position_ids, past_key_values, **kwargs)
+        arguments = (self.decoder, inputs_embeds, plan, attention_mask, position_ids, past_key_values)
+        if return_label_states:
+            with collect_hidden_states() as collected:
+                run_decoder(*arguments, **kwargs)
+            if len(collected) != 1:
+                raise RuntimeError("the decoder's output layer was replaced: call install(model.decoder) again")
+            return MMPrefixOutput(label_states=collected[0])
+        output = run_decoder(*arguments, **kwargs)
         logits = output.logits
         if plan is not None and plan.label_positions is not None:
             logits = logits.squeeze(0)
@@ -316,15 +339,27 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             )
         return MMPrefixOutput(loss=loss, logits=logits, past_key_values=output.get("past_key_values"))
 
-    def target_logits(
-        self, batch: PackedBatch, image_tokens: Tensor | None = None, embedding_weight: Tensor | None = None
-    ) -> Tensor:
+    def target_logits(self, batch: PackedBatch, image_tokens: Tensor | None = None) -> Tensor:
         """Logits of the batch's target tokens, float ``[M, V]``, in the order of ``batch.labels``.
 
         Args:
             batch: from `packing.collate`.
             image_tokens: float ``[I, N, W]`` from `get_image_tokens`, where they are known already.
-            embedding_weight: float ``[V, W]`` in place of the token embedding's, which then gets a sparse gradient.
+        """
+        logits = self._label_pass(batch, image_tokens).logits
+        assert logits is not None
+        return logits
+
+    def _label_pass(
+        self,
+        batch: PackedBatch,
+        image_tokens: Tensor | None,
+        embedding_weight: Tensor | None = None,
+        hidden_states: bool = False,
+    ) -> MMPrefixOutput:
+        """A pass over a batch, for logits of its labels or the hidden states that they are made of.
+
+        ``embedding_weight`` ``[V, W]`` takes the place of the token embedding's and gets a sparse gradient.
         """
         if image_tokens is None and batch.image_features is not None:
             image_tokens = self.image_tokens_of(batch)
@@ -334,15 +369,15 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         else:
             embeds = self._embed(batch.input_ids, pixel_values, image_tokens, batch.plan, 0, embedding_weight)
             inputs = {"inputs_embeds": embeds}
-        output = self(
+        output: MMPrefixOutput = self(
             **inputs,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             plan=batch.plan,
+            return_label_states=hidden_states,
             use_cache=False,
         )
-        assert output.logits is not None
-        return output.logits
+        return output
 
     def target_loss(
         self,
@@ -359,22 +394,30 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             normalization: see `loss.label_weights`.
             image_tokens: float ``[I, N, W]`` from `get_image_tokens`, where they are known already.
         """
-        output_layer = self.get_output_embeddings()
-        if self.config.logit_transform is None or type(output_layer) is not nn.Linear:  # adapters wrap it
+        output_layer = self._plain_output_layer()
+        if output_layer is None:
             logits = self.target_logits(batch, image_tokens)
             return target_cross_entropy(logits, batch.labels, batch.target_lengths, normalization)
         weight: Tensor = output_layer.weight
-        with collect_hidden_states() as hidden_states:
-            if self._shares_gradient(output_layer):
-                for_embedding, weight = TiedWeight.apply(weight)
-                self.target_logits(batch, image_tokens, embedding_weight=for_embedding)
-            else:
-                self.target_logits(batch, image_tokens)
-        (hidden,) = hidden_states
+        for_embedding = None
+        if self._shares_gradient(output_layer):
+            for_embedding, weight = TiedWeight.apply(weight)
+        hidden = self._label_pass(batch, image_tokens, for_embedding, hidden_states=True).label_states
+        assert hidden is not None
         return linear_cross_entropy(
             hidden, weight, output_layer.bias, batch.labels, batch.target_lengths, normalization,
-            LogitTransform(**self.config.logit_transform),
+            LogitTransform(**(self.config.logit_transform or {})),
         )  # fmt: skip
+
+    def _plain_output_layer(self) -> nn.Linear | None:
+        """The output layer, where logits are its values under a `LogitTransform`; None where more is done."""
+        layer = self.get_output_embeddings()
+        if self.config.logit_transform is None or layer is None or layer._forward_hooks:
+            return None
+        if type(layer) is not nn.Linear:  # adapters wrap it
+            return None
+        # Gradients in float16 have to be scaled before they are rounded.
+        return None if _compute_dtype(layer.weight) == torch.float16 else layer
 
     def _shares_gradient(self, output_layer: nn.Linear) -> bool:
         """Whether the output layer's weight is also the embedding's, learns, and `TiedWeight` may stand for it."""
@@ -469,6 +512,12 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         if image_tokens is not None:
             kwargs["image_tokens"] = image_tokens
         return super().generate(inputs, *args, **kwargs)
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    """What matrix products with a weight run in."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 AutoConfig.register(MMPrefixConfig.model_type, MMPrefixConfig)

@@ -372,6 +372,8 @@ def _blocks(sequence: TokenSequence, offset: int, visibility: PrefixVisibility) 
     above: dict[int, np.ndarray] = {}  # the newest block of each level: a block follows what stands in front of it
     for start, stop in zip(starts, [*starts[1:], len(branch)], strict=True):
         here = int(level[start])
+        if nested and here and (not start or question[start] != question[start - 1]):
+            above.pop(1, None)  # another question, which may have no instruction
         own = np.arange(start, stop) + offset
         levels[here].append(_Block(own, tuple(above[k] for k in range(here) if k in above)))
         above[here] = own

@@ -293,7 +293,7 @@ _LAYER_NUMBERS = ("moe_layers", "full_attn_idxs", "attn_layer_indices")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
-def tiny_settings(config: PreTrainedConfig) -> dict[str, Any]:
+def tiny_settings(config: PreTrainedConfig, window: int = WINDOW) -> dict[str, Any]:
     """The settings of a config with every size made small; what decides how it attends stays.
 
     The copy keeps one layer of each kind, two at least; grouped heads stay grouped; windows are shorter than the
@@ -329,6 +329,9 @@ def tiny_settings(config: PreTrainedConfig) -> dict[str, Any]:
             settings[name] = _HEADS if own == heads else 1 if own == 1 else _KEY_VALUE_HEADS
     if "word_embed_proj_dim" in settings:  # opt: a projection where it differs from the width
         settings["word_embed_proj_dim"] = _WIDTH if config.word_embed_proj_dim == config.hidden_size else _WIDTH // 2
+    for name in _WINDOWS:
+        if settings.get(config.attribute_map.get(name, name)) == WINDOW:
+            settings[config.attribute_map.get(name, name)] = window
     settings |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     _shorten_rope_factors(settings, config)
     return settings
@@ -372,14 +375,14 @@ def _shorten_rope_factors(settings: dict[str, Any], config: PreTrainedConfig) ->
                 part[name] = value[: max(1, len(value) * _HEAD_DIM // width)]
 
 
-def tiny_copy(config: PreTrainedConfig, attention: str | None = None) -> PreTrainedModel:
+def tiny_copy(config: PreTrainedConfig, attention: str | None = None, window: int = WINDOW) -> PreTrainedModel:
     """A random model of a tiny copy of the config, float32, on the CPU, in eval mode.
 
     Its weights are larger than those of a fresh model, whose attention is nearly uniform: a wrong mask would hardly
     show.
     """
-    tiny = type(config)(**tiny_settings(config))
-    long = [name for name in _WINDOWS if (getattr(tiny, name, None) or 0) > WINDOW]
+    tiny = type(config)(**tiny_settings(config, window))
+    long = [name for name in _WINDOWS if (getattr(tiny, name, None) or 0) > window]
     if long:  # under a name that we don't know: the properties would not reach over it
         raise ValueError(f"{long[0]} stays {getattr(tiny, long[0])} in the copy")
     with torch.random.fork_rng(devices=[]):
@@ -760,7 +763,8 @@ def mask_free_refusal(
 
     What the probe has proved on the CPU is run once more on a tiny copy, where it will be needed.
     """
-    decoder = install(tiny_copy(config, attention).to(device, dtype))
+    # With windows that hide nothing: whether the real ones do is known from their size.
+    decoder = install(tiny_copy(config, attention, window=FAR_COLUMNS).to(device, dtype))
     subject, plan = _Subject(decoder, gradients=False), _packed_row("full")
     row = subject.random(1, plan.segment.shape[1])
     try:

@@ -166,7 +166,9 @@ class TokenSequence:
             in_prefix = s.branches == PREFIX_BRANCH
             parts["branches"].append(torch.where(in_prefix, PREFIX_BRANCH, s.branches + branch)[n:])
             parts["questions"].append(torch.full_like(s.ids[n:], question))
-            label_positions.append(s.label_positions - n + start)
+            # A question without text is predicted from the last image token.
+            in_image = s.label_positions < n
+            label_positions.append(torch.where(in_image, s.label_positions, s.label_positions - n + start))
             start += len(s) - n
             branch += s.num_targets
         return cls(

@@ -32,7 +32,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 NO_WINDOW = -1
 
-_MAX_HEAD_SIZE = 256  # of the flash kernels on CUDA
+MAX_HEAD_SIZE = 256
+"""Of the flash kernels on CUDA."""
 _GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch >= 2.13
 
 
@@ -48,7 +49,7 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         return f"no kernel for {query.device.type}"
     if not query.dtype == key.dtype == value.dtype or query.dtype not in (torch.bfloat16, torch.float16):
         return f"the CUDA kernel takes bfloat16 and float16, not {str(query.dtype).removeprefix('torch.')}"
-    if query.shape[-1] != value.shape[-1] or query.shape[-1] > _MAX_HEAD_SIZE or query.shape[-1] % 8:
+    if query.shape[-1] != value.shape[-1] or query.shape[-1] > MAX_HEAD_SIZE or query.shape[-1] % 8:
         return f"the CUDA kernel takes no heads of {query.shape[-1]} and {value.shape[-1]}"
     return None
 
@@ -226,7 +227,8 @@ def _cpu_attention(
     out = query.new_zeros((query.shape[0], query.shape[1], size))
     # Of each piece in the kernel's own shape, one after the other.
     lse = query.new_zeros(query.shape[0] * query.shape[1], dtype=torch.promote_types(query.dtype, torch.float32))
-    value = _to_size(value, query.shape[2])
+    kernel_size = max(query.shape[2], size)
+    query, key, value = (_to_size(x, kernel_size) for x in (query, key, value))
     done = 0
     for piece in _pieces(cu_q, cu_k, causal):
         q = _fold(query, piece, heads)
@@ -264,7 +266,8 @@ def _cpu_attention_backward(
     heads, size = key.shape[1], value.shape[2]
     groups = query.shape[1] // heads
     d_query, d_key, d_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    value, out, grad = (_to_size(x, query.shape[2]) for x in (value, out, grad))
+    query_size, kernel_size = query.shape[2], max(query.shape[2], size)
+    query, key, value, out, grad = (_to_size(x, kernel_size) for x in (query, key, value, out, grad))
     done = 0
     for piece in _pieces(cu_q, cu_k, causal):
         q, o, g = (_fold(x, piece, heads) for x in (query, out, grad))
@@ -283,10 +286,10 @@ def _cpu_attention_backward(
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             g, q, k, v, o, piece_lse, 0.0, False, attn_mask=bias, scale=scale
         )
-        _put(d_query, piece, dq.reshape(n, heads, rows, -1))
+        _put(d_query, piece, dq.reshape(n, heads, rows, -1)[..., :query_size])
         if parts > 1:
             dk, dv = (x.unflatten(1, (heads, parts)).sum(2) for x in (dk, dv))
-        for total, part in ((d_key, dk), (d_value, dv[..., :size])):
+        for total, part in ((d_key, dk[..., :query_size]), (d_value, dv[..., :size])):
             seen = _keys_of(total, piece)
             if piece.start:  # an earlier chunk has written there
                 seen += part

@@ -131,6 +131,12 @@ class ShardDataModule(pl.LightningDataModule):
         """How much evaluation generates at most: the longest allowed target and its EOS."""
         return (self.limits.max_target_tokens or 255) + 1
 
+    @property
+    def longest_target(self) -> int | None:
+        """The most tokens that a target may have, EOS included; None without a limit."""
+        limit = self.limits.max_target_tokens
+        return None if limit is None else limit + 1
+
     def has(self, split: str) -> bool:
         """Whether the split is configured."""
         return self.patterns[split] is not None

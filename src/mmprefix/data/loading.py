@@ -250,7 +250,8 @@ class TokenBudgetSampler(Sampler[list[EpochIndex]]):
             bins: records of each batch, as `packing` has put them together.
             shapes: of each record; those with equal ones may take each other's place.
             seed: of the order.
-            rank, num_ranks: every rank gets the same number of batches: the fullest are halved until they do.
+            rank, num_ranks: every rank gets the same number of batches: the fullest are halved until they do. Where all
+                hold a single record, up to ``num_ranks - 1`` batches are left to other epochs.
             batches_done: as of `EpochBatchSampler`.
 
         Raises:
@@ -260,7 +261,7 @@ class TokenBudgetSampler(Sampler[list[EpochIndex]]):
         while len(pattern) % num_ranks:
             fullest = max(pattern, key=len)
             if len(fullest) < 2:
-                raise ValueError(f"expected a record for each of {num_ranks} ranks, got {sum(map(len, pattern))}")
+                break
             pattern.append([fullest.pop() for _ in range(len(fullest) // 2)])
         self._pattern = pattern
         self._of_shape: dict[Any, list[int]] = {}
@@ -268,6 +269,8 @@ class TokenBudgetSampler(Sampler[list[EpochIndex]]):
             self._of_shape.setdefault(shapes[record], []).append(record)
         self.seed, self.rank, self.num_ranks, self.batches_done = seed, rank, num_ranks, batches_done
         self.num_batches = len(pattern) // num_ranks
+        if not self.num_batches:
+            raise ValueError(f"expected a record for each of {num_ranks} ranks, got {sum(map(len, pattern))}")
         self.epoch = 0
 
     @property
@@ -287,7 +290,8 @@ class TokenBudgetSampler(Sampler[list[EpochIndex]]):
         stands_for: dict[int, int] = {}
         for records in self._of_shape.values():
             stands_for.update(zip(records, generator.permutation(records).tolist(), strict=True))
-        order = generator.permutation(len(self._pattern))[self.rank :: self.num_ranks]
+        order = generator.permutation(len(self._pattern))[: self.num_batches * self.num_ranks]
+        order = order[self.rank :: self.num_ranks]
         for number in order[self.batches_done() :]:
             yield [(self.epoch, stands_for[record]) for record in self._pattern[number]]
 
@@ -361,7 +365,9 @@ class Collator:
         lengths = [[len(s) for s in self.rows(samples, [0] * len(samples))[0]] for samples in records]
         if self.packed:
             totals = [sum(rows) for rows in lengths]
-            return first_fit(totals, max_tokens, max_records), [(total,) for total in totals]
+            levels = 3 if self.visibility == "nested" else 2
+            room = max_tokens - levels * (self.bucket - 1)  # each part of the row is rounded up
+            return first_fit(totals, room, max_records), [(total,) for total in totals]
         shapes = [(max(rows), len(rows)) for rows in lengths]
         longest, rows = [shape[0] for shape in shapes], [shape[1] for shape in shapes]
         return group_by_length(longest, rows, max_tokens, max_records), list(shapes)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from mmprefix.accounting import PARTS
+from mmprefix.attention import MASK_FREE_IMPLEMENTATION
 from mmprefix.data.features import FeatureKey
 from mmprefix.decoder import DecoderArgs
 from mmprefix.errors import InputError
@@ -43,6 +45,7 @@ from mmprefix.processing import (
 )
 from mmprefix.training.checkpoints import CONTENT_KEY, load_model
 from mmprefix.training.optim import OptimizerArgs, PartArgs, build_optimizer
+from mmprefix.varlen import MAX_HEAD_SIZE
 from mmprefix.vision import ConnectorArgs, VisionArgs
 
 _BUCKET = 64
@@ -186,6 +189,7 @@ class MMPrefixModule(pl.LightningModule):
         self.seed = seed
         self.attention = attention
         self._attention_line = ""
+        self._exact_buffers: dict[str, Tensor] = {}
         self._compiled = compile
         self._window = self._last_window = _Window()
         self._exact_match: dict[str, ExactMatch] = {}
@@ -222,16 +226,57 @@ class MMPrefixModule(pl.LightningModule):
         if hasattr(data, "packed"):
             data.packed = packed
             data.bucket = _BUCKET if self._compiled else 1
+        # Before the strategy casts the module for a `-true` precision.
+        self._exact_buffers = {
+            name: buffer.detach().clone()
+            for name, buffer in self.model.named_buffers()
+            if name.endswith("inv_freq") and buffer.dtype == torch.float32
+        }
+
+    def on_fit_start(self) -> None:
+        """See `_restore_buffers`."""
+        self._restore_buffers()
+
+    def on_validation_start(self) -> None:
+        """See `_restore_buffers`."""
+        self._restore_buffers()
+
+    def on_test_start(self) -> None:
+        """See `_restore_buffers`."""
+        self._restore_buffers()
+
+    def on_predict_start(self) -> None:
+        """See `_restore_buffers`."""
+        self._restore_buffers()
+
+    def _restore_buffers(self) -> None:
+        """Frequencies of rotary embeddings stay in float32, as transformers keeps them in half-precision models.
+
+        Rounded to bfloat16 by a cast of the whole module, they would turn late positions into others.
+        """
+        for name, exact in self._exact_buffers.items():
+            owner, _, own_name = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            buffer = module.get_buffer(own_name)
+            if buffer.dtype != exact.dtype:
+                setattr(module, own_name, exact.to(buffer.device))
 
     def _dense_reason(self) -> str | None:
         """Why attention needs a mask in this run, in words; None if it doesn't."""
         if self.attention == "dense":
             return "as model.attention says"
-        config = self.model.config.text_config
-        implementation = self.model.decoder.config._attn_implementation
+        config = self.model.decoder.config
+        implementation = config._attn_implementation
+        if implementation != MASK_FREE_IMPLEMENTATION:
+            return f"{implementation} attention is the architecture's own"
         if not self.model.config.mask_free:
-            return probe(config, implementation).dense_reason or "not probed when the model was made"
-        dropout = [name for name in ("attention_dropout", "attn_pdrop", "attn_dropout") if getattr(config, name, 0)]
+            return (
+                probe(config, implementation, self.model.decoder).dense_reason or "the model was saved before it could"
+            )
+        dropout = [
+            name for name, value in config.to_dict().items()
+            if "att" in name and "drop" in name and isinstance(value, float) and value > 0
+        ]  # fmt: skip
         if dropout and not self.part_args["decoder"].freeze:
             return f"the decoder's {dropout[0]}"
         device = self.trainer.strategy.root_device
@@ -240,8 +285,13 @@ class MMPrefixModule(pl.LightningModule):
         windows = [
             size for name in ("sliding_window", "window_size") if isinstance(size := getattr(config, name, None), int)
         ]
-        if self.model.config.prefix_visibility != "causal" and any(size < self.max_new_tokens for size in windows):
-            return f"its window of {min(windows)} is shorter than targets may be ({self.max_new_tokens})"
+        longest = getattr(getattr(self.trainer, "datamodule", None), "longest_target", None)
+        hides = windows and self.model.config.prefix_visibility != "causal"
+        if hides and (longest is None or min(windows) < longest):
+            return f"its window of {min(windows)} is shorter than targets may be ({longest or 'without limit'})"
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if size > MAX_HEAD_SIZE or size % 8:
+            return f"the CUDA kernel takes no heads of {size}"
         dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(self.trainer.precision).split("-")[0])
         return mask_free_refusal(config, implementation, device, dtype or torch.float32)
 
@@ -406,15 +456,21 @@ class MMPrefixModule(pl.LightningModule):
         """
         if prompts.input_ids.shape[0] == 0:
             return []
-        generated = self.model.generate(
-            input_ids=prompts.input_ids,
-            attention_mask=prompts.attention_mask,
-            image_tokens=None if image_tokens is None else image_tokens[prompts.image_of],
-            max_new_tokens=self.max_new_tokens,
-            num_beams=self.num_beams,
-            do_sample=False,
-        )
+        with self._uncompiled():
+            generated = self.model.generate(
+                input_ids=prompts.input_ids,
+                attention_mask=prompts.attention_mask,
+                image_tokens=None if image_tokens is None else image_tokens[prompts.image_of],
+                max_new_tokens=self.max_new_tokens,
+                num_beams=self.num_beams,
+                do_sample=False,
+            )
         return self.processor.decode_generated(generated[:, prompts.input_ids.shape[1] :])
+
+    def _uncompiled(self) -> AbstractContextManager[Any]:
+        """Evaluation runs the model as it is: prefill, each cached step and the loss would all be compiled, for shapes
+        that come once, and use up the compiler's limit of recompilations for training."""
+        return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
 
     @property
     def max_new_tokens(self) -> int:
@@ -424,7 +480,9 @@ class MMPrefixModule(pl.LightningModule):
     def _evaluate(self, batch: EvaluationBatch) -> list[tuple[Reference, str]]:
         image_tokens = self.model.image_tokens_of(batch.prompts)
         if batch.targets is not None:
-            self._evaluation_loss.append(self.model.target_loss(batch.targets, self.loss_normalization, image_tokens))
+            with self._uncompiled():
+                loss = self.model.target_loss(batch.targets, self.loss_normalization, image_tokens)
+            self._evaluation_loss.append(loss)
         predictions = list(zip(batch.references, self.generate(batch.prompts, image_tokens), strict=True))
         for reference, prediction in predictions:
             metric = self._exact_match.setdefault(reference.kind, ExactMatch().to(self.device))
