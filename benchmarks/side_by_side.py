@@ -217,27 +217,39 @@ def _allocator_peak(run: Callable[[], Tensor]) -> tuple[int, Tensor]:
     return peak, value
 
 
-def peak_memory(model: nn.Module, loss: Callable[[], Tensor], device: torch.device) -> tuple[int, Tensor]:
+def peak_memory(
+    model: nn.Module, loss: Callable[[], Tensor], device: torch.device, accumulates: bool = True
+) -> tuple[int, Tensor]:
     """Peak bytes of a forward and backward pass above weights, gradients and optimizer state, and the loss.
 
     Leaves the pass's gradients behind.
+
+    Args:
+        model: whose parameters learn.
+        loss: of a batch.
+        device: the model's.
+        accumulates: whether gradients of an earlier micro-batch are there already; otherwise the pass makes them, and
+            their bytes are taken off the peak: while logits are there, gradients are not yet.
     """
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter) if accumulates else None
+    made = 0 if accumulates else sum(parameter.numel() * parameter.itemsize for parameter in trained)
     gc.collect()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         value = loss()
         value.backward()
-        return torch.cuda.max_memory_allocated(device) - before, value.detach()
+        return torch.cuda.max_memory_allocated(device) - before - made, value.detach()
 
     def forward_and_backward() -> Tensor:
         value = loss()
         value.backward()
         return value.detach()
 
-    return _allocator_peak(forward_and_backward)
+    peak, value = _allocator_peak(forward_and_backward)
+    return peak - made, value
 
 
 # --- rows
@@ -325,7 +337,7 @@ def print_row(row: Row) -> None:
 
 def _with_range(median: float, between: tuple[float, float], metric: str) -> str:
     def short(value: float) -> str:
-        if metric == "peak_memory":
+        if metric.startswith("peak_memory"):
             mebibytes = value / 2**20
             return f"{mebibytes:,.{0 if mebibytes >= 100 else 1}f} MiB"
         return f"{value:.4g}"

@@ -22,7 +22,8 @@ has no such mask, ours are compared with our own on each question alone.
 Metrics (target sequences per second, medians):
     samples_per_s               forward and backward pass; gradients start from None, every parameter gets one
     train_step_with_optimizer   the same and AdamW, fused, on both sides
-    peak_memory                 above weights, gradients and optimizer state, see side_by_side.py
+    peak_memory                 above weights, gradients and optimizer state, with gradients of an earlier micro-batch
+    peak_memory_first           the same where gradients start from None, as after every optimizer step
 """
 
 from __future__ import annotations
@@ -322,7 +323,9 @@ def measure(
 
     memory, found = {}, {}
     for name, (model, loss) in sides.items():
-        memory[name], value = peak_memory(model, loss, device)
+        first, _ = peak_memory(model, loss, device, accumulates=False)
+        every, value = peak_memory(model, loss, device)
+        memory[name] = {"peak_memory": every, "peak_memory_first": first}
         found[name] = float(value), gradient_norm(model)
         model.zero_grad(set_to_none=True)
     if visibility == "full":
@@ -349,7 +352,8 @@ def measure(
         if peer != "mmprefix":
             for metric in values[peer]:
                 yield peer, metric, values[peer][metric], values["mmprefix"][metric]
-            yield peer, "peak_memory", [memory[peer]], [memory["mmprefix"]]
+            for metric in memory[peer]:
+                yield peer, metric, [memory[peer][metric]], [memory["mmprefix"][metric]]
 
 
 def main() -> None:
