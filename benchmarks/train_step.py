@@ -161,8 +161,7 @@ def our_loss(model: MMPrefixForConditionalGeneration, batch: PackedBatch) -> tup
 
 def our_mean_loss(model: MMPrefixForConditionalGeneration, batch: PackedBatch) -> Tensor:
     """Mean over target tokens."""
-    loss, count = our_loss(model, batch)
-    return loss / count
+    return model.target_loss(batch, reduction="mean")[0]
 
 
 def our_loss_alone(

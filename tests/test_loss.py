@@ -78,6 +78,11 @@ def test_linear_cross_entropy_matches_logits(case, chunk, transform, bias, norma
     # 1.5: the gradient that arrives is used, too.
     found, expected = (torch.autograd.grad(1.5 * value, learns) for value in (fast, slow))
     torch.testing.assert_close(found, expected)
+    arguments = (labels, lengths, normalization)
+    mean, _ = linear_cross_entropy(hidden, layer.weight, layer.bias, *arguments, transform, reduction="mean")
+    torch.testing.assert_close(mean, slow / shares.sum())
+    torch.testing.assert_close(torch.autograd.grad(mean, learns), tuple(g / 1.5 / shares.sum() for g in expected))
+    torch.testing.assert_close(target_cross_entropy(transform(layer(hidden)), *arguments, "mean")[0], mean.float())
 
 
 def test_linear_cross_entropy_of_frozen_layers_and_without_gradients(case):
