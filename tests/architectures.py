@@ -50,12 +50,13 @@ def row(name: str, report: ProbeReport) -> str:
     cells += ["yes" if report.can_pack else "no", "yes" if report.can_share else "no"]
     cells += ["yes" if report[5].holds else "no"]
     cells += ["no" if cache in report.refused_caches else "yes" for cache in ("dynamic", "static")]
+    cells += ["yes" if report.dense_reason is None else "no"]
     return f"| {' | '.join(cells)} |"
 
 
 HEADER = """\
-| decoder | class | attention | layers of the copy | 1 | 2 | 3 | 4 packed | 4 shared | 5 | 6 dynamic | 6 static |
-|---|---|---|---|---|---|---|---|---|---|---|---|"""
+| decoder | class | attention | layers of the copy | 1 | 2 | 3 | 4 packed | 4 shared | 5 | 6 dynamic | 6 static | 7 |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def main() -> None:
