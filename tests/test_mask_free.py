@@ -6,7 +6,7 @@ import torch
 from mmprefix.attention import MaskFree, MaskFreeError, only_mask_free
 from mmprefix.data.loading import Collator, EncodedRecord
 from mmprefix.loss import target_cross_entropy
-from tests.conftest import make_model
+from tests.conftest import TINY_DECODER, make_model
 from tests.reference import separate_losses
 from tests.test_modeling import GEMMA3, GPT2
 
@@ -227,15 +227,23 @@ def test_generation_without_masks_matches_generation_with_them(name, visibility,
     torch.testing.assert_close(torch.stack(fast.logits), torch.stack(slow.logits), atol=1e-4, rtol=1e-4)
 
 
-def test_generation_makes_no_mask_for_prompts_of_one_length_only(photos, monkeypatch):
-    from mmprefix import attention
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_generation_makes_no_mask_for_prompts_of_one_length_only(name, photos, monkeypatch):
+    settings = {**(DECODERS[name] or TINY_DECODER), **({"sliding_window": 8} if name == "gemma3" else {})}
+    model, processor = make_model(settings)
+    masks = []
+    attend = torch.nn.functional.scaled_dot_product_attention
 
-    model, processor = model_of("llama", "full")
-    hidden = []
-    real = attention._hides_nothing
-    monkeypatch.setattr(attention, "_hides_nothing", lambda *a: hidden.append(real(*a)) or hidden[-1])
-    for texts, expected in ((["what colour?", "which animal"], True), (["what colour?", "why"], False)):
-        hidden.clear()
-        model.generate(**processor(images=photos[:2], text=texts), max_new_tokens=4, min_new_tokens=4)
-        assert len(hidden) >= 4
-        assert set(hidden) == {expected}
+    def seen(*args, **kwargs):
+        masks.append(kwargs.get("attn_mask"))
+        return attend(*args, **kwargs)
+
+    for texts, expected in ((["what colour?", "which animal"], False), (["what colour?", "why"], True)):
+        inputs = processor(images=photos[:2], text=texts)
+        image_tokens = model.get_image_tokens(inputs.pop("pixel_values"))
+        masks.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+            model.generate(**inputs, image_tokens=image_tokens, max_new_tokens=4, min_new_tokens=4)
+        assert len(masks) == 4 * model.decoder.config.num_hidden_layers
+        assert {mask is not None for mask in masks} == {expected}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -239,7 +240,9 @@ def configured_model(settings: Mapping[str, Any]) -> MMPrefixForConditionalGener
             image_token_id=text_config.vocab_size,
             decoder_attention=attention,
         )
-        config.note(probe(text_config, attention), find_logit_transform(tiny_copy(text_config, attention)))
+        # Where no tiny copy can be made, the estimate is of rows, a dense mask and all logits at once.
+        with suppress(InputError, ValueError, RuntimeError):
+            config.note(probe(text_config, attention), find_logit_transform(tiny_copy(text_config, attention)))
     if settings["attention"] == "dense":
         config.mask_free = False
     if settings["prefix_visibility"] is not None:

@@ -28,6 +28,9 @@ from mmprefix.attention import (
 from mmprefix.errors import InputError
 from mmprefix.loss import LogitTransform
 
+WINDOW_SETTINGS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
+"""Settings of transformers' configs that are lengths of windows or chunks, in tokens."""
+
 _installed: WeakSet[nn.Module] = WeakSet()
 
 
@@ -49,6 +52,11 @@ class DecoderArgs:
     pretrained: bool = True
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+
+
+def windows_of(config: PreTrainedConfig) -> dict[str, int]:
+    """The windows and chunks of a config, by setting; empty where every layer attends to all."""
+    return {name: size for name in WINDOW_SETTINGS if isinstance(size := getattr(config, name, None), int)}
 
 
 def decoder_config(args: DecoderArgs) -> PreTrainedConfig:

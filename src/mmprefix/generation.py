@@ -16,8 +16,9 @@ transformers does the decoding (greedy, sampling, beams); this module only keeps
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,9 +35,14 @@ from transformers.cache_utils import (
 )
 
 from mmprefix.attention import prefix_plan
-from mmprefix.decoder import install, uninstall
+from mmprefix.decoder import install, uninstall, windows_of
 from mmprefix.masks import PrefixVisibility
 from mmprefix.packing import PrefixPlan
+
+
+@cache
+def _takes_logits_to_keep(forward: Callable[..., Any]) -> bool:
+    return "logits_to_keep" in inspect.signature(forward).parameters
 
 
 def cached_length(cache: Cache | None) -> int:
@@ -222,8 +228,14 @@ class PrefixDecoderModel(PreTrainedModel, GenerationMixin):
     def _logits_to_keep(self, number: int | Tensor) -> dict[str, Any]:
         """What to tell the decoder, if it can be told; by default (0) it makes all logits."""
         wanted = isinstance(number, Tensor) or number > 0
-        takes_it = "logits_to_keep" in inspect.signature(self.decoder.forward).parameters
-        return {"logits_to_keep": number} if wanted and takes_it else {}
+        return {"logits_to_keep": number} if wanted and _takes_logits_to_keep(type(self.decoder).forward) else {}
+
+    def _sees_all(self, cached: int, length: int, unpadded: bool) -> bool:
+        """Whether a cached step needs no plan: one token behind unpadded prompts, without a window that hides something.
+
+        The decoder's own mask is right then, and costs nothing.
+        """
+        return unpadded and cached > 0 and length == 1 and not windows_of(self.config.text_config)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         if generation_config.cache_implementation is None and "dynamic" in self.config.refused_caches:

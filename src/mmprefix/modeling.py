@@ -309,7 +309,7 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             # With a cache, the images are in it already.
             images = (None, None) if cached else (pixel_values, image_tokens)
             inputs_embeds = self._embed(input_ids, *images, plan, cached)
-        if plan is None:
+        if plan is None and not self._sees_all(cached, inputs_embeds.shape[1], unpadded):
             plan = plan_of_rows(
                 (inputs_embeds.shape[0], inputs_embeds.shape[1]),
                 inputs_embeds.device,

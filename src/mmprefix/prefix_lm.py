@@ -114,7 +114,7 @@ class PrefixLMForCausalLM(PrefixDecoderModel):
             if bidirectional_mask is not None:
                 is_target = _targets(bidirectional_mask, attention_mask, (batch, length))
                 prefix_length = None
-        plan = plan_of_rows(
+        plan = None if self._sees_all(cached, length, unpadded) else plan_of_rows(
             (batch, length), inputs_embeds.device, attention_mask,
             is_target=is_target, cached=cached, prefix_length=prefix_length, unpadded=unpadded,
         )  # fmt: skip

@@ -38,7 +38,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from mmprefix.attention import MaskFreeError, only_mask_free
-from mmprefix.decoder import install, is_installed, uninstall
+from mmprefix.decoder import WINDOW_SETTINGS, install, is_installed, uninstall
 from mmprefix.errors import InputError
 from mmprefix.files import replacing
 from mmprefix.generation import run_decoder
@@ -262,8 +262,6 @@ def _write_report(path: Path, report: ProbeReport) -> None:
 _HEADS, _KEY_VALUE_HEADS, _HEAD_DIM = 4, 2, 16
 _WIDTH = _HEADS * _HEAD_DIM
 
-_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
-
 _SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model"), _WIDTH),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads"), _HEADS),
@@ -276,7 +274,7 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("num_local_experts", "n_routed_experts", "num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "n_group"), 2),
     **dict.fromkeys(("topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
-    **dict.fromkeys(_WINDOWS, WINDOW),
+    **dict.fromkeys(WINDOW_SETTINGS, WINDOW),
     # Recurrent hybrids: every second layer attends, and heads x head size is twice the width.
     **dict.fromkeys(("attn_layer_period", "expert_layer_period", "mamba_expand"), 2),
     **dict.fromkeys(("attn_layer_offset", "expert_layer_offset", "mamba_n_groups"), 1),
@@ -329,7 +327,7 @@ def tiny_settings(config: PreTrainedConfig, window: int = WINDOW) -> dict[str, A
             settings[name] = _HEADS if own == heads else 1 if own == 1 else _KEY_VALUE_HEADS
     if "word_embed_proj_dim" in settings:  # opt: a projection where it differs from the width
         settings["word_embed_proj_dim"] = _WIDTH if config.word_embed_proj_dim == config.hidden_size else _WIDTH // 2
-    for name in _WINDOWS:
+    for name in WINDOW_SETTINGS:
         if settings.get(config.attribute_map.get(name, name)) == WINDOW:
             settings[config.attribute_map.get(name, name)] = window
     settings |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -382,7 +380,7 @@ def tiny_copy(config: PreTrainedConfig, attention: str | None = None, window: in
     show.
     """
     tiny = type(config)(**tiny_settings(config, window))
-    long = [name for name in _WINDOWS if (getattr(tiny, name, None) or 0) > window]
+    long = [name for name in WINDOW_SETTINGS if (getattr(tiny, name, None) or 0) > window]
     if long:  # under a name that we don't know: the properties would not reach over it
         raise ValueError(f"{long[0]} stays {getattr(tiny, long[0])} in the copy")
     with torch.random.fork_rng(devices=[]):
@@ -798,7 +796,7 @@ def probe_decoder(decoder: PreTrainedModel, gradients: bool = True) -> ProbeRepo
             parameter.requires_grad_(False)
         subject = _Subject(decoder, gradients)
         config = decoder.config
-        windows = {name: getattr(config, name, None) for name in _WINDOWS}
+        windows = {name: getattr(config, name, None) for name in WINDOW_SETTINGS}
         windowed = any(value is not None for value in windows.values())
         properties = (
             _target_is_hidden(subject), _prefix_is_seen(subject), _padding_is_inert(subject),

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mmprefix.accounting import PARTS
 from mmprefix.attention import MASK_FREE_IMPLEMENTATION
 from mmprefix.data.features import FeatureKey
-from mmprefix.decoder import DecoderArgs
+from mmprefix.decoder import DecoderArgs, windows_of
 from mmprefix.errors import InputError
 from mmprefix.loss import LossNormalization
 from mmprefix.masks import PrefixVisibility
@@ -282,9 +282,7 @@ class MMPrefixModule(pl.LightningModule):
         device = self.trainer.strategy.root_device
         if device.type == "cpu":
             return None
-        windows = [
-            size for name in ("sliding_window", "window_size") if isinstance(size := getattr(config, name, None), int)
-        ]
+        windows = windows_of(config).values()
         longest = getattr(getattr(self.trainer, "datamodule", None), "longest_target", None)
         hides = windows and self.model.config.prefix_visibility != "causal"
         if hides and (longest is None or min(windows) < longest):
