@@ -216,7 +216,8 @@ def _linear_cross_entropy(
             values = tanh.mul_(softcap)
         label = labels[part].clamp(min=0).unsqueeze(1)  # fillers: their weight is 0
         share = weights[part].to(wide).unsqueeze(1)
-        values = torch.log_softmax(values, 1, out=values)
+        # In place where the kernel is known to read a row before it writes it.
+        values = torch.log_softmax(values, 1, out=values if values.device.type == "cpu" else None)
         total -= (values.gather(1, label) * share).sum()
         if not (wants_hidden or wants_weight or wants_bias):
             continue
@@ -226,19 +227,19 @@ def _linear_cross_entropy(
         gradient.scatter_add_(1, label, torch.full_like(share, -1.0))
         if slope is not None:
             gradient *= slope
-        gradient, factor = gradient.to(hidden.dtype), (share * scale).to(hidden.dtype)
+        gradient, factor = gradient.to(hidden.dtype), share * scale  # not rounded: one error for a whole row
         if wants_hidden:
-            torch.mm(gradient, weight, out=d_hidden[part])
-            d_hidden[part] *= factor
+            d_hidden[part] = torch.mm(gradient, weight) * factor
         if wants_weight:
+            scaled = (rows * factor).to(hidden.dtype)
             if start == 0:
-                d_weight = torch.mm(gradient.t(), rows * factor).to(sums)
+                d_weight = torch.mm(gradient.t(), scaled).to(sums)
             elif sums == hidden.dtype:
-                d_weight.addmm_(gradient.t(), rows * factor)
+                d_weight.addmm_(gradient.t(), scaled)
             else:
-                d_weight += torch.mm(gradient.t(), rows * factor)
+                d_weight += torch.mm(gradient.t(), scaled)
         if wants_bias:
-            d_bias = torch.mv(gradient.t(), factor.squeeze(1)).to(sums) + (d_bias if start else 0)
+            d_bias = torch.mv(gradient.t().to(wide), factor.squeeze(1)).to(sums) + (d_bias if start else 0)
     if wants_weight and not d_weight.numel():
         d_weight = torch.zeros_like(weight)
     if wants_bias and not d_bias.numel():
