@@ -344,7 +344,7 @@ def _offset(indices: Sequence[Tensor], offsets: np.ndarray) -> Tensor:
 def _image_sources(sequences: Sequence[TokenSequence], image_of: Sequence[int]) -> Tensor:
     sources = [torch.zeros(0, dtype=torch.long)]
     for sequence, image in zip(sequences, image_of, strict=False):
-        number = int((sequence.regions == Region.IMAGE).sum())
+        number = int((sequence.regions.numpy() == int(Region.IMAGE)).sum())
         sources.append(torch.arange(number) + image * number)
     return torch.cat(sources)
 
