@@ -98,6 +98,18 @@ def test_calls_are_the_rule(sequences, visibility):
     assert torch.equal(seen[real], expected[real]), "padding must not be seen either"
 
 
+def test_a_question_without_text_follows_its_image():
+    bare = PromptLayout(image=99, bos=None, separator=(), eos=2)
+    questions = [TokenSequence.build(bare, 2, text, [[5, 6]]) for text in ([10, 11], [], [12])]
+    joined = TokenSequence.on_one_image(questions)
+    assert joined.label_positions.tolist() == [3, 4, 5, 1, 7, 8, 10, 11, 12]
+    batch = collate([joined], [0], None, pad_id=0, visibility="nested", packed=True)
+    targets = batch.plan.calls[-1]
+    lengths = sorted((targets.cu_k[1:] - targets.cu_k[:-1]).tolist())
+    assert lengths == [2 + 3, 2 + 1 + 3, 2 + 2 + 3], "its target sees the image and itself"
+    assert batch.visible_pairs == int(dense_mask(batch.plan.tokens, "nested").sum())
+
+
 def test_buckets_round_up_parts_labels_and_bounds(sequences):
     batch = collate(sequences, [0, 1], torch.zeros(2, 3, 4, 4), pad_id=0, packed=True, bucket=8)
     assert [call.stop - call.start for call in batch.plan.calls] == [16, 8]
