@@ -21,7 +21,7 @@ import copy
 import time
 import weakref
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -35,7 +35,7 @@ from mmprefix.errors import InputError
 from mmprefix.generation import run_decoder
 from mmprefix.loss import LossNormalization, transient_bytes
 from mmprefix.modeling import MMPrefixConfig, MMPrefixForConditionalGeneration
-from mmprefix.packing import PackedBatch, PrefixPlan, collate, map_tensors
+from mmprefix.packing import AttentionCall, PackedBatch, PrefixPlan, collate, map_tensors
 from mmprefix.sequence import PromptLayout, TokenSequence
 
 GIB = 2**30
@@ -69,6 +69,7 @@ class ModelFlops:
             Sliding-window layers are taken to see all pairs of the rule, which overstates what they need: a long
             target's tokens beyond the window.
         label: of one label through the output layer.
+        label_only: the part of ``token`` that a packed row spares tokens which predict no label, see `last_layer`.
     """
 
     vision: int
@@ -76,6 +77,7 @@ class ModelFlops:
     token: int
     pair: int
     label: int
+    label_only: int = 0
 
     @classmethod
     def of(cls, config: MMPrefixConfig) -> ModelFlops:
@@ -97,7 +99,8 @@ class ModelFlops:
         pair = (twice - 2 * once) // (long * long - 2 * short * short)
         token = (once - pair * short * short) // short
         label = _decoder_flops(model, short, num_labels=1) - once
-        return cls(vision, connector, token, pair, label)
+        label_only = (once - _decoder_flops(model, short, num_labels=0, restricted=True)) // short
+        return cls(vision, connector, token, pair, label, label_only)
 
     def step(self, batch: PackedBatch, trained: Collection[str]) -> int:
         """Model FLOPs of forward and backward of one micro-batch.
@@ -123,10 +126,12 @@ class ModelFlops:
         behind_connector = behind_vision or "connector" in trained
         decoder_factor = 3 if "decoder" in trained else 2 if behind_connector else 1
         pair_factor = 1 if decoder_factor == 1 else 3
+        rows = batch.plan.label_rows
+        spared = 0 if rows is None else max(0, batch.num_tokens - rows.numel()) * self.label_only
         return (
             encoded * vision_factor * self.vision
             + images * connector_factor * self.connector
-            + decoder_factor * (batch.num_tokens * self.token + batch.labels.numel() * self.label)
+            + decoder_factor * (batch.num_tokens * self.token - spared + batch.labels.numel() * self.label)
             + pair_factor * batch.visible_pairs * self.pair
         )
 
@@ -149,10 +154,19 @@ def _flops(function: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
-def _decoder_flops(model: MMPrefixForConditionalGeneration, length: int, num_labels: int) -> int:
-    """Of a pass over one row of ``length`` tokens that all see each other, with logits of ``num_labels`` of them."""
+def _decoder_flops(
+    model: MMPrefixForConditionalGeneration, length: int, num_labels: int, restricted: bool = False
+) -> int:
+    """Of a pass over one row of ``length`` tokens that all see each other, with logits of ``num_labels`` of them.
+
+    Restricted, the last layer's `label_only` modules get no token at all.
+    """
     index = torch.zeros(1, length, dtype=torch.long, device="meta")
     plan = PrefixPlan(index, index, index, index, index, label_positions=index[0, :num_labels])
+    if restricted:  # the calls are never run: no kernel takes meta tensors
+        plan = replace(
+            plan, label_rows=index[0, :0], calls=(AttentionCall(0, 0, None, index[0], index[0], 0, 0, False),)
+        )
     width = _matrix_shape(model.get_input_embeddings())[1]
     embeds = torch.empty(1, length, width, device="meta")
     return _flops(lambda: run_decoder(model.decoder, embeds, plan, index, index, use_cache=False))

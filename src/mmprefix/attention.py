@@ -241,7 +241,8 @@ def _run_calls(library_attention: Callable[..., Any]) -> Callable[..., Any]:
         if attention_mask is _UNMASKED:
             attention_mask, kwargs["is_causal"] = None, False
         elif isinstance(attention_mask, MaskFree):
-            if torch.is_autocast_enabled(query.device.type):  # as it would for the library's attention
+            # As it would for the library's attention; it knows no meta tensors, which FLOPs are counted with.
+            if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
                 dtype = torch.get_autocast_dtype(query.device.type)
                 query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
             refusal = attention_mask.refuses(query, key, value, dropout, kwargs)

@@ -22,7 +22,8 @@ from mmprefix.decoder import (
     attention_implementation,
     build_decoder,
     decoder_config,
-    find_logit_transform,
+    install,
+    uninstall,
 )
 from mmprefix.errors import InputError
 from mmprefix.interop.export import check_output, export, write_pretrained
@@ -242,7 +243,9 @@ def configured_model(settings: Mapping[str, Any]) -> MMPrefixForConditionalGener
         )
         # Where no tiny copy can be made, the estimate is of rows, a dense mask and all logits at once.
         with suppress(InputError, ValueError, RuntimeError):
-            config.note(probe(text_config, attention), find_logit_transform(tiny_copy(text_config, attention)))
+            report, tiny = probe(text_config, attention), install(tiny_copy(text_config, attention))
+            config.note(report, tiny)
+            uninstall(tiny)
     if settings["attention"] == "dense":
         config.mask_free = False
     if settings["prefix_visibility"] is not None:

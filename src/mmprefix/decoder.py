@@ -26,6 +26,7 @@ from mmprefix.attention import (
     unregister_masks,
 )
 from mmprefix.errors import InputError
+from mmprefix.last_layer import release_last_layer
 from mmprefix.loss import LogitTransform
 
 WINDOW_SETTINGS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
@@ -286,9 +287,13 @@ def is_installed(decoder: nn.Module) -> bool:
 
 
 def uninstall(decoder: PreTrainedModel) -> PreTrainedModel:
-    """Takes back what `install` did; with the last installed decoder, transformers is its own again, too."""
+    """Takes back what `install` and `restrict_last_layer` did.
+
+    With the last installed decoder, transformers is its own again, too.
+    """
     _remove_hooks(decoder, _before_output_layer)
     _remove_hooks(decoder, _open_causal_buffers)
+    release_last_layer(decoder)
     for module in decoder.modules():
         if module.__dict__.pop(_OPENED, False):
             for name in _causal_buffers(module):

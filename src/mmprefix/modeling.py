@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from mmprefix.attention import collect_hidden_states
 from mmprefix.decoder import DecoderArgs, build_decoder, decoder_config, find_logit_transform
 from mmprefix.errors import InputError
 from mmprefix.generation import PrefixDecoderConfig, PrefixDecoderModel, cached_length, plan_of_rows, run_decoder
+from mmprefix.last_layer import find_label_only, restrict_last_layer
 from mmprefix.loss import (
     LogitTransform,
     LossNormalization,
@@ -57,6 +59,7 @@ class MMPrefixConfig(PrefixDecoderConfig):
         prefix_visibility: `full`, `nested` or `causal`.
         shared_prefix: whether several targets may branch off one prefix on this decoder.
         logit_transform: `LogitTransform` as a dict, where the loss may be computed from hidden states in chunks.
+        label_only: modules of the decoder's last layer that run at label positions only, see `last_layer`.
         kwargs: those of `PrefixDecoderConfig`.
     """
 
@@ -71,6 +74,7 @@ class MMPrefixConfig(PrefixDecoderConfig):
         prefix_visibility: PrefixVisibility = "full",
         shared_prefix: bool = True,
         logit_transform: dict[str, Any] | None = None,
+        label_only: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         self.vision_config = vision_config
@@ -79,13 +83,16 @@ class MMPrefixConfig(PrefixDecoderConfig):
         self.prefix_visibility = prefix_visibility
         self.shared_prefix = shared_prefix
         self.logit_transform = logit_transform
+        self.label_only = list(label_only)
         super().__init__(text_config=text_config, **kwargs)
 
-    def note(self, report: ProbeReport, transform: LogitTransform | None) -> None:
-        """Enters what was found out about the decoder."""
+    def note(self, report: ProbeReport, decoder: PreTrainedModel) -> None:
+        """Enters what the probe found out about the decoder, and what is found by looking at it, or at a tiny copy."""
         self.shared_prefix, self.refused_caches = report.can_share, list(report.refused_caches)
         self.mask_free = report.dense_reason is None
+        transform = find_logit_transform(decoder)
         self.logit_transform = None if transform is None else asdict(transform)
+        self.label_only = find_label_only(decoder) if self.mask_free else []
 
     @property
     def vision_spec(self) -> VisionSpec:
@@ -126,6 +133,7 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         self.vision = VisionEncoder(spec)
         width = self.decoder.get_input_embeddings().weight.shape[1]
         self.connector, self.num_image_tokens = build_connector(ConnectorArgs(**config.connector), spec, width)
+        restrict_last_layer(self.decoder, config.label_only)
         self.post_init()
 
     @classmethod
@@ -226,7 +234,8 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         if report.refusal is not None:
             raise InputError(report.refusal)
         check_prefix_lm(decoder)
-        self.config.note(report, find_logit_transform(decoder))
+        self.config.note(report, decoder)
+        restrict_last_layer(decoder, self.config.label_only)
         return report
 
     def _init_weights(self, module: nn.Module) -> None:

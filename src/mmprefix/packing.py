@@ -69,6 +69,8 @@ class PrefixPlan:
         visibility: how prefix tokens see each other.
         label_positions: ``[M]`` index into the flattened ``[B * T]`` tokens whose hidden states predict the labels;
             None asks for logits everywhere.
+        label_rows: of a packed row, ``[R]`` the columns that `label_positions` name, each once, in order; in a bucketed
+            batch with others that fill up. The last layer's outputs are read nowhere else.
         image_positions: ``[P]`` index into the flattened tokens of each image token; None where images are placed
             by their placeholder ids.
         image_sources: ``[P]`` index into the flattened ``[I * N]`` image tokens. One image may be placed several
@@ -84,6 +86,7 @@ class PrefixPlan:
     position: Tensor
     visibility: PrefixVisibility = "full"
     label_positions: Tensor | None = None
+    label_rows: Tensor | None = None
     image_positions: Tensor | None = None
     image_sources: Tensor | None = None
     calls: tuple[AttentionCall, ...] = ()
@@ -303,6 +306,7 @@ def collate(
     number = torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(lengths, dtype=torch.long))
     regions, positions = joined("regions"), placed(joined("positions"), 0)
     label_positions = column_of[_offset([sequence.label_positions for sequence in sequences], offsets)]
+    label_rows = _rows_of(label_positions, order.shape[1], bucket) if calls else None
     more_labels = (0, -label_positions.numel() % bucket)
     label_positions = F.pad(label_positions, more_labels)
     plan = PrefixPlan(
@@ -313,6 +317,7 @@ def collate(
         position=positions,
         visibility=visibility,
         label_positions=label_positions,
+        label_rows=label_rows,
         # Collation runs in the workers, on the CPU: searching here costs no synchronisation.
         image_positions=column_of[(regions == Region.IMAGE).nonzero().squeeze(1)],
         image_sources=_image_sources(sequences, image_of),
@@ -339,6 +344,16 @@ def _offset(indices: Sequence[Tensor], offsets: np.ndarray) -> Tensor:
     """Indices into each sequence -> indices into all of them, joined."""
     moved = [index + int(start) for index, start in zip(indices, offsets, strict=False)]
     return torch.cat(moved) if moved else torch.zeros(0, dtype=torch.long)
+
+
+def _rows_of(label_positions: Tensor, length: int, bucket: int) -> Tensor:
+    """The columns that predict a label, each once; in a bucketed batch with others, to a multiple of the bucket."""
+    rows = label_positions.unique()
+    missing = min(_round_up(rows.numel(), bucket), length) - rows.numel()
+    if not missing:
+        return rows
+    others = torch.ones(length, dtype=torch.bool).index_fill_(0, rows, False).nonzero().squeeze(1)
+    return torch.cat([rows, others[:missing]]).sort().values
 
 
 def _image_sources(sequences: Sequence[TokenSequence], image_of: Sequence[int]) -> Tensor:
