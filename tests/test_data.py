@@ -107,7 +107,7 @@ def test_webdataset_reads_what_we_write_and_we_read_what_webdataset_writes(tmp_p
             writer.write({"__key__": key, "png": image, "json": json.loads(payload)})
     collection = ShardCollection(str(tmp_path / "theirs-*.tar"), "data.train")
     assert len(collection.paths) == 3
-    assert [r.key for r in collection.records] == [key for key, _, _ in records]
+    assert [collection.key(n) for n in range(len(collection))] == [key for key, _, _ in records]
     assert [collection.image_bytes(n) for n in range(5)] == [image for _, image, _ in records]
     assert collection.num_samples == 10
 
@@ -121,7 +121,7 @@ def test_gnu_tar_with_folders_is_read(tmp_path):
         (folder / f"{key}.json").write_bytes(payload)
     subprocess.run(["tar", "--sort=name", "-cf", tmp_path / "x.tar", "set"], cwd=tmp_path, check=True)
     collection = ShardCollection(str(tmp_path / "x.tar"), "data.train")
-    assert [r.key for r in collection.records] == [f"set/sub.dir/000{n}" for n in range(3)]
+    assert [collection.key(n) for n in range(len(collection))] == [f"set/sub.dir/000{n}" for n in range(3)]
 
 
 def test_patterns(tmp_path):
@@ -173,7 +173,7 @@ def test_broken_shards_are_refused(tmp_path, keep):
     write_shard(path, [colour_record(n) for n in range(6)])
     whole = path.read_bytes()
     collection = ShardCollection(str(path), "data.train")
-    third = collection.records[3].image.offset - 512
+    third = collection.image(3).offset - 512
     cut = {
         "half": whole[: len(whole) // 2 + 77],
         "mid_header": whole[: third + 100],

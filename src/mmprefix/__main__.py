@@ -17,6 +17,7 @@ commands:
   test       score the test split                    (the same options)
   predict    write predictions, no targets needed    (the same options)
   cache-features                                     cache-features --config C --out DIR (for a frozen encoder)
+  prepare    a published set or a folder -> shards   prepare coco --annotations A --images DIR --out DIR
   generate   answer about one image                  generate --checkpoint runs/X --image a.png --instruction "..."
   probe      is this decoder an exact prefix LM?     probe --decoder NAME_OR_FOLDER
   estimate   memory, largest batch that fits         estimate --config C --devices 8 --memory 80
@@ -34,7 +35,8 @@ options:
 """
 
 COMMANDS = (
-    "fit", "validate", "test", "predict", "cache-features", "generate", "probe", "estimate", "import-paligemma", "export",
+    "fit", "validate", "test", "predict", "prepare", "cache-features", "generate", "probe", "estimate", "import-paligemma",
+    "export",
 )  # fmt: skip
 
 
@@ -55,6 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: expected one of {', '.join(COMMANDS)}, got {arguments[0]!r}{hint}", file=sys.stderr)
         return 2
     try:
+        if arguments[0] == "prepare":
+            from mmprefix.prepare import run  # without torch
+
+            return run(arguments[1:])
         from mmprefix.cli import run
 
         return run(arguments)

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mmprefix.commands import CommandParser, use_device
+from mmprefix.arguments import CommandParser
+from mmprefix.commands import use_device
 from mmprefix.data.datamodule import ShardDataModule
 from mmprefix.data.features import EncoderInput, EncoderInputs, FeatureWriter
 from mmprefix.errors import InputError

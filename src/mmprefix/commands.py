@@ -5,17 +5,17 @@ Each takes its arguments, raises `InputError` on bad ones, and returns the exit 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from mmprefix.accounting import GIB, PARTS, MemoryEstimate, Precision, Record, meta_model
+from mmprefix.arguments import CommandParser
 from mmprefix.data.images import UndecodableImageError, decode_image
 from mmprefix.decoder import (
     DecoderArgs,
@@ -36,17 +36,6 @@ from mmprefix.training.module import checkpoint_activations, switch_off_training
 from mmprefix.vision import ConnectorArgs, VisionArgs, resolve_vision
 
 _DTYPES = ("float32", "bfloat16", "float16")
-
-
-class CommandParser(argparse.ArgumentParser):
-    """Errors in one line, without the usage."""
-
-    def __init__(self, command: str, description: str, epilog: str | None = None) -> None:
-        super().__init__(f"python -m mmprefix {command}", description=description, epilog=epilog, allow_abbrev=False)
-        self.command = command
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{self.command}: {message}")
 
 
 def use_device(module: nn.Module, device: str) -> None:

@@ -267,11 +267,11 @@ class ShardDataModule(pl.LightningDataModule):
         """The training records by batches of at most so many tokens, and their shapes."""
         shards, dataset = self._shards["train"], self._dataset("train")
         records = []
-        for index, record in enumerate(shards.records):
+        for index in range(len(shards)):
             try:
                 records.append(dataset.encode(shards.samples(index)))
             except InputError as error:
-                raise InputError(f"{shards.paths[record.shard]}: {record.key}: {error}") from error
+                raise InputError(f"{shards.path_of(index)}: {shards.key(index)}: {error}") from error
         try:
             bins, shapes = self._collator.budget(records, max_tokens, self.batch_size)
         except ValueError as error:

@@ -247,14 +247,14 @@ class FeatureCache:
             InputError: naming shard and key of the first that is missing.
         """
         missing = []
-        for index, record in enumerate(shards.records):
+        for index in range(len(shards)):
             digest = image_digest(shards.image_bytes(index))
             if digest not in self and digest not in self.undecodable:
-                missing.append(record)
+                missing.append(index)
         if missing:
             raise InputError(
                 f"{self.where}: {self.folder}: expected features of each of the {len(shards)} images of data.{split}, "
-                f"{len(missing)} have none; the first is {shards.paths[missing[0].shard]}: {missing[0].key}; "
+                f"{len(missing)} have none; the first is {shards.path_of(missing[0])}: {shards.key(missing[0])}; "
                 "cache-features from this config adds them"
             )
 
@@ -408,16 +408,16 @@ class EncoderInputs(Dataset[EncoderInput | BadSample]):
 
     def __getitem__(self, number: int) -> EncoderInput | BadSample:
         shards, index = self.places[number]
-        record = shards.records[index]
-        shard = shards.paths[record.shard]
+        shard, key = shards.path_of(index), f"record {index}"
         try:
+            key = shards.key(index)
             content = shards.image_bytes(index)
         except (InputError, OSError) as error:  # an exception from a worker would arrive as a wall of text
-            return BadSample(shard, record.key, str(error), fatal=True)
+            return BadSample(shard, key, str(error), fatal=True)
         digest = image_digest(content)
         if digest in self.stored:
-            return EncoderInput(digest, shard, record.key)
+            return EncoderInput(digest, shard, key)
         try:
-            return EncoderInput(digest, shard, record.key, self.transform(decode_image(content)))
+            return EncoderInput(digest, shard, key, self.transform(decode_image(content)))
         except UndecodableImageError as error:
-            return EncoderInput(digest, shard, record.key, undecodable=str(error))
+            return EncoderInput(digest, shard, key, undecodable=str(error))

@@ -119,28 +119,33 @@ class RecordDataset(Dataset[EncodedRecord | BadSample]):
 
     def __getitem__(self, epoch_index: EpochIndex) -> EncodedRecord | BadSample:
         epoch, index = epoch_index
-        record = self.shards.records[index]
-        shard = self.shards.paths[record.shard]
         try:
             content = self.shards.image_bytes(index)
             digest = image_digest(content)
             pixels = None if self.features is not None else self._pixels(content, epoch, index)
             features = None if self.features is None else self._features(self.features, digest)
         except UndecodableImageError as error:
-            return BadSample(shard, record.key, str(error), fatal=self.undecodable_is_fatal)
+            return self._bad(index, error, fatal=self.undecodable_is_fatal)
         except (InputError, OSError) as error:
-            return BadSample(shard, record.key, str(error), fatal=True)
+            return self._bad(index, error)
         try:
             samples = self.shards.samples(index)
             sequences = self.encode(samples)
-        except InputError as error:
-            return BadSample(shard, record.key, str(error), fatal=True)
+        except (InputError, OSError) as error:
+            return self._bad(index, error)
         references = tuple(
             Reference(s.id, s.image_id, s.kind, s.instruction, s.answers, (index, n)) for n, s in enumerate(samples)
         )
         if self.augment is not None:
             digest = f"{digest}-{index}"
         return EncodedRecord(pixels, sequences, references, digest, features)
+
+    def _bad(self, index: int, error: Exception, fatal: bool = True) -> BadSample:
+        try:
+            key = self.shards.key(index)
+        except OSError:
+            key = f"record {index}"
+        return BadSample(self.shards.path_of(index), key, str(error), fatal)
 
     def _pixels(self, content: bytes, epoch: int, index: int) -> Tensor:
         image = self.processor.transform.resize(decode_image(content))

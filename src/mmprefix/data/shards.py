@@ -1,11 +1,13 @@
-"""webdataset shards as a random-access collection: tars are indexed once, then read by position.
+"""webdataset shards as a random-access collection: known by (shard, offset, size) of every member, read by position.
 
 A shard is an ordinary tar as webdataset writes and reads it: members of one record follow each other and share a key,
-``KEY.jpg`` beside ``KEY.json``. Knowing (shard, offset, size) of every member makes an epoch a permutation: every
-record exactly once, in an order that depends on seed and epoch alone and can be resumed anywhere.
+``KEY.jpg`` beside ``KEY.json``. Knowing where every member lies makes an epoch a permutation: every record exactly
+once, in an order that depends on seed and epoch alone and can be resumed anywhere.
 
-Indexing reads each tar's headers and JSON members once per start and checks them, so that a bad record is reported
-before training, not hours into it. Member names are keys only, never paths on disk.
+Where a folder has an `index.json` (`index.py`), nothing is read to know that. Other shards are scanned at each start:
+headers and JSON members are read once and checked, so that a bad record is reported before training, not hours into
+it. Either way, whatever is read later is checked against its header in the tar. Member names are keys only, never paths
+on disk, and nothing is unpickled or evaluated.
 """
 
 from __future__ import annotations
@@ -13,20 +15,30 @@ from __future__ import annotations
 import glob
 import os
 import tarfile
+import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import braceexpand
+import numpy as np
 from webdataset.tariterators import base_plus_ext
 
+from mmprefix.data.index import INDEX_NAME, NUMBERS, read_index
 from mmprefix.data.samples import Sample, parse_record
 from mmprefix.errors import InputError
 from mmprefix.files import replacing
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+MAX_IMAGE_BYTES = 256 << 20
+MAX_JSON_BYTES = 64 << 20
+"""Larger members are refused unread: a shard may come from strangers."""
 _TAR_BLOCK = 512
 _MAX_OPEN_SHARDS = 256  # each process may open 1,024 files on many systems
+_PAUSES = (0.1, 0.5, 2.0, 5.0)
+"""Seconds before a failed read is tried again; network folders fail for moments."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +47,6 @@ class Member:
 
     offset: int
     size: int
-
-
-@dataclass(frozen=True)
-class Record:
-    """One image with what is asked about it."""
-
-    shard: int
-    key: str
-    image: Member
-    json: Member
 
 
 def expand_shards(pattern: str | Sequence[str], what: str) -> list[str]:
@@ -80,12 +82,12 @@ class ShardCollection:
 
     Attributes:
         paths: the shards.
-        records: in the order of shards and their members.
         num_samples: instructions on all records.
+        indexed: how many of the shards an `index.json` describes; the others were scanned.
     """
 
     def __init__(self, pattern: str | Sequence[str], what: str, *, needs_target: bool = True) -> None:
-        """Indexes and checks the shards.
+        """Finds out where every record lies, from the folders' indices or by scanning.
 
         Args:
             pattern: see `expand_shards`.
@@ -97,23 +99,39 @@ class ShardCollection:
         """
         self.paths = expand_shards(pattern, what)
         self.needs_target = needs_target
-        self.records: list[Record] = []
-        self.num_samples = 0
+        self.num_samples = self.indexed = 0
         self._descriptors: dict[int, tuple[int, int]] = {}
-        for number, path in enumerate(self.paths):
-            self._index(number, path)
-        if not self.records:
+        self._keys: list[list[str] | None] = []  # of a shard's records; None where their headers say them
+        members: list[np.ndarray] = []
+        indices: dict[str, dict[str, Any]] = {}
+        for path in self.paths:
+            folder = os.path.dirname(path)
+            if folder not in indices:
+                indices[folder] = _shards_of(folder, needs_target)
+            entry = indices[folder].get(os.path.basename(path))
+            if entry is None:
+                members.append(self._scan(path))
+            else:
+                members.append(_members_of(path, entry))
+                self._keys.append(None)
+                self.num_samples += entry["samples"]
+                self.indexed += 1
+        # Where each shard's records begin in the numbering of all.
+        self._firsts = np.cumsum([0, *map(len, members)])
+        self._members = np.concatenate([np.zeros((0, NUMBERS), np.int64), *members])
+        if not len(self):
             raise InputError(
                 f"{what}: expected records (KEY.jpg + KEY.json) in {', '.join(self.paths[:3])}, found none"
             )
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self._members)
 
-    def _index(self, number: int, path: str) -> None:
+    def _scan(self, path: str) -> np.ndarray:
+        """int64 ``[records, 4]``, offset and size of image and JSON."""
         members: dict[str, Member] = {}
         current: str | None = None
-        seen: set[str] = set()
+        found: dict[str, list[int]] = {}
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             try:
@@ -129,71 +147,167 @@ class ShardCollection:
                                 f"{path}: {info.name}: expected {info.size} bytes, the shard ends before them"
                             )
                         if key != current:
-                            self._add(number, path, current, members, file.fileno())
-                            if key in seen:
+                            self._add(path, current, members, file.fileno(), found)
+                            if key in found:
                                 raise InputError(
                                     f"{path}: {key}: expected a record's members side by side, it comes twice"
                                 )
-                            seen.add(key)
                             current, members = key, {}
                         members[suffix.lower()] = Member(info.offset_data, info.size)
                         tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header; a shard may hold 100,000
                     end = tar.offset
-            except tarfile.TarError as error:
-                raise InputError(f"{path}: expected an uncompressed tar, got {error}") from error
+            # Headers are read from strangers' files: tarfile lets much through besides its own errors.
+            except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
+                raise InputError(f"{path}: expected an uncompressed tar, got {' '.join(str(error).split())}") from error
             # tarfile takes a broken header or the end of the file for the end of the archive, without an error.
             if os.pread(file.fileno(), _TAR_BLOCK, end) != bytes(_TAR_BLOCK):
                 raise InputError(
                     f"{path}: expected an end-of-archive mark at byte {end}, got a truncated or broken shard"
                 )
-            self._add(number, path, current, members, file.fileno())
+            self._add(path, current, members, file.fileno(), found)
+        self._keys.append(list(found))
+        return np.array(list(found.values()), dtype=np.int64).reshape(-1, NUMBERS)
 
-    def _add(self, number: int, path: str, key: str | None, members: dict[str, Member], descriptor: int) -> None:
+    def _add(
+        self, path: str, key: str | None, members: dict[str, Member], descriptor: int, found: dict[str, list[int]]
+    ) -> None:  # fmt: skip
+        """Enters a record that is complete."""
         if key is None:
             return
         image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
-        found = f"got {', '.join(f'.{s}' for s in members)}"
+        got = f"got {', '.join(f'.{s}' for s in members)}"
         if image is None:
-            raise InputError(f"{path}: {key}: expected an image (.{', .'.join(IMAGE_SUFFIXES)}), {found}")
+            raise InputError(f"{path}: {key}: expected an image (.{', .'.join(IMAGE_SUFFIXES)}), {got}")
         if "json" not in members:
-            raise InputError(f"{path}: {key}: expected {key}.json with instruction and target, {found}")
+            raise InputError(f"{path}: {key}: expected {key}.json with instruction and target, {got}")
+        _check_size(path, key, image.size, MAX_IMAGE_BYTES)
+        _check_size(path, key, members["json"].size, MAX_JSON_BYTES)
         payload = os.pread(descriptor, members["json"].size, members["json"].offset)
         self.num_samples += len(parse_record(payload, key, path, needs_target=self.needs_target))
-        self.records.append(Record(number, key, image, members["json"]))
+        found[key] = [image.offset, image.size, members["json"].offset, members["json"].size]
 
-    def _read(self, shard: int, member: Member) -> bytes:
+    def _descriptor(self, shard: int) -> int:
         # A descriptor belongs to the process that opened it: a forked worker shares its file position, but pread
         # doesn't use one; a spawned worker has none of them. Reopen on a change of process all the same.
         process, descriptor = self._descriptors.get(shard, (-1, -1))
         if process != os.getpid():
             if len(self._descriptors) >= _MAX_OPEN_SHARDS:
-                oldest, (owner, stale) = next(iter(self._descriptors.items()))
-                del self._descriptors[oldest]
-                if owner == os.getpid():
-                    os.close(stale)
+                self._close(next(iter(self._descriptors)))
             descriptor = os.open(self.paths[shard], os.O_RDONLY)
             self._descriptors[shard] = (os.getpid(), descriptor)
-        content = os.pread(descriptor, member.size, member.offset)
-        if len(content) != member.size:
+        return descriptor
+
+    def _close(self, shard: int) -> None:
+        process, descriptor = self._descriptors.pop(shard, (-1, -1))
+        if process == os.getpid():
+            os.close(descriptor)
+
+    def _pread(self, shard: int, size: int, offset: int) -> bytes:
+        """Bytes of a shard; a read that fails is tried again, with a warning."""
+        for pause in (*_PAUSES, None):
+            try:
+                return os.pread(self._descriptor(shard), size, offset)
+            except OSError as error:
+                self._close(shard)  # a stale handle of a network folder stays stale
+                if pause is None or isinstance(error, FileNotFoundError | PermissionError):
+                    raise
+                warnings.warn(f"{self.paths[shard]}: {error.strerror}; reading again in {pause} s", stacklevel=2)
+                time.sleep(pause)
+        raise AssertionError("the last pause is None")
+
+    def _read(self, shard: int, member: Member) -> bytes:
+        path = self.paths[shard]
+        content = self._pread(shard, _TAR_BLOCK + member.size, member.offset - _TAR_BLOCK)
+        header, content = content[:_TAR_BLOCK], content[_TAR_BLOCK:]
+        size = _size_in(header)
+        if size != member.size:
             raise InputError(
-                f"{self.paths[shard]}: expected {member.size} bytes at {member.offset}, got {len(content)}"
+                f"{path}: expected a tar header of {member.size} bytes before byte {member.offset}, got "
+                f"{'none' if size is None else f'one of {size}'}: the shard changed, or {INDEX_NAME} is not its own"
             )
+        if len(content) != member.size:
+            raise InputError(f"{path}: expected {member.size} bytes at {member.offset}, got {len(content)}")
         return content
+
+    def path_of(self, index: int) -> str:
+        """The shard of record ``index``."""
+        return self.paths[self._shard_of(index)]
+
+    def _shard_of(self, index: int) -> int:
+        return int(np.searchsorted(self._firsts, index, side="right")) - 1
+
+    def key(self, index: int) -> str:
+        """The key of record ``index``."""
+        shard = self._shard_of(index)
+        keys = self._keys[shard]
+        if keys is not None:
+            return keys[index - int(self._firsts[shard])]
+        header = self._pread(shard, _TAR_BLOCK, int(self._members[index, 2]) - _TAR_BLOCK)
+        name = header[:100].rstrip(b"\0").decode("utf-8", "replace")
+        return str(base_plus_ext(name)[0] or name)
+
+    def image(self, index: int) -> Member:
+        """Where the image of record ``index`` lies in its shard."""
+        return Member(*map(int, self._members[index, :2]))
 
     def samples(self, index: int) -> tuple[Sample, ...]:
         """The samples of record ``index``."""
-        record = self.records[index]
-        payload = self._read(record.shard, record.json)
-        return parse_record(payload, record.key, self.paths[record.shard], needs_target=self.needs_target)
+        payload = self._read(self._shard_of(index), Member(*map(int, self._members[index, 2:])))
+        return parse_record(payload, self.key(index), self.path_of(index), needs_target=self.needs_target)
 
     def image_bytes(self, index: int) -> bytes:
         """The encoded image of record ``index``."""
-        record = self.records[index]
-        return self._read(record.shard, record.image)
+        return self._read(self._shard_of(index), self.image(index))
 
     def describe(self) -> str:
         """One line for logs."""
-        return f"{len(self.paths)} shards, {len(self.records)} images, {self.num_samples} samples"
+        return f"{len(self.paths)} shards, {len(self)} images, {self.num_samples} samples"
+
+
+def _shards_of(folder: str, needs_target: bool) -> dict[str, dict[str, Any]]:
+    """What a folder's index says of its shards, by file name."""
+    splits = read_index(folder or ".").values()
+    # Where targets may be missing, they are looked for.
+    usable = (split for split in splits if not (needs_target and (split.get("made_by") or {}).get("no_targets")))
+    return {shard["name"]: shard for split in usable for shard in split["shards"]}
+
+
+def _members_of(path: str, entry: dict[str, Any]) -> np.ndarray:
+    """int64 ``[records, 4]`` of an indexed shard.
+
+    Raises:
+        InputError: a shard of another size than the index says, or members that lie beyond it.
+    """
+    size = os.path.getsize(path)
+    advice = f"the shard changed, or {INDEX_NAME} is not its own"
+    if size != entry["bytes"]:
+        raise InputError(f"{path}: expected {entry['bytes']} bytes, as {INDEX_NAME} says, got {size}: {advice}")
+    try:
+        members = np.array(entry["members"], dtype=np.int64).reshape(-1, NUMBERS)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"{path}: expected whole numbers in {INDEX_NAME}, got {error}") from error
+    starts, sizes = members[:, ::2], members[:, 1::2]
+    if (starts < _TAR_BLOCK).any() or (sizes < 0).any() or (starts > size).any() or (sizes > size - starts).any():
+        raise InputError(f"{path}: expected members inside of the shard's {size} bytes: {advice}")
+    if len(members):
+        _check_size(path, INDEX_NAME, int(sizes[:, 0].max()), MAX_IMAGE_BYTES)
+        _check_size(path, INDEX_NAME, int(sizes[:, 1].max()), MAX_JSON_BYTES)
+    return members
+
+
+def _check_size(path: str, key: str, size: int, most: int) -> None:
+    if size > most:
+        raise InputError(f"{path}: {key}: expected members of at most {most} bytes, got one of {size}")
+
+
+def _size_in(header: bytes) -> int | None:
+    """The size that a tar header names; None where it is no header."""
+    if header[257:262] != b"ustar":
+        return None
+    try:
+        return int(tarfile.nti(header[124:136]))  # type: ignore[attr-defined]
+    except tarfile.HeaderError:
+        return None
 
 
 def write_shard(path: Path, records: Sequence[tuple[str, bytes, bytes]], image_suffix: str = "png") -> None:

@@ -1,0 +1,22 @@
+"""The parser of commands that are not Lightning's."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from mmprefix.errors import InputError
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Errors in one line, without the usage."""
+
+    def __init__(self, command: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(
+            f"python -m mmprefix {command}", description=description, epilog=epilog, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        self.command = command
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.command}: {message}")

@@ -1,0 +1,90 @@
+"""`index.json`: what a folder of shards holds and where, so that nothing has to be read to know it.
+
+Written by `prepare` beside the shards it describes, one file for all splits of the folder::
+
+    {"version": 1, "splits": {"train": {
+        "shards": [{"name": "train-000000.tar", "bytes": ..., "sha256": "...", "records": 1000, "samples": 1000,
+                    "targets": 5003, "members": [512, 70251, 71680, 340, ...]}, ...],
+        "images": 118287, "samples": ..., "targets": ..., "kinds": {"all": ...},
+        "lengths": {"unit": "bytes", "instruction": {...}, "target": {...}},
+        "refused": {"no file": 3}, "made_by": {...}}}}
+
+``members`` holds four numbers for each record, in order: offset and size of the image, offset and size of the JSON, in
+bytes of the shard. Shards stay plain webdataset tars: without the index they are read all the same, and scanned at each
+start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mmprefix.errors import InputError
+from mmprefix.files import replacing
+
+INDEX_NAME = "index.json"
+VERSION = 1
+NUMBERS = 4
+"""In ``members``, of one record."""
+
+
+def read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The splits that a folder's index describes, by name; {} where there is no index.
+
+    Raises:
+        InputError: a file that is no index, or one of a later version.
+    """
+    path = Path(folder) / INDEX_NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected an index of shards, got {' '.join(str(error).split())[:200]}") from error
+    version = content.get("version") if isinstance(content, dict) else None
+    if version != VERSION or not isinstance(content.get("splits"), dict):
+        raise InputError(
+            f"{path}: expected an index of shards of version {VERSION}, got version {version!r}; "
+            "without the file, shards are scanned at each start"
+        )
+    splits: dict[str, Any] = content["splits"]
+    for split, entry in splits.items():
+        problem = _problem(entry)
+        if problem:
+            raise InputError(f"{path}: {split}: {problem}; without the file, shards are scanned at each start")
+    return splits
+
+
+def _problem(entry: Any) -> str | None:
+    """What is wrong with a split's entry: it may come from strangers, and offsets are read from."""
+    shards = entry.get("shards") if isinstance(entry, dict) else None
+    if not isinstance(shards, list):
+        return "expected a list `shards`"
+    for shard in shards:
+        if not isinstance(shard, dict) or not isinstance(shard.get("name"), str):
+            return "expected shards with a `name`"
+        counts = [shard.get(name) for name in ("bytes", "records", "samples")]
+        if not all(isinstance(count, int) and count >= 0 for count in counts):
+            return f"{shard['name']}: expected numbers `bytes`, `records` and `samples`, got {counts}"
+        members = shard.get("members")
+        if not isinstance(members, list) or len(members) != NUMBERS * shard["records"]:
+            return f"{shard['name']}: expected {NUMBERS} numbers in `members` for each of {shard['records']} records"
+    return None
+
+
+def write_split(folder: Path, split: str, entry: dict[str, Any]) -> None:
+    """Enters a split into a folder's index, in the place of what stood there for it."""
+    splits = {**read_index(folder), split: entry}
+    with replacing(folder / INDEX_NAME) as temporary, temporary.open("w") as file:
+        # A line for each shard: a diff and a pager can cope, and offsets don't take a line each.
+        file.write(f'{{"version": {VERSION}, "splits": {{')
+        for number, (name, content) in enumerate(splits.items()):
+            rest = {key: value for key, value in content.items() if key != "shards"}
+            file.write(f'{"," if number else ""}\n{json.dumps(name)}: {json.dumps(rest)[:-1]}, "shards": [\n')
+            file.write(",\n".join(json.dumps(shard) for shard in content["shards"]))
+            file.write("]}")
+        file.write("\n}}\n")
+        file.flush()
+        os.fsync(file.fileno())

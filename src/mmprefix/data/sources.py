@@ -1,0 +1,606 @@
+"""Published annotation formats -> records: COCO and Karpathy captions, VQA v2 and its relatives, TextVQA, DocVQA, GQA,
+ScienceQA, LLaVA conversations, tables, and folders of pictures with texts beside them.
+
+Every reader is a function of `SourceOptions` and a `Staging` that takes samples as they come; files are read as
+streams. A sample that lacks something is refused by name, and a file that is something else altogether ends the command:
+`InputError` names the file, what was expected and what came.
+
+Where a set has no instruction of its own, it gets PaliGemma's (``caption en``); a question is the instruction as it
+stands, unless `instruction` puts it into a sentence.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ijson
+
+from mmprefix.data.staging import Staging
+from mmprefix.data.writing import SourceRecord
+from mmprefix.errors import InputError
+
+CAPTION = "caption en"
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_MAX_FIELD = 16 << 20
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a table's columns.
+
+    Attributes:
+        image: path of the picture, or (Parquet) the picture itself; the only one that must be there.
+        instruction, target, answers, id, kind: fields of a sample. Answers are a list, or JSON of one.
+    """
+
+    image: str = "image"
+    instruction: str = "instruction"
+    target: str = "target"
+    answers: str = "answers"
+    id: str = "id"
+    kind: str = "kind"
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Where a set lies.
+
+    Attributes:
+        images: folder that names of images are relative to.
+        annotations: annotation files.
+        questions: VQA: the questions file.
+        split: which part of a file that holds several; also the name of the shards.
+        instruction: text of the prefix; ``{question}`` stands for the question. None: the set's own.
+        image_name: VQA and TextVQA: name of a picture, with ``{image_id}`` (``{image_id:012d}``); None finds it.
+        columns: of a table.
+    """
+
+    images: Path | None = None
+    annotations: tuple[Path, ...] = ()
+    questions: Path | None = None
+    split: str = "train"
+    instruction: str | None = None
+    image_name: str | None = None
+    columns: Columns = field(default_factory=Columns)
+
+    def caption_instruction(self) -> str:
+        """Of sets without questions."""
+        return CAPTION if self.instruction is None else self.instruction
+
+    def question_instruction(self, question: str) -> str:
+        """Of sets with questions."""
+        return question if self.instruction is None else self.instruction.replace("{question}", question)
+
+
+# Streams --------------------------------------------------------------------------------------------------------------
+
+
+def _items(path: Path, prefix: str) -> Iterator[Any]:
+    """Elements of a JSON array, one after the other; nothing where the file has no such array.
+
+    Args:
+        path: a JSON file.
+        prefix: ``annotations.item``, ``item`` for an array that is the file.
+    """
+    yield from _streamed(path, lambda file: ijson.items(file, prefix, use_float=True))
+
+
+def _entries(path: Path, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Members of a JSON object."""
+    yield from _streamed(path, lambda file: ijson.kvitems(file, prefix, use_float=True))
+
+
+def _streamed(path: Path, read: Callable[[Any], Iterable[Any]]) -> Iterator[Any]:
+    try:
+        with path.open("rb") as file:
+            yield from read(file)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ijson.JSONError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: expected JSON, got {' '.join(str(error).split())[:200]}") from error
+
+
+def _is_array(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _only(options: SourceOptions, what: str) -> Path:
+    if len(options.annotations) != 1:
+        raise InputError(f"--annotations: expected {what}, got {len(options.annotations)} files")
+    return options.annotations[0]
+
+
+def _text(value: Any) -> str | None:
+    return " ".join(value.split()) if isinstance(value, str) else None
+
+
+def _most_common(answers: list[str]) -> str:
+    return Counter(answers).most_common(1)[0][0]
+
+
+# Captions -------------------------------------------------------------------------------------------------------------
+
+
+def coco(options: SourceOptions, staging: Staging) -> None:
+    """COCO captions (``captions_train2017.json``), or Karpathy's split of them (``dataset_coco.json``)."""
+    path = _only(options, "one captions file")
+    first = next(_items(path, "images.item"), None)
+    if not isinstance(first, dict):
+        raise InputError(f"{path}: expected COCO captions with a list `images`, got none")
+    if "sentences" in first:
+        _karpathy(path, options, staging)
+        return
+    for image in _items(path, "images.item"):
+        if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or "id" not in image:
+            staging.refuse(_name(image, "id"), "bad entry", "an image without id or file_name")
+            continue
+        staging.note(f"image {image['id']}", image["file_name"])
+        staging.note(f"without {image['id']}", 0)
+    captions = 0
+    for entry in _items(path, "annotations.item"):
+        captions += 1
+        caption, number = entry.get("caption"), entry.get("image_id")
+        name = staging.noted(f"image {number}")
+        if name is None:
+            staging.refuse(f"caption {entry.get('id')}", "unknown image", f"image_id {number}")
+            continue
+        staging.forget(f"without {number}")
+        if _text(caption) is None:
+            staging.refuse(f"caption {entry.get('id')} of {name}", "bad entry", f"caption: {type(caption).__name__}")
+            continue
+        staging.add(name, _caption(options, str(number), [caption]))
+    for number in staging.left_over("without "):
+        name = staging.noted(f"image {number}")
+        if captions:
+            staging.refuse(name, "no caption")
+        else:  # a test file: pictures to caption
+            staging.add(name, _caption(options, str(number), []))
+
+
+def _caption(options: SourceOptions, number: str, captions: list[Any]) -> dict[str, Any]:
+    texts = [text for caption in captions if (text := _text(caption)) is not None]
+    return {
+        "id": number, "image_id": number, "instruction": options.caption_instruction(), "targets": texts,
+    }  # fmt: skip
+
+
+_KARPATHY = {"train": ("train", "restval")}
+"""Karpathy's training set is both; other splits stand for themselves."""
+
+
+def _karpathy(path: Path, options: SourceOptions, staging: Staging) -> None:
+    wanted = _KARPATHY.get(options.split, (options.split,))
+    seen: Counter[str] = Counter()
+    for image in _items(path, "images.item"):
+        part = str(image.get("split"))
+        seen[part] += 1
+        if part not in wanted:
+            continue
+        name, folder = image.get("filename"), image.get("filepath")
+        captions = [sentence.get("raw") for sentence in image.get("sentences", ()) if isinstance(sentence, dict)]
+        if not isinstance(name, str):
+            staging.refuse(_name(image, "imgid"), "bad entry", "an image without filename")
+            continue
+        if isinstance(folder, str) and not _exists(options, name):
+            name = f"{folder}/{name}"
+        staging.add(name, _caption(options, str(image.get("cocoid", Path(name).stem)), captions))
+    if not any(seen[part] for part in wanted):
+        raise InputError(f"--split: expected one of {', '.join(sorted(seen))}, got {options.split!r}: {path}")
+
+
+def folder(options: SourceOptions, staging: Staging) -> None:
+    """Pictures with a `.txt` of the same name beside them: each line that isn't empty is a target."""
+    assert options.images is not None
+    for name in _pictures(options.images):
+        text = (options.images / name).with_suffix(".txt")
+        try:
+            lines = text.read_text(encoding="utf-8-sig").splitlines()
+        except FileNotFoundError:
+            staging.refuse(name, "no text", f"expected {text.name} beside it")
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            staging.refuse(name, "bad text", str(error))
+            continue
+        targets = [line.strip() for line in lines if line.strip()]
+        key = os.path.splitext(name)[0]
+        staging.add(
+            name, {"id": key, "image_id": key, "instruction": options.caption_instruction(), "targets": targets}
+        )
+
+
+def _pictures(root: Path) -> Iterator[str]:
+    """Names relative to ``root``, in order."""
+    for path, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for file in sorted(files):
+            if file.lower().endswith(PICTURES) and not file.startswith("."):
+                yield os.path.relpath(os.path.join(path, file), root).replace(os.sep, "/")
+
+
+# Questions ------------------------------------------------------------------------------------------------------------
+
+
+def vqa(options: SourceOptions, staging: Staging) -> None:
+    """VQA v2 and OK-VQA (questions and annotations), or VizWiz (one array with both). All ten answers are kept."""
+    if options.questions is None:
+        path = _only(options, "one VizWiz file, or --questions as well")
+        if not _is_array(path):
+            raise InputError(f"--questions: expected the questions that belong to {path}, got none")
+        _vizwiz(path, options, staging)
+        return
+    for path in options.annotations:
+        found = False
+        for entry in _items(path, "annotations.item"):
+            found = True
+            staging.note(f"answers {entry.get('question_id')}", {
+                name: entry.get(name) for name in ("answers", "multiple_choice_answer", "answer_type")
+            })  # fmt: skip
+        if not found:
+            raise InputError(f"{path}: expected VQA annotations with a list `annotations`, got none")
+    subtype = next(_items(options.questions, "data_subtype"), "")
+    name_of, found = None, False
+    for entry in _items(options.questions, "questions.item"):
+        found = True
+        number, image, question = entry.get("question_id"), entry.get("image_id"), _text(entry.get("question"))
+        if number is None or not isinstance(image, int | str) or question is None:
+            staging.refuse(f"question {number}", "bad entry", "a question without question_id, image_id or question")
+            continue
+        name_of = name_of or _coco_names(options, str(subtype), image)
+        sample = {"id": str(number), "image_id": str(image), "instruction": options.question_instruction(question)}
+        if options.annotations:
+            answered = staging.noted(f"answers {number}")
+            if answered is None:
+                staging.refuse(f"question {number}", "no answers")
+                continue
+            staging.forget(f"answers {number}")
+            sample |= _answers(answered)
+        staging.add(name_of(image), sample)
+    if not found:
+        raise InputError(f"{options.questions}: expected VQA questions with a list `questions`, got none")
+    for number in staging.left_over("answers "):
+        staging.refuse(f"answers {number}", "unknown question")
+
+
+def _answers(entry: dict[str, Any]) -> dict[str, Any]:
+    """Target and answers of an annotation with answers by several people."""
+    given = entry.get("answers")
+    answers = [
+        text
+        for answer in (given if isinstance(given, list) else ())
+        if (text := _text(answer.get("answer") if isinstance(answer, dict) else answer))
+    ]
+    target = _text(entry.get("multiple_choice_answer")) or (_most_common(answers) if answers else None)
+    fields: dict[str, Any] = {"targets": [target] if target else []}
+    if answers:
+        fields["answers"] = answers
+    if isinstance(entry.get("answer_type"), str):
+        fields["kind"] = entry["answer_type"]
+    return fields
+
+
+def _vizwiz(path: Path, options: SourceOptions, staging: Staging) -> None:
+    for number, entry in enumerate(_items(path, "item")):
+        question = _text(entry.get("question")) if isinstance(entry, dict) else None
+        if question is None or not isinstance(entry.get("image"), str):
+            staging.refuse(f"entry {number}", "bad entry", "expected `image` and `question`")
+            continue
+        sample = {"id": Path(entry["image"]).stem, "instruction": options.question_instruction(question)}
+        staging.add(entry["image"], sample | _answers(entry))
+
+
+def _coco_names(options: SourceOptions, subtype: str, example: int | str) -> Callable[[int | str], str]:
+    """How COCO's pictures are called here; the years differ, and so do folders."""
+    if options.image_name is not None:
+        return _named(options.image_name)
+    patterns = [f"COCO_{subtype}_{{image_id:012d}}.jpg", "{image_id:012d}.jpg"]
+    patterns += [f"{subtype}/{pattern}" for pattern in patterns] + ["{image_id}.jpg", "{image_id}.png"]
+    for pattern in patterns:
+        if not (isinstance(example, str) and "012d" in pattern) and _exists(options, _named(pattern)(example)):
+            return _named(pattern)
+    # None is there: refused one by one, under the name that the set's authors gave it.
+    return _named(patterns[0] if isinstance(example, int) else "{image_id}.jpg")
+
+
+def _named(pattern: str) -> Callable[[int | str], str]:
+    def name(image_id: int | str) -> str:
+        try:
+            return pattern.format(image_id=image_id)
+        except (KeyError, ValueError, IndexError) as error:
+            raise InputError(
+                f"--image-name: expected a name with {{image_id}} or {{image_id:012d}}, got {pattern!r} for {image_id!r}"
+            ) from error
+
+    return name
+
+
+def textvqa(options: SourceOptions, staging: Staging) -> None:
+    """TextVQA (``TextVQA_0.5.1_train.json``) and DocVQA (``train_v1.0.json``): questions and answers in one `data`."""
+    found = False
+    for path in options.annotations:
+        for entry in _items(path, "data.item"):
+            found = True
+            number = entry.get("question_id", entry.get("questionId"))
+            question, picture = _text(entry.get("question")), entry.get("image")
+            if question is None or number is None:
+                staging.refuse(f"question {number}", "bad entry", "a question without id or text")
+                continue
+            if not isinstance(picture, str):
+                picture = _named(options.image_name or "{image_id}.jpg")(str(entry.get("image_id")))
+            sample = {"id": str(number), "image_id": str(entry.get("image_id", Path(picture).stem)),
+                      "instruction": options.question_instruction(question), **_answers(entry)}  # fmt: skip
+            kinds = entry.get("question_types")
+            if isinstance(kinds, list) and kinds:
+                sample["kind"] = str(kinds[0])
+            staging.add(picture, sample)
+    if not found:
+        raise InputError(f"{options.annotations[0]}: expected TextVQA or DocVQA with a list `data`, got none")
+
+
+def gqa(options: SourceOptions, staging: Staging) -> None:
+    """GQA (``train_balanced_questions.json``): an object of questions by id."""
+    for path in options.annotations:
+        if _is_array(path):
+            raise InputError(f"{path}: expected GQA, an object of questions by id, got a list")
+        for number, entry in _entries(path):
+            question = _text(entry.get("question")) if isinstance(entry, dict) else None
+            if question is None or "imageId" not in entry:
+                staging.refuse(f"question {number}", "bad entry", "expected `question` and `imageId`")
+                continue
+            sample = {"id": number, "image_id": str(entry["imageId"]),
+                      "instruction": options.question_instruction(question)}  # fmt: skip
+            answer, kinds = _text(entry.get("answer")), entry.get("types")
+            sample["targets"] = [answer] if answer else []  # type: ignore[assignment]
+            if isinstance(kinds, dict) and isinstance(kinds.get("structural"), str):
+                sample["kind"] = kinds["structural"]
+            staging.add(_named(options.image_name or "{image_id}.jpg")(str(entry["imageId"])), sample)
+
+
+def scienceqa(options: SourceOptions, staging: Staging) -> None:
+    """ScienceQA (``problems.json``): choices are part of the instruction, the target is the letter."""
+    path, seen, chosen = _only(options, "problems.json"), Counter[str](), 0
+    for number, entry in _entries(path):
+        if not isinstance(entry, dict) or not isinstance(entry.get("choices"), list):
+            raise InputError(f"{path}: expected ScienceQA, an object of problems with `choices`, got {number!r}")
+        seen[str(entry.get("split"))] += 1
+        if entry.get("split") != options.split:
+            continue
+        chosen += 1
+        if not isinstance(entry.get("image"), str):
+            staging.refuse(f"problem {number}", "no image", "a question about text only")
+            continue
+        choices, answer = [str(choice) for choice in entry["choices"]], entry.get("answer")
+        question, hint = _text(entry.get("question")) or "", _text(entry.get("hint"))
+        letters = [chr(ord("A") + n) for n in range(len(choices))]
+        listed = " ".join(f"({letter}) {choice}" for letter, choice in zip(letters, choices, strict=True))
+        text = "\n".join([question, *([f"Context: {hint}"] if hint else []), f"Options: {listed}"])
+        target = [letters[answer]] if isinstance(answer, int) and 0 <= answer < len(choices) else []
+        sample: dict[str, Any] = {
+            "id": number, "image_id": number, "instruction": options.question_instruction(text),
+            "targets": target,
+        }  # fmt: skip
+        if isinstance(entry.get("subject"), str):
+            sample["kind"] = entry["subject"]
+        name = f"{number}/{entry['image']}"
+        staging.add(name if _exists(options, name) else f"{options.split}/{name}", sample)
+    if not chosen:
+        raise InputError(f"--split: expected one of {', '.join(sorted(seen)) or 'none'}, got {options.split!r}: {path}")
+
+
+def llava(options: SourceOptions, staging: Staging) -> None:
+    """LLaVA conversations: a sample for each turn of the assistant, whose prefix is all that was said before it."""
+    for path in options.annotations:
+        if not _is_array(path):
+            raise InputError(f"{path}: expected LLaVA, a list of conversations, got none")
+        for number, entry in enumerate(_items(path, "item")):
+            _conversation(entry, number, staging)
+
+
+def _conversation(entry: Any, number: int, staging: Staging) -> None:
+    turns = entry.get("conversations") if isinstance(entry, dict) else None
+    name = str(entry.get("id", number)) if isinstance(entry, dict) else str(number)
+    if not isinstance(turns, list) or not turns:
+        staging.refuse(f"conversation {name}", "bad entry", "expected a list `conversations`")
+        return
+    if not isinstance(entry.get("image"), str):
+        staging.refuse(f"conversation {name}", "no image", "a conversation about text only")
+        return
+    before: list[str] = []
+    for place, turn in enumerate(turns):
+        speaker = turn.get("from") if isinstance(turn, dict) else None
+        said = turn.get("value") if isinstance(turn, dict) else None
+        if speaker not in ("human", "gpt", "system") or not isinstance(said, str):
+            staging.refuse(f"conversation {name}", "bad turn", f"turn {place}: from {speaker!r}")
+            return  # what follows would lack it
+        # The picture stands in front of the whole prefix.
+        said = said.replace("<image>", "").strip()
+        if speaker == "gpt":
+            staging.add(entry["image"], {
+                "id": f"{name}#{place}", "instruction": "\n".join(before), "targets": [said],
+            })  # fmt: skip
+        before.append(said)
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def jsonl(options: SourceOptions, staging: Staging) -> None:
+    """JSON Lines: an object in each line."""
+    for path in options.annotations:
+        for number, line in enumerate(_lines(path), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                staging.refuse(f"{path.name}:{number}", "bad line", str(error))
+                continue
+            if isinstance(row, dict):
+                _row(row, f"{path.name}:{number}", options, staging)
+            else:
+                staging.refuse(f"{path.name}:{number}", "bad line", f"expected an object, got {type(row).__name__}")
+
+
+def csv_table(options: SourceOptions, staging: Staging) -> None:
+    """CSV, or with tabs (`.tsv`), with the names of columns in its first line."""
+    csv.field_size_limit(_MAX_FIELD)
+    for path in options.annotations:
+        reader = csv.DictReader(_lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        _check_columns(path, reader.fieldnames or (), options.columns)
+        try:
+            for row in reader:
+                where = f"{path.name}:{reader.line_num}"
+                if None in row or None in row.values():
+                    staging.refuse(where, "bad line", f"expected {len(reader.fieldnames or ())} columns")
+                else:
+                    _row(dict(row), where, options, staging)
+        except csv.Error as error:
+            raise InputError(f"{path}:{reader.line_num}: expected CSV, got {error}") from error
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from file
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected text in UTF-8, got {error}") from error
+
+
+def _check_columns(path: Path, names: Iterable[str], columns: Columns) -> None:
+    found = list(names)
+    if columns.image not in found:
+        raise InputError(
+            f"{path}: expected a column {columns.image!r} (--image-column), got {', '.join(map(str, found)) or 'none'}"
+        )
+
+
+def _row(row: dict[str, Any], where: str, options: SourceOptions, staging: Staging) -> None:
+    image = row.get(options.columns.image)
+    if not isinstance(image, str) or not image:
+        got = "none" if image is None else type(image).__name__
+        staging.refuse(where, "no image", f"column {options.columns.image!r}: expected a path, got {got}")
+        return
+    sample = _sample_of_row(row, options)
+    if isinstance(sample, str):
+        staging.refuse(where, "bad entry", sample)
+    else:
+        staging.add(image, sample)
+
+
+def _sample_of_row(row: dict[str, Any], options: SourceOptions) -> dict[str, Any] | str:
+    """A sample, or what is wrong with the row."""
+    columns = options.columns
+    own = row.get(columns.instruction)
+    if own is None:
+        instruction = options.caption_instruction()
+    elif isinstance(own, str):
+        instruction = options.question_instruction(own)
+    else:
+        return f"column {columns.instruction!r}: expected text, got {type(own).__name__}"
+    sample: dict[str, Any] = {"instruction": instruction}
+    for name, column in (("targets", columns.target), ("answers", columns.answers)):
+        value = row.get(column)
+        if isinstance(value, str) and name == "answers" and value.lstrip().startswith("["):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                return f"column {column!r}: expected a list, got {error}"
+        texts = [value] if isinstance(value, str) else value
+        if texts is None or texts == [""]:
+            continue
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            return f"column {column!r}: expected text or a list of texts, got {type(value).__name__}"
+        sample[name] = texts
+    if "answers" in sample and "targets" not in sample and sample["answers"]:
+        sample["targets"] = [_most_common(sample["answers"])]
+    for name, column in (("id", columns.id), ("kind", columns.kind)):
+        if row.get(column) not in (None, ""):
+            sample[name] = str(row[column])
+    return sample
+
+
+def parquet(options: SourceOptions, staging: Staging) -> Iterator[SourceRecord]:
+    """Parquet: as the other tables, or with the pictures inside (bytes, or Hugging Face's ``{bytes, path}``).
+
+    Yields:
+        Records of rows that hold their picture; those with a path go to the staging.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(
+            "parquet: expected pyarrow, which is not installed: pip install 'mmprefix[parquet]'"
+        ) from error
+    column = options.columns.image
+    for path in options.annotations:
+        try:
+            table = pyarrow.parquet.ParquetFile(path)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise InputError(f"{path}: expected Parquet, got {' '.join(str(error).split())[:200]}") from error
+        _check_columns(path, table.schema_arrow.names, options.columns)
+        kind = table.schema_arrow.field(column).type
+        inside = not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
+        names = [name for name in vars(options.columns).values() if name in table.schema_arrow.names]
+        # Without a column to read, rows could not be counted: the picture's own is read, for all its size.
+        texts = [name for name in names if not (inside and name == column)] or [column]
+        first = 0
+        for group in range(table.num_row_groups):
+            try:
+                rows = (
+                    table.read_row_group(group, texts).to_pylist()
+                    if texts
+                    else [{}] * table.metadata.row_group(group).num_rows
+                )
+            except (OSError, pyarrow.ArrowException) as error:
+                raise InputError(f"{path}: row group {group}: {' '.join(str(error).split())[:200]}") from error
+            for number, row in enumerate(rows):
+                where = f"{path.name}:{first + number}"
+                if not inside:
+                    _row(row, where, options, staging)
+                    continue
+                sample = _sample_of_row(row, options)
+                if isinstance(sample, str):
+                    staging.refuse(where, "bad entry", sample)
+                else:
+                    name = f"{path.stem}-{first + number}"
+                    sample = {"id": name, "image_id": name, **sample}
+                    yield SourceRecord(str(path), where, (sample,), (group, number), column)
+            first += len(rows)
+
+
+# All ------------------------------------------------------------------------------------------------------------------
+
+READERS: dict[str, Callable[[SourceOptions, Staging], Any]] = {
+    "coco": coco, "vqa": vqa, "textvqa": textvqa, "gqa": gqa, "scienceqa": scienceqa, "llava": llava,
+    "jsonl": jsonl, "csv": csv_table, "parquet": parquet, "folder": folder,
+}  # fmt: skip
+
+
+def staged_records(images: Path, staging: Staging) -> Iterator[SourceRecord]:
+    """The records of everything that was staged. Names that lead out of ``images`` are refused."""
+    for name, samples in staging:
+        if os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
+            staging.refuse(name, "image outside of --images")
+        else:
+            yield SourceRecord(str(images / name), name, tuple(samples))
+
+
+def _exists(options: SourceOptions, name: str) -> bool:
+    return options.images is not None and (options.images / name).is_file()
+
+
+def _name(entry: Any, key: str) -> str:
+    return str(entry.get(key)) if isinstance(entry, dict) else repr(entry)[:40]

@@ -1,0 +1,521 @@
+"""Records -> shards, on all cores, in memory that does not grow with the set, going on where it was interrupted.
+
+The main process hands chunks of records, `shard_size` each, to worker processes; each becomes one shard, complete or
+absent. A record names its image by path: workers read it, look at its header and copy its bytes as they are. What
+can't be used is refused by name, never skipped: `Refusal`.
+
+While a conversion is unfinished, ``.SPLIT.progress/`` beside the shards holds what each finished shard holds; at the
+end it becomes `index.json` (`index.py`) and ``refused.jsonl``.
+
+This module knows no data set: `sources` reads those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import tarfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from mmprefix.data.index import read_index, write_split
+from mmprefix.data.samples import parse_record
+from mmprefix.errors import InputError
+from mmprefix.files import replacing
+
+SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "MPO": "jpg"}
+"""Formats that are copied, as Pillow names them, and the suffix of their members."""
+MAX_IMAGE_BYTES = 256 << 20
+MAX_PIXELS = 178_956_970
+"""Twice Pillow's own limit, where it raises: a small file may claim to be enormous."""
+_BLOCK = 512
+_AHEAD = 64
+"""Chunks that wait for a worker at most: their texts are in memory, their images are not."""
+_QUANTILES = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """One image with its samples, before anything of it was read.
+
+    Attributes:
+        image: path of the file; or, with ``row``, of a Parquet file.
+        name: the image as its annotations call it, for messages and as its default id.
+        samples: dicts with the fields of `KEY.json`.
+        row: row group and row of an image that a Parquet file holds.
+        column: and the column.
+    """
+
+    image: str
+    name: str
+    samples: tuple[dict[str, Any], ...]
+    row: tuple[int, int] | None = None
+    column: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that could not be used.
+
+    Attributes:
+        what: image or sample, as its annotations call it.
+        reason: one of a few, to be counted.
+        detail: what came instead.
+    """
+
+    what: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass
+class ShardReport:
+    """What a finished shard holds; `shard` is None where nothing of the chunk could be used."""
+
+    number: int
+    shard: dict[str, Any] | None = None
+    kinds: dict[str, int] = field(default_factory=dict)
+    lengths: dict[str, dict[str, int]] = field(default_factory=dict)
+    refused: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What workers need beside the records.
+
+    Attributes:
+        folder, split: where shards go, and how their names begin.
+        resize: longest side in pixels of images that are larger; None copies all as they are.
+        tokenizer: name of a tokenizer that lengths are counted with; None counts UTF-8 bytes.
+        needs_target: whether a sample without target is refused.
+    """
+
+    folder: Path
+    split: str
+    resize: int | None = None
+    tokenizer: str | None = None
+    needs_target: bool = True
+
+
+class _Unusable(Exception):
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+# In a worker ----------------------------------------------------------------------------------------------------------
+
+_count_tokens: Callable[[str], int] | None = None
+
+
+def _start_worker(tokenizer: str | None) -> None:
+    global _count_tokens
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the main process ends us
+    if tokenizer is not None:
+        from transformers import AutoTokenizer
+
+        encode = AutoTokenizer.from_pretrained(tokenizer).encode
+        _count_tokens = lambda text: len(encode(text, add_special_tokens=False))  # noqa: E731
+
+
+def _length(text: str) -> int:
+    return len(text.encode()) if _count_tokens is None else _count_tokens(text)
+
+
+def write_chunk(job: Job, number: int, records: list[SourceRecord]) -> ShardReport:
+    """Writes one shard and says what it holds."""
+    report, kinds, name = ShardReport(number), Counter[str](), f"{job.split}-{number:06d}.tar"
+    lengths = {"instruction": Counter[int](), "target": Counter[int]()}
+    members: list[int] = []
+    num_samples = num_targets = 0
+
+    def refuse(what: str, reason: str, detail: str) -> None:
+        report.refused.append(asdict(Refusal(what, reason, detail)))
+
+    with suppress(_NothingUsable), replacing(job.folder / name) as temporary, temporary.open("wb") as file:
+        shard = _HashingTar(file)
+        for place, record in enumerate(records):
+            key = f"{number:06d}{place:05d}"
+            try:
+                samples = _usable(record, key, job.needs_target, refuse)
+                content, suffix = _image_of(record, job.resize)
+            except _Unusable as error:
+                refuse(record.name, error.reason, error.detail)
+                continue
+            payload = json.dumps(samples[0] if len(samples) == 1 else samples, ensure_ascii=False).encode()
+            for member_suffix, member in ((suffix, content), ("json", payload)):
+                members += [shard.add(f"{key}.{member_suffix}", member), len(member)]
+            for sample in samples:
+                num_samples += 1
+                num_targets += len(sample["targets"])
+                kinds[sample.get("kind", "all")] += 1
+                lengths["instruction"][_length(sample["instruction"])] += 1
+                lengths["target"].update(map(_length, sample["targets"]))
+        shard.close()
+        if not members:
+            raise _NothingUsable
+        os.fsync(file.fileno())
+        report.shard = {
+            "name": name, "bytes": shard.size, "sha256": shard.digest.hexdigest(), "records": len(members) // 4,
+            "samples": num_samples, "targets": num_targets, "members": members,
+        }  # fmt: skip
+    report.kinds = dict(kinds)
+    report.lengths = {what: {str(k): n for k, n in counts.items()} for what, counts in lengths.items()}
+    with replacing(_progress(job.folder, job.split) / f"{number:06d}.json") as temporary:
+        temporary.write_text(json.dumps(asdict(report)))
+    return report
+
+
+class _NothingUsable(Exception):
+    """Of a whole chunk: the file that was begun is removed on the way out."""
+
+
+class _HashingTar:
+    """A ustar file, written once from front to back and hashed on the way."""
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self._file, self.size, self.digest = file, 0, hashlib.sha256()
+
+    def _write(self, content: bytes) -> None:
+        self._file.write(content)
+        self.digest.update(content)
+        self.size += len(content)
+
+    def add(self, name: str, content: bytes) -> int:
+        """Returns the offset of the content."""
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        self._write(info.tobuf(tarfile.USTAR_FORMAT))  # time 0: equal content makes equal bytes
+        offset = self.size
+        self._write(content)
+        self._write(bytes(-len(content) % _BLOCK))
+        return offset
+
+    def close(self) -> None:
+        self._write(bytes(2 * _BLOCK))
+
+
+def _usable(
+    record: SourceRecord, key: str, needs_target: bool, refuse: Callable[[str, str, str], None]
+) -> list[dict[str, Any]]:
+    """The record's samples, normalised; the others are refused one by one."""
+    usable = []
+    for number, entry in enumerate(record.samples):
+        what = f"{record.name}: {entry.get('id', number)}"
+        sample = {"image_id": Path(record.name).stem, **entry}
+        sample["targets"] = [text for text in sample.get("targets", ()) if not isinstance(text, str) or text.strip()]
+        for _ in range(len(entry.get("targets", ())) - len(sample["targets"])):
+            refuse(what, "empty target", "")
+        if needs_target and not sample["targets"]:
+            if not entry.get("targets"):
+                refuse(what, "no target", "")
+            continue
+        try:
+            parse_record(json.dumps(sample).encode(), key, "", needs_target=needs_target)
+        except InputError as error:
+            refuse(what, "bad sample", str(error).removeprefix(f": {key}.json: "))
+            continue
+        usable.append(sample)
+    if not usable:
+        raise _Unusable("image without a usable sample")
+    return usable
+
+
+def _image_of(record: SourceRecord, resize: int | None) -> tuple[bytes, str]:
+    """Encoded image and the suffix of its format."""
+    content = _read(record)
+    if len(content) > MAX_IMAGE_BYTES:
+        raise _Unusable("image too large", f"{len(content)} bytes, at most {MAX_IMAGE_BYTES}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Reads the header only: to decode every image would cost more than everything else.
+            image = Image.open(io.BytesIO(content))
+            width, height = image.size
+            suffix = SUFFIXES.get(str(image.format))
+            if suffix is None:
+                raise _Unusable("image format", f"{image.format}, expected one of {', '.join(SUFFIXES)}")
+            if width * height > MAX_PIXELS:
+                raise _Unusable("image too large", f"{width} x {height} pixels, at most {MAX_PIXELS}")
+            if resize is None or max(width, height) <= resize:
+                return content, suffix
+            return _resized(image, resize), "jpg" if suffix == "jpg" else "png"
+    except _Unusable:
+        raise
+    except Image.DecompressionBombError as error:
+        raise _Unusable("image too large", str(error)) from error
+    except Exception as error:  # Pillow raises much besides OSError on broken files
+        message = " ".join(str(error).split()).split(" <_io.BytesIO")[0] or type(error).__name__
+        raise _Unusable("image unreadable", message) from error
+
+
+def _resized(image: Image.Image, longest: int) -> bytes:
+    """Upright, the longest side as given, in the format it came in or as PNG."""
+    jpeg = image.format in ("JPEG", "MPO")
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode == "P":
+        upright = upright.convert("RGBA" if "transparency" in upright.info else "RGB")
+    scale = longest / max(upright.size)
+    size = max(1, round(upright.width * scale)), max(1, round(upright.height * scale))
+    buffer = io.BytesIO()
+    if jpeg:
+        upright.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0).save(buffer, "JPEG", quality=95)
+    else:
+        upright.resize(size, Image.Resampling.BICUBIC).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _read(record: SourceRecord) -> bytes:
+    if record.row is not None:
+        return _from_parquet(record)
+    try:
+        with open(record.image, "rb") as file:
+            return file.read(MAX_IMAGE_BYTES + 1)
+    except FileNotFoundError as error:
+        raise _Unusable("no file", record.image) from error
+    except OSError as error:
+        raise _Unusable("image unreadable", f"{record.image}: {error.strerror}") from error
+
+
+_row_group: tuple[Any, Any] = (None, None)
+
+
+def _from_parquet(record: SourceRecord) -> bytes:
+    global _row_group
+    import pyarrow.parquet
+
+    assert record.row is not None
+    group, row = record.row
+    wanted = (record.image, group, record.column)
+    if _row_group[0] != wanted:  # rows come in order: one group is held at a time
+        _row_group = (
+            wanted,
+            pyarrow.parquet.ParquetFile(record.image).read_row_group(group, [record.column]).column(0),
+        )
+    value = _row_group[1][row].as_py()
+    content = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(content, bytes):
+        raise _Unusable("no image", f"row {row} of row group {group} holds {type(content).__name__}")
+    return content
+
+
+# In the main process --------------------------------------------------------------------------------------------------
+
+
+def _progress(folder: Path, split: str) -> Path:
+    return folder / f".{split}.progress"
+
+
+@contextmanager
+def workers(processes: int, tokenizer: str | None) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes for `convert`, running from the start.
+
+    They are forked, so begin them before there are threads: spawned ones would import the package anew, and with it
+    torch. What they were doing is thrown away where the block ends by an exception.
+
+    Args:
+        processes: how many.
+        tokenizer: as in `Job`.
+    """
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _start_worker, (tokenizer,))
+    try:
+        pool.submit(int).result()  # forks all of them
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclass
+class Converted:
+    """What a conversion came to.
+
+    Attributes:
+        entry: the split's entry in `index.json`.
+        resumed: shards that were there before.
+    """
+
+    entry: dict[str, Any]
+    resumed: int = 0
+
+
+def finished_entry(folder: Path, split: str, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
+    """The split's entry, if this very conversion was finished before; None if there is none.
+
+    Raises:
+        InputError: the split was made from something else.
+    """
+    entry = read_index(folder).get(split)
+    if entry is None:
+        return None
+    if entry.get("made_by") == fingerprint and all((folder / s["name"]).is_file() for s in entry["shards"]):
+        return entry  # type: ignore[no-any-return]
+    raise InputError(
+        f"--out: {folder} holds a split {split!r} that was made otherwise ({_difference(entry.get('made_by'), fingerprint)}); "
+        "give --overwrite to replace it, or another --split or --out"
+    )
+
+
+def _difference(before: Any, now: dict[str, Any]) -> str:
+    before = before if isinstance(before, dict) else {}
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return (
+        ", ".join(f"{name}: {before.get(name)!r}, now {now.get(name)!r}" for name in names)[:300]
+        or "shards are missing"
+    )
+
+
+def remove_split(folder: Path, split: str) -> None:
+    """Removes the shards, progress and refusals of a split; `index.json` forgets it when the next one is entered."""
+    shutil.rmtree(_progress(folder, split), ignore_errors=True)
+    for path in (*folder.glob(f"{split}-[0-9]*.tar"), folder / f"{split}.refused.jsonl"):
+        path.unlink(missing_ok=True)
+
+
+def convert(
+    job: Job,
+    records: Iterable[SourceRecord],
+    fingerprint: dict[str, Any],
+    *,
+    shard_size: int,
+    pool: ProcessPoolExecutor,
+    refused: Callable[[], Iterable[Refusal]] = tuple,
+    advance: Callable[[int], None] = lambda number: None,
+) -> Converted:
+    """Writes all shards of a split, its index and what was refused.
+
+    Args:
+        job: where to and how.
+        records: in an order that is the same each time.
+        fingerprint: of the input and options: an unfinished conversion goes on only where it is the same.
+        shard_size: records of a chunk; what is refused makes shards smaller.
+        pool: from `workers`.
+        refused: what never became a record; asked at the end.
+        advance: told the number of records done, now and then.
+
+    Raises:
+        InputError: the folder holds an unfinished conversion of something else.
+    """
+    progress = _progress(job.folder, job.split)
+    for stale in job.folder.glob(f".{job.split}-[0-9]*.tar.*.part"):  # of a run that was killed
+        stale.unlink()
+    _begin(progress, {**fingerprint, "shard_size": shard_size})
+    done: dict[int, ShardReport] = {}
+    for path in sorted(progress.glob("[0-9]*.json")):
+        report = ShardReport(**json.loads(path.read_text()))
+        shard = report.shard
+        if shard is None or _has_size(job.folder / shard["name"], shard["bytes"]):
+            done[report.number] = report
+    resumed = len(done)
+    pending: dict[Future[ShardReport], int] = {}
+
+    def collect(most: int) -> None:
+        while len(pending) > most:
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                report = future.result()
+                done[report.number] = report
+                advance(pending.pop(future))
+
+    try:
+        for number, chunk in enumerate(_chunks(records, shard_size)):
+            if number in done:
+                advance(len(chunk))
+                continue
+            pending[pool.submit(write_chunk, job, number, chunk)] = len(chunk)
+            collect(_AHEAD)
+        collect(0)
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a worker process died; was memory short? the same command goes on from where it stopped"
+        ) from error
+    entry = _entry(job, [done[number] for number in sorted(done)], fingerprint, list(refused()))
+    write_split(job.folder, job.split, entry)
+    shutil.rmtree(progress)
+    return Converted(entry, resumed)
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _begin(progress: Path, fingerprint: dict[str, Any]) -> None:
+    plan = progress / "plan.json"
+    if plan.is_file():
+        before = json.loads(plan.read_text())
+        if before != fingerprint:
+            raise InputError(
+                f"--out: {progress.parent} holds an unfinished conversion of something else "
+                f"({_difference(before, fingerprint)}); give --overwrite to begin anew"
+            )
+        return
+    progress.mkdir(parents=True, exist_ok=True)
+    with replacing(plan) as temporary:
+        temporary.write_text(json.dumps(fingerprint))
+
+
+def _chunks(records: Iterable[SourceRecord], size: int) -> Iterator[list[SourceRecord]]:
+    chunk: list[SourceRecord] = []
+    for record in records:
+        chunk.append(record)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _entry(
+    job: Job, reports: list[ShardReport], fingerprint: dict[str, Any], refusals: list[Refusal]
+) -> dict[str, Any]:  # fmt: skip
+    shards = [report.shard for report in reports if report.shard is not None]
+    kinds: Counter[str] = sum((Counter(report.kinds) for report in reports), Counter())
+    lengths: dict[str, Any] = {"unit": job.tokenizer or "bytes"}
+    for what in ("instruction", "target"):
+        counts: Counter[int] = Counter()
+        for report in reports:
+            counts.update({int(length): n for length, n in report.lengths.get(what, {}).items()})
+        lengths[what] = quantiles(counts)
+    refused = [asdict(refusal) for refusal in refusals] + [entry for report in reports for entry in report.refused]
+    path = job.folder / f"{job.split}.refused.jsonl"
+    if refused:
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in refused)
+    else:
+        path.unlink(missing_ok=True)
+    return {
+        "images": sum(shard["records"] for shard in shards),
+        "samples": sum(shard["samples"] for shard in shards),
+        "targets": sum(shard["targets"] for shard in shards),
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "kinds": dict(sorted(kinds.items(), key=lambda item: (-item[1], item[0]))),
+        "lengths": lengths,
+        "refused": dict(Counter(entry["reason"] for entry in refused).most_common()),
+        "made_by": fingerprint,
+        "shards": shards,
+    }
+
+
+def quantiles(counts: Counter[int]) -> dict[str, int]:
+    """Lengths at a few shares of all, nearest rank; {} of nothing."""
+    total, result = sum(counts.values()), {}
+    for name, share in _QUANTILES.items():
+        seen = 0
+        for length in sorted(counts):
+            seen += counts[length]
+            if seen >= share * total:
+                result[name] = length
+                break
+    return result

@@ -1,0 +1,543 @@
+"""`prepare`: every published format, written here in small, through the command line; interruption and hostile input."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from mmprefix.data.index import read_index
+from mmprefix.data.shards import ShardCollection
+from mmprefix.errors import InputError
+from mmprefix.prepare import run
+
+NAMES = ["COCO_val2014_000000000042.jpg", "COCO_val2014_000000000073.jpg", "COCO_val2014_000000000133.jpg"]
+
+
+def picture(path, colour, size=(32, 24), form=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((size[1], size[0], 3), colour, np.uint8)).save(path, form)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of three pictures; their bytes by name."""
+    return {name: picture(tmp_path / "images" / name, (80 * n, 10, 200)) for n, name in enumerate(NAMES)}
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def prepared(tmp_path, source, *arguments, split="val", status=0, images="images"):
+    out = tmp_path / "out"
+    folder = ["--images", str(tmp_path / images)] if images else []
+    assert run([source, "--out", str(out), "--split", split, *folder, "--processes", "2", *arguments]) == status
+    return ShardCollection(str(out / f"{split}-*.tar"), "data.val", needs_target="--no-targets" not in arguments)
+
+
+def samples_of(collection):
+    return [sample for n in range(len(collection)) for sample in collection.samples(n)]
+
+
+def refused(tmp_path, split="val"):
+    path = tmp_path / "out" / f"{split}.refused.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+# Formats
+
+
+def test_coco_captions_become_targets_of_one_sample_and_bytes_are_copied(tmp_path, images, capsys):
+    captions = write(tmp_path / "captions.json", {
+        "info": {"year": 2014},
+        "annotations": [  # in no order of images, as in the published files
+            {"id": 1, "image_id": 73, "caption": "a dog "},
+            {"id": 2, "image_id": 42, "caption": "a\nred  house"},
+            {"id": 3, "image_id": 73, "caption": "a brown dog"},
+            {"id": 4, "image_id": 999, "caption": "of nothing"},
+            {"id": 5, "image_id": 42, "caption": "  "},
+            {"id": 6, "image_id": 42, "caption": None},
+            {"id": 7, "image_id": 500, "caption": "a picture that is not there"},
+        ],
+        "images": [*({"id": int(name[-10:-4]), "file_name": name} for name in NAMES), {"id": 500, "file_name": "gone.jpg"}],
+    })  # fmt: skip
+    collection = prepared(tmp_path, "coco", "--annotations", captions)
+    assert [(s.id, s.instruction, s.targets) for s in samples_of(collection)] == [
+        ("73", "caption en", ("a dog", "a brown dog")), ("42", "caption en", ("a red house",)),
+    ]  # fmt: skip
+    assert [collection.image_bytes(n) for n in range(2)] == [images[NAMES[1]], images[NAMES[0]]]
+    reasons = {(r["what"], r["reason"]) for r in refused(tmp_path)}
+    assert reasons == {
+        ("caption 4", "unknown image"), (f"caption 6 of {NAMES[0]}", "bad entry"), (NAMES[2], "no caption"),
+        (f"{NAMES[0]}: 42", "empty target"), ("gone.jpg", "no file"),
+    }  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "1 shards: 2 images, 2 samples, 3 targets" in printed
+    assert "refused: 5 (" in printed
+    assert "each named in" in printed
+
+
+def test_coco_without_annotations_is_a_set_to_predict(tmp_path, images):
+    captions = write(tmp_path / "c.json", {"images": [{"id": 42, "file_name": NAMES[0]}], "annotations": []})
+    collection = prepared(tmp_path, "coco", "--annotations", captions, "--no-targets")
+    assert [(s.id, s.targets) for s in samples_of(collection)] == [("42", ())]
+    with pytest.raises(InputError, match="expected a `target`"):  # the index is no reason to trust it for training
+        ShardCollection(collection.paths, "data.train")
+
+
+def test_karpathy_split(tmp_path, images):
+    (tmp_path / "images" / "val2014").mkdir()
+    os.rename(tmp_path / "images" / NAMES[1], tmp_path / "images" / "val2014" / NAMES[1])
+    content = {"dataset": "coco", "images": [
+        {"filename": name, "filepath": "val2014", "cocoid": n, "split": split, "sentences": [{"raw": f"caption {n}"}]}
+        for n, (name, split) in enumerate(zip(NAMES, ("train", "restval", "test"), strict=True))
+    ]}  # fmt: skip
+    karpathy = write(tmp_path / "dataset_coco.json", content)
+    collection = prepared(tmp_path, "coco", "--annotations", karpathy, split="train")
+    assert [(s.id, s.targets) for s in samples_of(collection)] == [("0", ("caption 0",)), ("1", ("caption 1",))]
+    assert len(prepared(tmp_path, "coco", "--annotations", karpathy, split="test")) == 1
+    assert set(read_index(tmp_path / "out")) == {"train", "test"}, "splits share a folder and its index"
+
+
+def vqa_files(tmp_path, answered=(420, 730, 731)):
+    questions = {"data_subtype": "val2014", "task_type": "Open-Ended", "questions": [
+        {"image_id": 42, "question": "How many?", "question_id": 420},
+        {"image_id": 73, "question": "Is it red?", "question_id": 730},
+        {"image_id": 42, "question": "What is it?", "question_id": 731},
+    ]}  # fmt: skip
+    answers = {
+        420: (["2"] * 9 + ["3"], "number"),
+        730: (["yes"] * 6 + ["no"] * 4, "yes/no"),
+        731: (["tv"] * 10, "other"),
+    }
+    annotations = {"annotations": [
+        {"question_id": number, "image_id": 0, "answer_type": answers[number][1], "multiple_choice_answer": answers[number][0][0],
+         "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": n} for n, a in enumerate(answers[number][0])]}
+        for number in answered
+    ]}  # fmt: skip
+    return [
+        "--questions", write(tmp_path / "q.json", questions), "--annotations", write(tmp_path / "a.json", annotations),
+    ]  # fmt: skip
+
+
+def test_vqa_keeps_all_ten_answers_and_joins_questions_of_an_image(tmp_path, images):
+    collection = prepared(tmp_path, "vqa", *vqa_files(tmp_path))
+    assert len(collection) == 2
+    first, second = collection.samples(0)
+    assert (first.id, first.image_id, first.kind, first.instruction) == ("420", "42", "number", "How many?")
+    assert first.targets == ("2",)
+    assert first.answers == ("2",) * 9 + ("3",)
+    assert (second.id, second.kind) == ("731", "other")
+    assert read_index(tmp_path / "out")["val"]["kinds"] == {"number": 1, "other": 1, "yes/no": 1}
+
+
+def test_vqa_names_what_has_no_partner_and_takes_an_instruction(tmp_path, images):
+    arguments = [*vqa_files(tmp_path, answered=(420, 730)), "--instruction", "answer en {question}"]
+    collection = prepared(tmp_path, "vqa", *arguments)
+    assert [s.instruction for s in samples_of(collection)] == ["answer en How many?", "answer en Is it red?"]
+    assert [(r["what"], r["reason"]) for r in refused(tmp_path)] == [("question 731", "no answers")]
+
+
+def test_vizwiz_okvqa_textvqa_docvqa(tmp_path, images):
+    vizwiz = write(tmp_path / "vizwiz.json", [
+        {"image": NAMES[0], "question": "What?", "answers": [{"answer": "tin", "answer_confidence": "yes"}] * 10,
+         "answer_type": "other", "answerable": 1},
+        {"question": "no image"},
+    ])  # fmt: skip
+    sample = prepared(tmp_path, "vqa", "--annotations", vizwiz, split="vizwiz").samples(0)[0]
+    assert (sample.targets, len(sample.answers), sample.kind) == (("tin",), 10, "other")
+    textvqa = write(tmp_path / "textvqa.json", {"dataset_type": "val", "data": [
+        {"question": "what brand?", "image_id": NAMES[0][:-4], "question_id": 5, "answers": ["x", "nokia", "nokia"]},
+    ]})  # fmt: skip
+    sample = prepared(tmp_path, "textvqa", "--annotations", textvqa, split="text").samples(0)[0]
+    assert (sample.id, sample.targets, sample.answers) == ("5", ("nokia",), ("x", "nokia", "nokia"))
+    docvqa = write(tmp_path / "docvqa.json", {"data": [
+        {"questionId": 9, "question": "date?", "image": NAMES[1], "answers": ["1 May"], "question_types": ["form", "table"]},
+    ]})  # fmt: skip
+    sample = prepared(tmp_path, "textvqa", "--annotations", docvqa, split="doc").samples(0)[0]
+    assert (sample.id, sample.kind, sample.image_id) == ("9", "form", NAMES[1][:-4])
+
+
+def test_gqa_and_scienceqa(tmp_path, images):
+    gqa = write(tmp_path / "gqa.json", {
+        "001": {"question": "Is it?", "imageId": NAMES[0][:-4], "answer": "yes", "types": {"structural": "verify"}},
+        "002": {"imageId": "1"},
+    })  # fmt: skip
+    sample = prepared(tmp_path, "gqa", "--annotations", gqa, split="gqa").samples(0)[0]
+    assert (sample.id, sample.targets, sample.kind) == ("001", ("yes",), "verify")
+    assert [r["reason"] for r in refused(tmp_path, "gqa")] == ["bad entry"]
+    picture(tmp_path / "images" / "val" / "7" / "image.png", 5)
+    problems = {
+        "7": {"question": "Which?", "choices": ["iron", "wood"], "answer": 1, "hint": "Look.", "image": "image.png",
+              "split": "val", "subject": "natural science"},
+        "8": {"question": "Text?", "choices": ["a"], "answer": 0, "image": None, "split": "val"},
+        "9": {"question": "Other?", "choices": ["a"], "answer": 0, "image": "image.png", "split": "train"},
+    }  # fmt: skip
+    science = write(tmp_path / "problems.json", problems)
+    collection = prepared(tmp_path, "scienceqa", "--annotations", science)
+    (sample,) = samples_of(collection)
+    assert sample.instruction == "Which?\nContext: Look.\nOptions: (A) iron (B) wood"
+    assert (sample.targets, sample.kind) == (("B",), "natural science")
+    assert [(r["what"], r["reason"]) for r in refused(tmp_path)] == [("problem 8", "no image")]
+
+
+def test_llava_has_a_sample_for_each_assistant_turn(tmp_path, images):
+    llava = write(tmp_path / "llava.json", [
+        {"id": "a", "image": NAMES[0], "conversations": [
+            {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A house."},
+            {"from": "human", "value": "Is it old?"}, {"from": "gpt", "value": "Yes."}]},
+        {"id": "b", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        {"id": "c", "image": NAMES[1], "conversations": [{"from": "robot", "value": "?"}]},
+    ])  # fmt: skip
+    collection = prepared(tmp_path, "llava", "--annotations", llava)
+    assert [(s.id, s.instruction, s.targets) for s in samples_of(collection)] == [
+        ("a#1", "What is it?", ("A house.",)), ("a#3", "What is it?\nA house.\nIs it old?", ("Yes.",)),
+    ]  # fmt: skip
+    assert [(r["what"], r["reason"]) for r in refused(tmp_path)] == [
+        ("conversation b", "no image"),
+        ("conversation c", "bad turn"),
+    ]
+
+
+ROWS = [
+    {"file": NAMES[0], "question": "what?", "answer": "a, b", "group": "x"},
+    {"file": NAMES[0], "question": "what?", "answer": "c", "group": "x"},
+    {"file": NAMES[1], "question": "where?", "answer": "here", "group": "y"},
+]
+COLUMNS = [
+    "--image-column",
+    "file",
+    "--instruction-column",
+    "question",
+    "--target-column",
+    "answer",
+    "--kind-column",
+    "group",
+]
+
+
+@pytest.mark.parametrize("source", ["jsonl", "csv", "tsv", "parquet"])
+def test_tables_with_named_columns(tmp_path, images, source):
+    path = tmp_path / f"table.{source}"
+    if source == "jsonl":
+        path.write_text("\ufeff" + "\n".join(map(json.dumps, ROWS)) + "\n\n")
+    elif source == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=2)
+    else:
+        import csv
+
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ROWS[0], delimiter="\t" if source == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(ROWS)
+    collection = prepared(tmp_path, source.replace("tsv", "csv"), "--annotations", str(path), *COLUMNS)
+    assert [(s.instruction, s.targets, s.kind) for s in samples_of(collection)] == [
+        ("what?", ("a, b", "c"), "x"), ("where?", ("here",), "y"),
+    ]  # fmt: skip
+
+
+def test_parquet_with_pictures_inside(tmp_path, images):
+    import pyarrow
+    import pyarrow.parquet
+
+    contents = [*images.values(), None]
+    rows = [
+        {"image": None if c is None else {"bytes": c, "path": "x"}, "target": f"t{n}"} for n, c in enumerate(contents)
+    ]
+    path = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
+    collection = prepared(tmp_path, "parquet", "--annotations", str(path), images=None)
+    assert [collection.image_bytes(n) for n in range(3)] == list(images.values())
+    assert [s.targets for s in samples_of(collection)] == [("t0",), ("t1",), ("t2",)]
+    assert [(r["what"], r["reason"]) for r in refused(tmp_path)] == [("t.parquet:3", "no image")]
+
+
+def test_folder_of_pictures_with_texts(tmp_path, images):
+    root = tmp_path / "images"
+    (root / NAMES[0]).with_suffix(".txt").write_text("one line\n\n another line \n")
+    picture(root / "sub" / "b.png", 3)
+    (root / "sub" / "b.txt").write_text("in a folder")
+    (root / NAMES[2]).with_suffix(".txt").write_bytes(b"\xff\xfe\xff")
+    collection = prepared(tmp_path, "folder", "--instruction", "describe")
+    assert [(s.id, s.instruction, s.targets) for s in samples_of(collection)] == [
+        (NAMES[0][:-4], "describe", ("one line", "another line")), ("sub/b", "describe", ("in a folder",)),
+    ]  # fmt: skip
+    assert sorted(r["reason"] for r in refused(tmp_path)) == ["bad text", "no text"]
+
+
+def test_digits(tmp_path):
+    assert run(["digits", "--out", str(tmp_path / "d")]) == 0
+    assert len(ShardCollection(str(tmp_path / "d" / "val-*.tar"), "data.val")) == 48
+
+
+# What comes out
+
+
+def table(tmp_path, rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def many(tmp_path, number):
+    for n in range(number):
+        picture(tmp_path / "images" / f"{n}.png", (n % 256, n // 256, 7), size=(8, 8))
+    return table(tmp_path, [{"image": f"{n}.png", "instruction": "q", "target": f"t{n}"} for n in range(number)])
+
+
+def test_shards_are_webdataset_and_the_index_equals_a_scan(tmp_path):
+    rows = many(tmp_path, 25)
+    indexed = prepared(tmp_path, "jsonl", "--annotations", rows, "--shard-size", "10")
+    assert [Path(path).name for path in indexed.paths] == [f"val-00000{n}.tar" for n in range(3)]
+    assert indexed.indexed == 3
+    theirs = [s for path in indexed.paths for s in webdataset.WebDataset(path, shardshuffle=False)]
+    entry = read_index(tmp_path / "out")["val"]
+    os.rename(tmp_path / "out" / "index.json", tmp_path / "index.json")
+    scanned = ShardCollection(indexed.paths, "data.val")
+    assert scanned.indexed == 0
+    for n in range(25):
+        assert theirs[n]["__key__"] == indexed.key(n) == scanned.key(n)
+        assert theirs[n]["png"] == indexed.image_bytes(n) == scanned.image_bytes(n)
+        assert json.loads(theirs[n]["json"])["targets"] == [f"t{n}"]
+        assert indexed.samples(n) == scanned.samples(n)
+        assert indexed.path_of(n) == scanned.path_of(n)
+    assert entry["images"] == entry["samples"] == indexed.num_samples == scanned.num_samples == 25
+    assert entry["lengths"]["target"] == {"min": 2, "median": 3, "p90": 3, "p99": 3, "max": 3}
+    import hashlib
+
+    for shard in entry["shards"]:
+        assert hashlib.sha256((tmp_path / "out" / shard["name"]).read_bytes()).hexdigest() == shard["sha256"]
+
+
+def test_output_does_not_depend_on_the_number_of_processes(tmp_path):
+    rows = many(tmp_path, 30)
+    contents = []
+    for processes in ("1", "3"):
+        out = tmp_path / processes
+        assert run(["jsonl", "--annotations", rows, "--images", str(tmp_path / "images"), "--out", str(out), "--shard-size", "7",
+                    "--processes", processes]) == 0  # fmt: skip
+        contents.append({path.name: path.read_bytes() for path in sorted(out.iterdir())})
+    assert contents[0] == contents[1]
+    assert set(contents[0]) == {"index.json", *(f"train-00000{n}.tar" for n in range(5))}, "and nothing else is left"
+
+
+def test_resize_shrinks_what_is_larger_only(tmp_path, images):
+    large = tmp_path / "images" / "large.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    Image.new("RGB", (200, 100)).save(large, exif=exif)
+    rows = table(tmp_path, [{"image": name, "target": "t"} for name in ("large.jpg", NAMES[0])])
+    collection = prepared(tmp_path, "jsonl", "--annotations", rows, "--resize", "50")
+    assert Image.open(io.BytesIO(collection.image_bytes(0))).size == (25, 50)
+    assert collection.image_bytes(1) == images[NAMES[0]]
+
+
+def test_pictures_that_cannot_be_used_are_named(tmp_path, images):
+    folder = tmp_path / "images"
+    (folder / "text.jpg").write_text("no picture")
+    (folder / "empty.png").touch()
+    (folder / "folder.png").mkdir()
+    picture(folder / "icon.ico", 9, form="ICO")
+    header = bytearray(picture(folder / "huge.png", 1))
+    header[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
+    (folder / "huge.png").write_bytes(header)
+    names = [
+        "text.jpg",
+        "empty.png",
+        "folder.png",
+        "icon.ico",
+        "huge.png",
+        "../rows.jsonl",
+        "/etc/hostname",
+        "a\0b",
+        NAMES[0],
+    ]
+    collection = prepared(
+        tmp_path, "jsonl", "--annotations", table(tmp_path, [{"image": n, "target": "t"} for n in names])
+    )
+    assert len(collection) == 1
+    reasons = {r["what"]: r["reason"] for r in refused(tmp_path)}
+    assert reasons == {
+        "text.jpg": "image unreadable", "empty.png": "image unreadable", "folder.png": "image unreadable",
+        "icon.ico": "image format", "huge.png": "image too large",
+        **dict.fromkeys(("../rows.jsonl", "/etc/hostname", "a\0b"), "image outside of --images"),
+    }  # fmt: skip
+    assert read_index(tmp_path / "out")["val"]["refused"]["image unreadable"] == 3
+
+
+def test_bad_rows_are_named_and_a_set_of_nothing_else_fails(tmp_path, images, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"image": \n[1]\n{"target": "t"}\n' + json.dumps({"image": NAMES[0], "target": 5}) + "\n"
+                    + json.dumps({"image": NAMES[0], "target": "\ud800"}) + "\n" + json.dumps({"image": NAMES[1]}) + "\n")  # fmt: skip
+    arguments = [
+        "jsonl",
+        "--annotations",
+        str(path),
+        "--images",
+        str(tmp_path / "images"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert run(arguments) == 1
+    assert "nothing could be used" in capsys.readouterr().err
+    assert [r["reason"] for r in refused(tmp_path, "train")].count("bad line") == 2
+    assert len(refused(tmp_path, "train")) >= 6
+
+
+# Running it
+
+
+def test_a_second_run_finds_it_complete_and_other_input_is_refused(tmp_path, capsys):
+    rows = many(tmp_path, 5)
+    prepared(tmp_path, "jsonl", "--annotations", rows)
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    prepared(tmp_path, "jsonl", "--annotations", rows)
+    assert "complete already" in capsys.readouterr().out
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    other = ["jsonl", "--annotations", rows, "--images", str(tmp_path / "images"), "--out", str(tmp_path / "out"),
+             "--split", "val", "--instruction", "say"]  # fmt: skip
+    assert run(other) == 2
+    assert "instruction: None, now 'say'" in capsys.readouterr().err
+    assert run([*other, "--overwrite"]) == 0
+    assert read_index(tmp_path / "out")["val"]["made_by"]["instruction"] == "say"
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, how):
+    number, out = 3000, tmp_path / "out"
+    rows = many(tmp_path, number)
+    command = [sys.executable, "-m", "mmprefix", "prepare", "jsonl", "--annotations", rows, "--images", str(tmp_path / "images"),
+               "--out", str(out), "--shard-size", "20", "--processes", "2"]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob(".train.progress/[0-9]*.json"))) < 10 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.killpg(process.pid, how)
+    _, errors = process.communicate(timeout=60)
+    done = {p.name: p.stat().st_mtime_ns for p in out.glob("train-*.tar")}
+    assert 10 <= len(done) < number // 20, "too late or too early to show anything"
+    assert not (out / "index.json").exists()
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert errors.strip().splitlines()[-1].startswith("interrupted; the same command goes on")
+        assert "Traceback" not in errors
+    finished = {n for n in done if (out / ".train.progress" / f"{n[6:12]}.json").exists()}
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert f"150 shards, {len(finished)} of them there before: 3,000 images" in again.stdout
+    assert all((out / name).stat().st_mtime_ns == done[name] for name in finished)
+    assert sorted(p.name for p in out.iterdir()) == ["index.json", *(f"train-{n:06d}.tar" for n in range(150))]
+    fresh = tmp_path / "fresh"
+    command[command.index(str(out))] = str(fresh)
+    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    assert all((fresh / p.name).read_bytes() == p.read_bytes() for p in out.glob("*.tar"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["coco"], "--annotations: expected the annotation file of coco, got none"),
+        (["cocoo"], "argument source: invalid choice: 'cocoo'"),
+        (["coco", "--annotations", "gone.json"], "--annotations: expected a file, found none at gone.json"),
+        (["vqa", "--annotations", "{self}"], "--questions: expected the questions that belong to"),
+        (["coco", "--annotations", "{self}"], "expected JSON, got"),
+        (["jsonl", "--annotations", "{self}", "--shard-size", "0"], "--shard-size: expected at least 1, got 0"),
+        (["coco", "--annotations", "{self}", "--image-column", "x"], "--image-column: expected with jsonl, csv, parquet only"),
+        (["folder", "--split", "../x"], "--split: expected a name of letters"),
+        (["parquet", "--annotations", "{self}"], "expected Parquet, got"),
+        (["csv", "--annotations", "{self}"], "expected a column 'image' (--image-column), got"),
+        (["jsonl", "--annotations", "{self}", "--images", "gone"], "--images: expected a folder, found none at gone"),
+        (["coco", "--annotations", "{self}", "--questions", "{self}"], "--questions: expected with vqa only"),
+    ],
+)  # fmt: skip
+def test_wrong_flags_are_one_line(tmp_path, images, capsys, arguments, message):
+    arguments = [str(__file__) if a == "{self}" else a for a in arguments]
+    folder = [] if "--images" in arguments else ["--images", str(tmp_path / "images")]
+    assert run([*arguments, "--out", str(tmp_path / "out"), *folder]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not list(tmp_path.glob("out/*.tar"))
+
+
+# The index
+
+
+def test_an_index_that_is_not_the_shards_is_refused(tmp_path):
+    collection = prepared(tmp_path, "jsonl", "--annotations", many(tmp_path, 5))
+    index, shard = tmp_path / "out" / "index.json", Path(collection.paths[0])
+    good = json.loads(index.read_text())
+
+    def changed(change):
+        content = json.loads(json.dumps(good))
+        change(content["splits"]["val"]["shards"][0])
+        index.write_text(json.dumps(content))
+
+    changed(lambda s: s.update(bytes=17))
+    with pytest.raises(InputError, match=r"val-000000\.tar: expected 17 bytes, as index\.json says"):
+        ShardCollection(str(shard), "data.val")
+    changed(lambda s: s["members"].__setitem__(0, 10**12))
+    with pytest.raises(InputError, match="expected members inside of the shard"):
+        ShardCollection(str(shard), "data.val")
+    changed(lambda s: s["members"].__setitem__(0, 10**30))
+    with pytest.raises(InputError, match="expected whole numbers"):
+        ShardCollection(str(shard), "data.val")
+    changed(lambda s: s["members"].pop())
+    with pytest.raises(InputError, match="expected 4 numbers in `members` for each of 5 records"):
+        ShardCollection(str(shard), "data.val")
+    changed(lambda s: s["members"].__setitem__(0, s["members"][0] + 512))
+    with pytest.raises(InputError, match="expected a tar header of"):
+        ShardCollection(str(shard), "data.val").image_bytes(0)
+    index.write_text("{")
+    with pytest.raises(InputError, match=r"index\.json: expected an index of shards"):
+        ShardCollection(str(shard), "data.val")
+    index.write_text('{"version": 99, "splits": {}}')
+    with pytest.raises(InputError, match="of version 1, got version 99; without the file, shards are scanned"):
+        ShardCollection(str(shard), "data.val")
+
+
+def test_failing_reads_are_tried_again_with_a_warning(tmp_path, monkeypatch):
+    collection = prepared(tmp_path, "jsonl", "--annotations", many(tmp_path, 2))
+    expected = collection.image_bytes(0)
+    monkeypatch.setattr("mmprefix.data.shards._PAUSES", (0.0, 0.0))
+    left, pread = [2], os.pread
+
+    def flaky(descriptor, size, offset):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(116, "Stale file handle")
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", flaky)
+    with pytest.warns(UserWarning, match=r"val-000000\.tar: Stale file handle; reading again"):
+        assert collection.image_bytes(0) == expected
+    left[0] = 3
+    with pytest.raises(OSError, match="Stale"), pytest.warns(UserWarning, match="again"):
+        collection.image_bytes(0)
+
+
+def test_gnu_tar_extracts_what_was_written(tmp_path):
+    collection = prepared(tmp_path, "jsonl", "--annotations", many(tmp_path, 3))
+    with tarfile.open(collection.paths[0]) as tar:
+        assert [member.mtime for member in tar] == [0] * 6
+    listing = subprocess.run(["tar", "-tf", collection.paths[0]], capture_output=True, text=True, check=True)
+    assert listing.stdout.split() == [f"000000{n:05d}.{s}" for n in range(3) for s in ("png", "json")]
+    assert listing.stderr == ""
