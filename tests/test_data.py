@@ -17,6 +17,7 @@ from mmprefix.data.loading import (
     EncodedRecord,
     EpochBatchSampler,
     EvaluationBatchSampler,
+    LazyDataLoader,
     RecordDataset,
     TextLimits,
     TokenBudgetSampler,
@@ -244,8 +245,8 @@ def test_affine_without_range_changes_nothing_and_shifts_as_told(photos):
 # Order
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("num_records", [24, 25, 31])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("num_records", [3, 24, 25, 31])
 def test_an_epoch_is_every_record_once_over_all_ranks(num_ranks, num_records):
     batches = []
     for rank in range(num_ranks):
@@ -255,8 +256,9 @@ def test_an_epoch_is_every_record_once_over_all_ranks(num_ranks, num_records):
         assert len(sampler) == len(batches[-1])
     assert len({len(b) for b in batches}) == 1, "ranks must agree on the number of steps"
     seen = [index for of_rank in batches for batch in of_rank for epoch, index in batch]
-    assert len(seen) == len(set(seen))
-    assert num_records - len(seen) < num_ranks
+    assert sorted(seen) == list(range(num_records))
+    for step in zip(*batches, strict=True):
+        assert max(map(len, step)) - min(map(len, step)) <= 1, "spread as evenly as it goes"
     assert all(epoch == 3 for of_rank in batches for batch in of_rank for epoch, _ in batch)
 
 
@@ -316,9 +318,40 @@ def test_a_budgeted_epoch_resumes_in_its_middle():
     assert list(rest) == list(whole)[4:]
 
 
-def test_fewer_records_than_ranks_cannot_be_dealt():
-    with pytest.raises(ValueError, match="a record for each of 3 ranks, got 2"):
-        TokenBudgetSampler([[0], [1]], [5, 5], num_ranks=3)
+def test_with_fewer_records_than_ranks_some_get_empty_batches():
+    dealt = [list(TokenBudgetSampler([[0], [1]], [5, 5], rank=rank, num_ranks=3)) for rank in range(3)]
+    assert sorted(len(batch) for batches in dealt for batch in batches) == [0, 1, 1]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("num_shards", [1, 9])
+def test_loaders_give_every_sample_once_in_an_order_of_seed_and_epoch_only(
+    tmp_path, num_ranks, num_workers, num_shards, processor
+):
+    """Shards fewer and more than loader processes."""
+    per_shard = 27 // num_shards
+    for shard in range(num_shards):
+        write_shard(
+            tmp_path / f"{shard}.tar", [colour_record(shard * per_shard + n) for n in range(per_shard)]
+        )  # fmt: skip
+    shards = ShardCollection(str(tmp_path / "*.tar"), "data.train")
+    dataset = RecordDataset(shards, processor, TextLimits(None, None, "none"))
+    steps = []
+    for rank in range(num_ranks):
+        sampler = EpochBatchSampler(len(shards), 2, shuffle=True, seed=1, rank=rank, num_ranks=num_ranks)
+        sampler.set_epoch(2)
+        loader = LazyDataLoader(
+            dataset, batch_sampler=sampler, collate_fn=Collator(processor.pad_id, "full").train, num_workers=num_workers
+        )
+        steps.append([[reference.id for reference in batch.references] for batch in loader])
+    assert len({len(of_rank) for of_rank in steps}) == 1
+    in_order = [id_ for step in zip(*steps, strict=True) for batch in step for id_ in batch]
+    everything = [sample.id for n in range(len(shards)) for sample in shards.samples(n)]
+    assert sorted(in_order) == sorted(everything)
+    order = np.arange(len(shards))
+    np.random.default_rng((1, 2)).shuffle(order)
+    assert in_order == [sample.id for n in order for sample in shards.samples(int(n))]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])

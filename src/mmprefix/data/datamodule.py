@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,21 @@ from mmprefix.errors import InputError
 from mmprefix.packing import EvaluationBatch, PackedBatch, PromptBatch, map_tensors
 
 Shards = str | list[str] | None
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Where a resumed run began.
+
+    Attributes:
+        epoch: the epoch that it began in the middle of; -1 for none.
+        seen: records of the epoch that were seen before, on all ranks.
+        batches: what the trainer counted as done by then.
+    """
+
+    epoch: int = -1
+    seen: int = 0
+    batches: int = 0
 
 
 class ShardDataModule(pl.LightningDataModule):
@@ -125,6 +141,7 @@ class ShardDataModule(pl.LightningDataModule):
         self.bucket = 1
         """What the lengths of a packed row's parts are rounded up to."""
         self._shards: dict[str, ShardCollection] = {}
+        self._position = _Position()
 
     @property
     def max_new_tokens(self) -> int:
@@ -246,6 +263,68 @@ class ShardDataModule(pl.LightningDataModule):
             return {"rank": 0, "num_ranks": 1}
         return {"rank": self.trainer.global_rank, "num_ranks": self.trainer.world_size}
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of the data: with the trainer's own count of batches, it says what was seen."""
+        position = (
+            self._position if self.trainer and self._position.epoch == self.trainer.current_epoch else _Position()
+        )
+        return {
+            "num_ranks": self._ranks()["num_ranks"], "batch_size": self.batch_size, "max_tokens": self.max_tokens,
+            "num_records": len(self._shards["train"]) if "train" in self._shards else None, **asdict(position),
+        }  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: `resume` needs the trainer's count as well."""
+
+    def resume(self, checkpoint: dict[str, Any]) -> None:
+        """Finds out what a checkpoint's run had seen of its epoch, and goes on behind it.
+
+        With other ranks or another batch size, an epoch has another number of batches: the trainer's count of those
+        that are done is set to what leaves as many as the rest of the records make.
+
+        Args:
+            checkpoint: the whole of it, changed in place before the trainer reads its own part.
+
+        Raises:
+            InputError: other training data, or another number of ranks with a budget of tokens.
+        """
+        before, loops = checkpoint.get(type(self).__qualname__), checkpoint.get("loops", {}).get("fit_loop")
+        if not before or not loops or "train" not in self._shards:
+            return
+        epoch = int(loops["epoch_progress"]["current"]["processed"])
+        progress = loops["epoch_loop.batch_progress"]["current"]
+        done = int(progress["processed"])
+        if not done:
+            return
+        num_records, num_ranks = len(self._shards["train"]), self._ranks()["num_ranks"]
+        if before["num_records"] != num_records:
+            raise InputError(
+                f"data.train: expected the {before['num_records']} records that the checkpoint's epoch was begun with, "
+                f"got {num_records}; go on from a checkpoint of an epoch's end"
+            )
+        if self.max_tokens is not None or before["max_tokens"] is not None:
+            for name, now in (
+                ("num_ranks", num_ranks),
+                ("batch_size", self.batch_size),
+                ("max_tokens", self.max_tokens),
+            ):
+                if before[name] != now:
+                    raise InputError(
+                        f"data.max_tokens: expected {name} {before[name]} as in the checkpoint, got {now}: batches of a "
+                        "budget are made for both; go on from a checkpoint of an epoch's end"
+                    )
+            return  # as many batches as before: the trainer's count says it all
+        seen = before["seen"] + (done - before["batches"]) * before["batch_size"] * before["num_ranks"]
+        seen, step = min(seen, num_records), self.batch_size * num_ranks
+        batches = -(-num_records // step) - -(-(num_records - seen) // step)
+        if seen < num_records:  # else the epoch was complete, and the trainer is about to begin the next
+            self._position = _Position(epoch, seen, batches)
+        for name in ("ready", "started", "processed", "completed"):
+            progress[name] += batches - done
+
+    def _seen(self, epoch: int) -> int:
+        return self._position.seen if epoch == self._position.epoch else 0
+
     def _batches_done(self) -> int:
         """Batches of the current epoch that a run resumed in its middle has behind it; 0 at the start of an epoch."""
         return 0 if self.trainer is None else int(self.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
@@ -253,14 +332,11 @@ class ShardDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of one epoch, shuffled by (seed, epoch)."""
         num_records = len(self._shards["train"])
-        ranks = self._ranks()
-        if num_records < ranks["num_ranks"]:
-            raise InputError(f"data.train: expected a record for each of {ranks['num_ranks']} ranks, got {num_records}")
-        settings: dict[str, Any] = {"seed": self.seed, "batches_done": self._batches_done, **ranks}
+        settings: dict[str, Any] = {"seed": self.seed, **self._ranks()}
         if self.max_tokens is None:
-            sampler: Any = EpochBatchSampler(num_records, self.batch_size, shuffle=True, **settings)
+            sampler: Any = EpochBatchSampler(num_records, self.batch_size, shuffle=True, seen=self._seen, **settings)
         else:
-            sampler = TokenBudgetSampler(*self._budget(self.max_tokens), **settings)
+            sampler = TokenBudgetSampler(*self._budget(self.max_tokens), batches_done=self._batches_done, **settings)
         return self._loader("train", sampler, self._collator.train)
 
     def _budget(self, max_tokens: int) -> tuple[list[list[int]], list[tuple[int, ...]]]:

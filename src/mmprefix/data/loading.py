@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -188,8 +187,8 @@ def _mix(*numbers: int) -> int:
 class EpochBatchSampler(Sampler[list[EpochIndex]]):
     """Batches of one rank, in an order that depends on seed and epoch only.
 
-    The last global batch may be smaller; it is spread over the ranks. Training needs the same number of batches on
-    every rank, so up to ``ranks - 1`` records that cannot be spread are left to the next epochs' permutations.
+    The last global batch may be smaller; it is spread over the ranks as evenly as it goes. Every rank gets the same number
+    of batches, since they step together: where records don't suffice, an empty one.
     """
 
     num_records: int
@@ -198,8 +197,8 @@ class EpochBatchSampler(Sampler[list[EpochIndex]]):
     seed: int = 0
     rank: int = 0
     num_ranks: int = 1
-    batches_done: Callable[[], int] = lambda: 0
-    """How many batches of the epoch a resumed run has behind it, asked when an epoch begins."""
+    seen: Callable[[int], int] = lambda epoch: 0
+    """How many records of an epoch a resumed run has behind it, on all ranks; asked when the epoch begins."""
     epoch: int = field(default=0, init=False)
 
     @property
@@ -212,20 +211,20 @@ class EpochBatchSampler(Sampler[list[EpochIndex]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return sum(1 for _ in self._spans())
+        return -(-self.num_records // (self.batch_size * self.num_ranks))
 
-    def _spans(self) -> Iterator[tuple[int, int]]:
-        """This rank's part ``[start, stop)`` of each global batch."""
-        for start in range(0, self.num_records, self.batch_size * self.num_ranks):
-            share = min(self.batch_size, (self.num_records - start) // self.num_ranks)
-            if share:
-                yield start + self.rank * share, start + (self.rank + 1) * share
+    def _spans(self, seen: int) -> Iterator[tuple[int, int]]:
+        """This rank's part ``[start, stop)`` of each global batch, from the first record that was not seen."""
+        for start in range(seen, self.num_records, self.batch_size * self.num_ranks):
+            share, more = divmod(min(self.batch_size * self.num_ranks, self.num_records - start), self.num_ranks)
+            first = start + self.rank * share + min(self.rank, more)
+            yield first, first + share + (self.rank < more)
 
     def __iter__(self) -> Iterator[list[EpochIndex]]:
         order = np.arange(self.num_records)
         if self.shuffle:
             np.random.default_rng((self.seed, self.epoch)).shuffle(order)
-        for start, stop in islice(self._spans(), self.batches_done(), None):
+        for start, stop in self._spans(self.seen(self.epoch)):
             yield [(self.epoch, int(index)) for index in order[start:stop]]
 
 
@@ -256,17 +255,13 @@ class TokenBudgetSampler(Sampler[list[EpochIndex]]):
             shapes: of each record; those with equal ones may take each other's place.
             seed: of the order.
             rank, num_ranks: every rank gets the same number of batches: the fullest are halved until they do. Where all
-                hold a single record, up to ``num_ranks - 1`` batches are left to other epochs.
-            batches_done: as of `EpochBatchSampler`.
+                hold a single record, some ranks get an empty one.
+            batches_done: how many batches of the epoch a resumed run has behind it, asked when the epoch begins.
 
-        Raises:
-            ValueError: fewer records than ranks.
         """
         pattern = [list(one) for one in bins]
         while len(pattern) % num_ranks:
             fullest = max(pattern, key=len)
-            if len(fullest) < 2:
-                break
             pattern.append([fullest.pop() for _ in range(len(fullest) // 2)])
         self._pattern = pattern
         self._of_shape: dict[Any, list[int]] = {}
@@ -274,8 +269,6 @@ class TokenBudgetSampler(Sampler[list[EpochIndex]]):
             self._of_shape.setdefault(shapes[record], []).append(record)
         self.seed, self.rank, self.num_ranks, self.batches_done = seed, rank, num_ranks, batches_done
         self.num_batches = len(pattern) // num_ranks
-        if not self.num_batches:
-            raise ValueError(f"expected a record for each of {num_ranks} ranks, got {sum(map(len, pattern))}")
         self.epoch = 0
 
     @property
@@ -295,8 +288,7 @@ class TokenBudgetSampler(Sampler[list[EpochIndex]]):
         stands_for: dict[int, int] = {}
         for records in self._of_shape.values():
             stands_for.update(zip(records, generator.permutation(records).tolist(), strict=True))
-        order = generator.permutation(len(self._pattern))[: self.num_batches * self.num_ranks]
-        order = order[self.rank :: self.num_ranks]
+        order = generator.permutation(len(self._pattern))[self.rank :: self.num_ranks]
         for number in order[self.batches_done() :]:
             yield [(self.epoch, stands_for[record]) for record in self._pattern[number]]
 

@@ -315,11 +315,16 @@ class MMPrefixModule(pl.LightningModule):
         return self.feature_key()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Cached features were compared with the encoder as it was built: a checkpoint must not bring another.
+        """Says to the data where it goes on.
+
+        Cached features were compared with the encoder as it was built: a checkpoint must not bring another.
 
         Raises:
-            InputError: naming the first weight that differs.
+            InputError: naming the first weight that differs, or a checkpoint whose epoch can't be gone on with.
         """
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.trainer.training and hasattr(datamodule, "resume"):
+            datamodule.resume(checkpoint)
         if getattr(self.trainer.datamodule, "feature_cache", None) is None:  # type: ignore[attr-defined]
             return
         unused = self.model.config.vision_spec.unused

@@ -1,0 +1,204 @@
+"""Where a resumed run goes on: each remaining sample once, whatever the number of ranks, workers or the batch size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from mmprefix.data.datamodule import ShardDataModule
+from mmprefix.data.loading import EpochBatchSampler
+from mmprefix.data.shards import write_shard
+from mmprefix.errors import InputError
+from tests.conftest import colour_record
+from tests.test_cli import ENVIRONMENT
+
+ROOT = Path(__file__).parents[1]
+NUM_RECORDS = 103
+
+
+class LogIds(pl.Callback):
+    """Writes the ids of each training batch of this rank, after it was learned from."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        entry = {"epoch": trainer.current_epoch, "step": trainer.global_step, "rank": trainer.global_rank,
+                 "ids": [reference.id for reference in batch.references]}  # fmt: skip
+        with open(self.path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def data_of(num_ranks, batch_size, epoch=1, num_records=NUM_RECORDS, **kwargs):
+    """A data module as it would be on rank 0 of so many, without shards or a trainer's loops."""
+    data = ShardDataModule(train="unread", batch_size=batch_size, seed=3, **kwargs)
+    data._shards["train"] = range(num_records)
+    data.trainer = SimpleNamespace(global_rank=0, world_size=num_ranks, current_epoch=epoch)
+    return data
+
+
+def samplers_of(data, epoch=1):
+    samplers = []
+    for rank in range(data.trainer.world_size):
+        sampler = EpochBatchSampler(
+            len(data._shards["train"]), data.batch_size, True, data.seed, rank, data.trainer.world_size, data._seen
+        )
+        sampler.set_epoch(epoch)
+        samplers.append(sampler)
+    return samplers
+
+
+def steps_of(data, epoch=1):
+    """Records of each step, on all ranks."""
+    batches = [list(sampler) for sampler in samplers_of(data, epoch)]
+    return [[i for batch in step for _, i in batch] for step in zip(*batches, strict=True)]
+
+
+def checkpoint_of(data, done, epoch=1):
+    progress = dict.fromkeys(("ready", "started", "processed"), done) | {"completed": done - 1}
+    loops = {
+        "epoch_progress": {"current": {"processed": epoch}},
+        "epoch_loop.batch_progress": {"current": progress},
+    }
+    return {"ShardDataModule": data.state_dict(), "loops": {"fit_loop": loops}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((1, 4), (2, 4)), ((2, 4), (1, 4)), ((4, 2), (3, 2)), ((2, 3), (2, 5)), ((2, 4), (2, 4))]
+)
+@pytest.mark.parametrize("done", [1, 5, 12])
+def test_each_remaining_record_comes_once(before, after, done):
+    first = data_of(*before)
+    checkpoint = checkpoint_of(first, done)
+    seen = [i for step in steps_of(first)[:done] for i in step]
+    second = data_of(*after)
+    second.resume(checkpoint)
+    rest = steps_of(second)
+    assert sorted(seen + [i for step in rest for i in step]) == list(range(NUM_RECORDS))
+    order = np.arange(NUM_RECORDS)
+    np.random.default_rng((3, 1)).shuffle(order)
+    assert seen + [i for step in rest for i in step] == order.tolist(), "in the order of the epoch"
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    assert progress["processed"] + len(rest) == len(samplers_of(second)[0]), "the trainer's count leaves as many"
+    assert progress["processed"] - progress["completed"] == 1, "what the trainer tells stages by stays"
+    if before == after:
+        assert progress["processed"] == done
+        assert rest == steps_of(first)[done:]
+    assert steps_of(second, epoch=2) == steps_of(data_of(*after), epoch=2), "the next epoch is whole"
+
+
+def test_a_run_that_was_resumed_is_resumed_again():
+    first = data_of(4, 2)
+    second = data_of(3, 2)
+    second.resume(checkpoint_of(first, 3))
+    begun = second._position.batches
+    third = data_of(1, 5)
+    third.resume(checkpoint_of(second, begun + 4))
+    everything = steps_of(first)[:3] + steps_of(second)[:4] + steps_of(third)
+    assert sorted(i for step in everything for i in step) == list(range(NUM_RECORDS))
+
+
+def test_other_data_and_budgets_for_other_ranks_are_refused():
+    checkpoint = checkpoint_of(data_of(2, 4), 3)
+    with pytest.raises(
+        InputError, match="data.train: expected the 103 records that the checkpoint's epoch was begun with, got 99"
+    ):
+        data_of(2, 4, num_records=99).resume(checkpoint)
+    with pytest.raises(InputError, match="data.max_tokens: expected max_tokens None as in the checkpoint, got 64"):
+        data_of(2, 4, max_tokens=64).resume(checkpoint)
+    budgeted = checkpoint_of(data_of(2, 4, max_tokens=64), 3)
+    with pytest.raises(InputError, match="data.max_tokens: expected num_ranks 2 as in the checkpoint, got 1"):
+        data_of(1, 4, max_tokens=64).resume(budgeted)
+    data_of(2, 4, max_tokens=64).resume(budgeted)
+
+
+def test_after_a_complete_epoch_the_next_is_whole():
+    first, second = data_of(2, 4), data_of(1, 4)
+    checkpoint = checkpoint_of(first, done=len(steps_of(first)))
+    second.resume(checkpoint)
+    assert steps_of(second) == steps_of(data_of(1, 4))
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    assert progress["processed"] == len(steps_of(second)), "complete in the new count, too"
+
+
+CONFIG = {
+    "seed_everything": 0,
+    "model": {
+        "vision": {"name": "test_vit", "pretrained": False, "image_size": 32},
+        "decoder": {"config": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+                               "num_attention_heads": 2, "num_key_value_heads": 1}},
+        "tokenizer": {"name": "byte"},
+    },
+    "trainer": {"accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_progress_bar": False,
+                "enable_model_summary": False, "limit_val_batches": 0},
+}  # fmt: skip
+
+
+def fit(tmp_path, name, every, *arguments):
+    content = json.loads(json.dumps(CONFIG))
+    shards = str(tmp_path / "*.tar")
+    content["data"] = {"train": shards, "val": shards, "batch_size": 2, "num_workers": 1}
+    callbacks = [{"class_path": "tests.test_resume.LogIds", "init_args": {"path": str(tmp_path / f"{name}.jsonl")}}]
+    if every:
+        init = {
+            "dirpath": str(tmp_path / name),
+            "filename": "{step:08d}",
+            "every_n_train_steps": every,
+            "save_top_k": -1,
+        }
+        callbacks.append({"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": init})
+    content["trainer"]["callbacks"] = callbacks
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    command = [
+        sys.executable,
+        "-m",
+        "mmprefix",
+        "fit",
+        "--config",
+        path,
+        "--trainer.default_root_dir",
+        tmp_path / f"{name}-run",
+    ]
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT), ENVIRONMENT.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [*map(str, command), *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+    return sorted(lines, key=lambda line: (line["epoch"], line["step"], line["rank"]))
+
+
+def test_one_process_goes_on_as_two_and_two_as_one(tmp_path):
+    """Real processes with gloo. 13 records: the last step of two ranks has a record for the first of them only."""
+    write_shard(tmp_path / "a.tar", [colour_record(n) for n in range(13)])
+    one = fit(tmp_path, "one", 3)
+    ids = [line["ids"] for line in one]
+    assert [len(batch) for batch in ids[:7]] == [4] * 6 + [2], "two samples of each record"
+    everything = sorted(id_ for batch in ids[:7] for id_ in batch)
+    two_ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    checkpoint = next((tmp_path / "one").glob("*step=00000003.ckpt"))
+    two = fit(tmp_path, "two", 2, *two_ranks, "--ckpt_path", str(checkpoint))
+    rest = [id_ for line in two if line["epoch"] == 0 for id_ in line["ids"]]
+    assert sorted(rest + [id_ for batch in ids[:3] for id_ in batch]) == everything
+    assert {line["rank"] for line in two} == {0, 1}
+    second = [id_ for line in two if line["epoch"] == 1 for id_ in line["ids"]]
+    assert sorted(second) == everything
+    # Back to one process, from the middle of the second epoch.
+    checkpoint = max(
+        (tmp_path / "two").glob("*.ckpt"), key=lambda path: torch.load(path, weights_only=True)["global_step"]
+    )
+    done = [id_ for line in two if line["epoch"] == 1 and line["step"] <= torch.load(checkpoint, weights_only=True)["global_step"]
+            for id_ in line["ids"]]  # fmt: skip
+    assert 0 < len(done) < len(everything)
+    last = fit(tmp_path, "last", 0, "--ckpt_path", str(checkpoint))
+    assert sorted(done + [id_ for line in last for id_ in line["ids"]]) == everything
+    assert {line["epoch"] for line in last} == {1}
