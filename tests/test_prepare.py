@@ -18,6 +18,7 @@ from PIL import Image
 
 from mmprefix.data.index import read_index
 from mmprefix.data.shards import ShardCollection
+from mmprefix.data.writing import _header
 from mmprefix.errors import InputError
 from mmprefix.prepare import run
 
@@ -81,7 +82,7 @@ def test_coco_captions_become_targets_of_one_sample_and_bytes_are_copied(tmp_pat
     assert [collection.image_bytes(n) for n in range(2)] == [images[NAMES[1]], images[NAMES[0]]]
     reasons = {(r["what"], r["reason"]) for r in refused(tmp_path)}
     assert reasons == {
-        ("caption 4", "unknown image"), (f"caption 6 of {NAMES[0]}", "bad entry"), (NAMES[2], "no caption"),
+        ("image 999", "unknown image"), ("caption 6", "bad entry"), (NAMES[2], "no caption"),
         (f"{NAMES[0]}: 42", "empty target"), ("gone.jpg", "no file"),
     }  # fmt: skip
     printed = capsys.readouterr().out
@@ -541,3 +542,10 @@ def test_gnu_tar_extracts_what_was_written(tmp_path):
     listing = subprocess.run(["tar", "-tf", collection.paths[0]], capture_output=True, text=True, check=True)
     assert listing.stdout.split() == [f"000000{n:05d}.{s}" for n in range(3) for s in ("png", "json")]
     assert listing.stderr == ""
+
+
+def test_tar_headers_are_those_of_tarfile():
+    for name, size in (("00000000001.jpg", 0), ("x.json", 12345), ("y.png", 8**11 - 1)):
+        info = tarfile.TarInfo(name)
+        info.size = size
+        assert _header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)

@@ -163,7 +163,7 @@ def prepare(arguments: list[str]) -> int:
         with workers(options.processes, options.tokenizer) as pool, Staging(options.out, options.split) as staging:
             inside = READERS[options.source](source, staging)  # only Parquet with pictures inside gives records itself
             records = chain(inside or (), staged_records(options.images or Path(), staging))
-            with tqdm(desc=options.split, total=len(staging) or None, **bar_settings) as bar:
+            with tqdm(desc=options.split, total=None if inside else len(staging), **bar_settings) as bar:
                 converted = convert(
                     job, records, fingerprint, shard_size=options.shard_size, pool=pool,
                     refused=staging.refused, advance=bar.update,

@@ -144,28 +144,21 @@ def coco(options: SourceOptions, staging: Staging) -> None:
     for image in _items(path, "images.item"):
         if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or "id" not in image:
             staging.refuse(_name(image, "id"), "bad entry", "an image without id or file_name")
-            continue
-        staging.note(f"image {image['id']}", image["file_name"])
-        staging.note(f"without {image['id']}", 0)
+        else:
+            staging.name(str(image["id"]), image["file_name"])
     captions = 0
     for entry in _items(path, "annotations.item"):
         captions += 1
-        caption, number = entry.get("caption"), entry.get("image_id")
-        name = staging.noted(f"image {number}")
-        if name is None:
-            staging.refuse(f"caption {entry.get('id')}", "unknown image", f"image_id {number}")
-            continue
-        staging.forget(f"without {number}")
-        if _text(caption) is None:
-            staging.refuse(f"caption {entry.get('id')} of {name}", "bad entry", f"caption: {type(caption).__name__}")
-            continue
-        staging.add(name, _caption(options, str(number), [caption]))
-    for number in staging.left_over("without "):
-        name = staging.noted(f"image {number}")
+        number = entry.get("image_id") if isinstance(entry, dict) else None
+        if number is None or _text(entry.get("caption")) is None:
+            staging.refuse(f"caption {_name(entry, 'id')}", "bad entry", "expected `image_id` and `caption`")
+        else:
+            staging.add(str(number), _caption(options, str(number), [entry["caption"]]))
+    for number, name in staging.unused_names():
         if captions:
             staging.refuse(name, "no caption")
         else:  # a test file: pictures to caption
-            staging.add(name, _caption(options, str(number), []))
+            staging.add(number, _caption(options, number, []))
 
 
 def _caption(options: SourceOptions, number: str, captions: list[Any]) -> dict[str, Any]:
@@ -243,9 +236,10 @@ def vqa(options: SourceOptions, staging: Staging) -> None:
         found = False
         for entry in _items(path, "annotations.item"):
             found = True
-            staging.note(f"answers {entry.get('question_id')}", {
-                name: entry.get(name) for name in ("answers", "multiple_choice_answer", "answer_type")
-            })  # fmt: skip
+            if isinstance(entry, dict) and entry.get("question_id") is not None:
+                staging.answer(str(entry["question_id"]), _answers(entry))
+            else:
+                staging.refuse("an annotation", "bad entry", "expected `question_id`")
         if not found:
             raise InputError(f"{path}: expected VQA annotations with a list `annotations`, got none")
     subtype = next(_items(options.questions, "data_subtype"), "")
@@ -258,18 +252,9 @@ def vqa(options: SourceOptions, staging: Staging) -> None:
             continue
         name_of = name_of or _coco_names(options, str(subtype), image)
         sample = {"id": str(number), "image_id": str(image), "instruction": options.question_instruction(question)}
-        if options.annotations:
-            answered = staging.noted(f"answers {number}")
-            if answered is None:
-                staging.refuse(f"question {number}", "no answers")
-                continue
-            staging.forget(f"answers {number}")
-            sample |= _answers(answered)
         staging.add(name_of(image), sample)
     if not found:
         raise InputError(f"{options.questions}: expected VQA questions with a list `questions`, got none")
-    for number in staging.left_over("answers "):
-        staging.refuse(f"answers {number}", "unknown question")
 
 
 def _answers(entry: dict[str, Any]) -> dict[str, Any]:

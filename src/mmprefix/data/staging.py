@@ -1,8 +1,8 @@
 """Annotations of any order, grouped by image on disk: memory does not grow with the set.
 
-Published annotation files list captions and questions in an order of their own, and some keep a question in one file
-and its answers in another. A temporary SQLite file takes them in as they come and gives them back image by image, in
-the order of each image's first appearance.
+Published annotation files list captions and questions in an order of their own, name images in one list and use them in
+another, and some keep a question in one file and its answers in another. A temporary SQLite file takes all of it in as
+it comes, joins it, and gives it back image by image, in the order of each image's first sample.
 """
 
 from __future__ import annotations
@@ -19,12 +19,20 @@ from typing import Any
 
 from mmprefix.data.writing import Refusal
 
-_TABLES = """
-CREATE TABLE images (number INTEGER PRIMARY KEY, name TEXT UNIQUE);
-CREATE TABLE samples (number INTEGER PRIMARY KEY, image INTEGER, payload TEXT);
-CREATE TABLE notes (id TEXT PRIMARY KEY, payload TEXT) WITHOUT ROWID;
-CREATE TABLE refused (what TEXT, reason TEXT, detail TEXT);
-"""
+_TABLES = {
+    "samples": "(number INTEGER PRIMARY KEY, image TEXT, id TEXT, payload TEXT)",
+    "names": "(image TEXT PRIMARY KEY, name TEXT) WITHOUT ROWID",
+    "answers": "(id TEXT PRIMARY KEY, payload TEXT) WITHOUT ROWID",
+    "refused": "(what TEXT, reason TEXT, detail TEXT)",
+}
+_INSERT = {
+    "samples": "INSERT INTO samples (image, id, payload) VALUES (?, ?, ?)",
+    "names": "INSERT OR REPLACE INTO names VALUES (?, ?)",
+    "answers": "INSERT OR REPLACE INTO answers VALUES (?, ?)",
+    "refused": "INSERT INTO refused VALUES (?, ?, ?)",
+}
+_AT_ONCE = 2000
+"""Rows that are inserted together: one by one they take ten times as long."""
 
 
 class Staging:
@@ -43,7 +51,12 @@ class Staging:
         self._file = tempfile.NamedTemporaryFile(prefix=f".{name}.staging-", dir=folder)  # noqa: SIM115
         self._db = sqlite3.connect(self._file.name, isolation_level=None)
         # What a crash leaves behind is of no use.
-        self._db.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN;" + _TABLES)
+        self._db.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA temp_store = FILE; BEGIN")
+        for table, columns in _TABLES.items():
+            self._db.execute(f"CREATE TABLE {table} {columns}")
+        self._waiting: dict[str, list[tuple[Any, ...]]] = {table: [] for table in _TABLES}
+        self._joined = False
+        self._named = self._answered = False
 
     def __enter__(self) -> Staging:
         return self
@@ -54,62 +67,103 @@ class Staging:
         self._db.close()
         self._file.close()
 
-    def note(self, key: str, payload: Any) -> None:
-        """Keeps something that is wanted again, by a key; a later one of the same key takes its place."""
-        self._db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (key, json.dumps(payload)))
+    def _put(self, table: str, *row: Any) -> None:
+        rows = self._waiting[table]
+        rows.append(row)
+        if len(rows) == _AT_ONCE:
+            self._flush(table)
 
-    def noted(self, key: str) -> Any:
-        """What was kept under a key; None for nothing."""
-        row = self._db.execute("SELECT payload FROM notes WHERE id = ?", (key,)).fetchone()
-        return None if row is None else json.loads(row[0])
-
-    def forget(self, key: str) -> None:
-        """Drops what was kept under a key."""
-        self._db.execute("DELETE FROM notes WHERE id = ?", (key,))
-
-    def left_over(self, prefix: str) -> Iterator[str]:
-        """Keys that begin so and were not dropped, without the beginning."""
-        rows = self._db.execute("SELECT id FROM notes WHERE id >= ? AND id < ?", (prefix, prefix + "\U0010ffff"))
-        for (key,) in rows:
-            yield key.removeprefix(prefix)
+    def _flush(self, table: str) -> None:
+        self._db.executemany(_INSERT[table], self._waiting[table])
+        self._waiting[table].clear()
 
     def add(self, image: str, sample: dict[str, Any]) -> None:
-        """A sample of an image, by the image's name."""
-        row = self._db.execute(
-            "INSERT INTO images (name) VALUES (?) ON CONFLICT (name) DO UPDATE SET name = name RETURNING number",
-            (image,),
-        ).fetchone()
-        self._db.execute("INSERT INTO samples (image, payload) VALUES (?, ?)", (row[0], json.dumps(sample)))
+        """A sample of an image.
+
+        Args:
+            image: its name; or its key, if `name` says what keys are called.
+            sample: with its ``id``, if `answer` says what is answered to it.
+        """
+        self._put("samples", image, str(sample.get("id")), json.dumps(sample))
+
+    def name(self, image: str, name: str) -> None:
+        """What the image with a key is called. Once there is one, images without a name are refused."""
+        self._named = True
+        self._put("names", image, name)
+
+    def answer(self, sample: str, fields: dict[str, Any]) -> None:
+        """Fields of the sample with an id. Once there is one, samples without are refused."""
+        self._answered = True
+        self._put("answers", sample, json.dumps(fields))
 
     def refuse(self, what: str, reason: str, detail: str = "") -> None:
         """Something that is no sample of an image, and why."""
-        self._db.execute("INSERT INTO refused VALUES (?, ?, ?)", (what, reason, detail[:500]))
+        self._put("refused", what, reason, detail[:500])
 
     def refused(self) -> Iterator[Refusal]:
         """All of those."""
+        self._flush("refused")
         for row in self._db.execute("SELECT what, reason, detail FROM refused"):
             yield Refusal(*row)
 
+    def unused_names(self) -> list[tuple[str, str]]:
+        """Keys and names of images without a sample."""
+        for table in ("samples", "names"):
+            self._flush(table)
+        self._db.execute("CREATE INDEX IF NOT EXISTS of_image ON samples (image, number)")
+        query = "SELECT image, name FROM names WHERE image NOT IN (SELECT image FROM samples)"
+        return self._db.execute(query).fetchall()
+
+    def _join(self) -> None:
+        """Refuses what has no partner, and finds out each image's first sample."""
+        if self._joined:
+            return
+        self._joined = True
+        for table in _TABLES:
+            self._flush(table)
+        self._db.execute("CREATE INDEX IF NOT EXISTS of_image ON samples (image, number)")
+        refuse = "INSERT INTO refused SELECT"
+        if self._named:
+            orphans = "image NOT IN (SELECT image FROM names)"
+            self._db.execute(
+                f"{refuse} 'image ' || image, 'unknown image', 'of sample ' || id FROM samples WHERE {orphans}"
+            )
+            self._db.execute(f"DELETE FROM samples WHERE {orphans}")
+        if self._answered:
+            self._db.execute("CREATE INDEX of_id ON samples (id)")
+            unanswered = "id NOT IN (SELECT id FROM answers)"
+            self._db.execute(f"{refuse} 'question ' || id, 'no answers', '' FROM samples WHERE {unanswered}")
+            self._db.execute(f"DELETE FROM samples WHERE {unanswered}")
+            unasked = "id NOT IN (SELECT id FROM samples)"
+            self._db.execute(f"{refuse} 'answers ' || id, 'unknown question', '' FROM answers WHERE {unasked}")
+        self._db.execute("CREATE TABLE firsts (number INTEGER PRIMARY KEY, image TEXT)")
+        self._db.execute("INSERT INTO firsts SELECT min(number), image FROM samples GROUP BY image")
+
     def __len__(self) -> int:
-        return int(self._db.execute("SELECT count(*) FROM images").fetchone()[0])
+        self._join()
+        return int(self._db.execute("SELECT count(*) FROM firsts").fetchone()[0])
 
     def __iter__(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         """Images and their samples. Those with the same id, kind and instruction are one, with all of their targets."""
-        self._db.execute("CREATE INDEX IF NOT EXISTS of_image ON samples (image, number)")
+        self._join()
         rows = self._db.execute(
-            "SELECT name, payload FROM images JOIN samples ON samples.image = images.number "
-            "ORDER BY images.number, samples.number"
+            "SELECT firsts.number, coalesce(names.name, firsts.image), samples.payload, answers.payload FROM firsts "
+            "JOIN samples ON samples.image = firsts.image LEFT JOIN names ON names.image = firsts.image "
+            "LEFT JOIN answers ON answers.id = samples.id ORDER BY firsts.number, samples.number"
         )
-        for name, of_image in groupby(rows, key=itemgetter(0)):
-            yield name, _joined([json.loads(payload) for _, payload in of_image])
+        for (_, name), of_image in groupby(rows, key=itemgetter(0, 1)):
+            yield name, _merged([json.loads(a) | (json.loads(b) if b else {}) for _, _, a, b in of_image])
 
 
-def _joined(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    joined: dict[tuple[Any, ...], dict[str, Any]] = {}
+def _merged(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    merged: dict[tuple[str, ...], dict[str, Any]] = {}
     for sample in samples:
         same = tuple(str(sample.get(name)) for name in ("id", "kind", "instruction"))
-        first = joined.setdefault(same, {**sample, "targets": []})
-        first["targets"] = [*first["targets"], *(sample.get("targets") or [])]
-        if first is not sample and sample.get("answers") and sample["answers"] != first.get("answers"):
+        if same not in merged:
+            merged[same] = {**sample, "targets": list(sample.get("targets") or [])}
+            continue
+        first = merged[same]
+        first["targets"] += sample.get("targets") or []
+        if sample.get("answers") and sample["answers"] != first.get("answers"):
             first["answers"] = [*(first.get("answers") or []), *sample["answers"]]
-    return list(joined.values())
+    return list(merged.values())
