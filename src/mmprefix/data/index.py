@@ -81,10 +81,11 @@ def write_split(folder: Path, split: str, entry: dict[str, Any]) -> None:
         # A line for each shard: a diff and a pager can cope, and offsets don't take a line each.
         file.write(f'{{"version": {VERSION}, "splits": {{')
         for number, (name, content) in enumerate(splits.items()):
-            rest = {key: value for key, value in content.items() if key != "shards"}
-            file.write(f'{"," if number else ""}\n{json.dumps(name)}: {json.dumps(rest)[:-1]}, "shards": [\n')
-            file.write(",\n".join(json.dumps(shard) for shard in content["shards"]))
-            file.write("]}")
+            file.write(f"{',' if number else ''}\n{json.dumps(name)}: {{")
+            for key, value in content.items():
+                if key != "shards":  # they come last
+                    file.write(f"{json.dumps(key)}: {json.dumps(value)}, ")
+            file.write('"shards": [\n' + ",\n".join(map(json.dumps, content["shards"])) + "]}")
         file.write("\n}}\n")
         file.flush()
         os.fsync(file.fileno())

@@ -243,8 +243,10 @@ class ShardCollection:
         if keys is not None:
             return keys[index - int(self._firsts[shard])]
         header = self._pread(shard, _TAR_BLOCK, int(self._members[index, 2]) - _TAR_BLOCK)
-        name = header[:100].rstrip(b"\0").decode("utf-8", "replace")
-        return str(base_plus_ext(name)[0] or name)
+        name = header[:100].split(b"\0")[0].decode("utf-8", "replace")
+        # It goes into messages: a harmed or hostile one must not steer the terminal.
+        name = "".join(c if c.isprintable() else "?" for c in name)
+        return str(base_plus_ext(name)[0] or name or f"record {index}")
 
     def image(self, index: int) -> Member:
         """Where the image of record ``index`` lies in its shard."""
