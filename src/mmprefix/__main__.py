@@ -18,6 +18,7 @@ commands:
   predict    write predictions, no targets needed    (the same options)
   cache-features                                     cache-features --config C --out DIR (for a frozen encoder)
   prepare    a published set or a folder -> shards   prepare coco --annotations A --images DIR --out DIR
+  inspect    what is in a folder of shards?          inspect DIR --config C
   generate   answer about one image                  generate --checkpoint runs/X --image a.png --instruction "..."
   probe      is this decoder an exact prefix LM?     probe --decoder NAME_OR_FOLDER
   estimate   memory, largest batch that fits         estimate --config C --devices 8 --memory 80
@@ -35,8 +36,8 @@ options:
 """
 
 COMMANDS = (
-    "fit", "validate", "test", "predict", "prepare", "cache-features", "generate", "probe", "estimate", "import-paligemma",
-    "export",
+    "fit", "validate", "test", "predict", "prepare", "inspect", "cache-features", "generate", "probe", "estimate",
+    "import-paligemma", "export",
 )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from mmprefix.data.datamodule import ShardDataModule
 from mmprefix.errors import InputError
 from mmprefix.evaluation.report import PredictionReport
 from mmprefix.files import replacing, set_aside
+from mmprefix.inspection import inspect_command
 from mmprefix.training.callbacks import (
     BadSampleReport,
     ProgressBar,
@@ -269,6 +270,8 @@ def run(arguments: list[str]) -> int:
             return COMMANDS[arguments[0]](arguments[1:])
         if arguments[0] == "cache-features":
             return _cache_features(arguments[1:])
+        if arguments[0] == "inspect":
+            return inspect_command(arguments[1:], fit_settings)
         if arguments[0] == "estimate":
             return estimate_command(arguments[1:], fit_settings)
         _build(MMPrefixCLI, arguments)
