@@ -72,7 +72,8 @@ def test_no_command_and_wrong_command():
     assert wrong.returncode == 2
     assert (
         wrong.stderr
-        == "error: expected one of fit, validate, test, predict, cache-features, generate, probe, estimate, import-paligemma, export, "
+        == "error: expected one of fit, validate, test, predict, prepare, inspect, cache-features, generate, probe, "
+        "estimate, import-paligemma, export, "
         "got 'fitt'; did you mean fit?\n"
     )
 

@@ -5,6 +5,8 @@ import torch
 from PIL import Image
 
 from mmprefix.errors import InputError
+from mmprefix.modeling import MMPrefixForConditionalGeneration
+from mmprefix.processing import MMPrefixProcessor
 from mmprefix.vision import (
     ConnectorArgs,
     ImageTransform,
@@ -15,6 +17,7 @@ from mmprefix.vision import (
     build_connector,
     resolve_vision,
 )
+from tests.conftest import make_model
 
 SMALL = [
     VisionArgs("test_vit", image_size=32),
@@ -144,6 +147,40 @@ def test_transform_squashes_and_normalises(photos):
     assert pixels.dtype == torch.float32
     np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), expected, atol=1e-5)
     assert transform(photos[2].convert("L")).shape == (3, 32, 48)
+
+
+def test_resize_modes_keep_all_the_middle_or_the_aspect_ratio():
+    """A picture of three vertical stripes, twice as wide as high."""
+    stripes = Image.new("RGB", (80, 40), (255, 0, 0))
+    stripes.paste((0, 255, 0), (20, 0, 60, 40))
+    stripes.paste((0, 0, 255), (60, 0, 80, 40))
+    seen = {
+        mode: np.asarray(ImageTransform((20, 20), (0.5, 0.25, 0.75), (1, 1, 1), "nearest", mode).resize(stripes))
+        for mode in ("squash", "crop", "pad")
+    }
+    assert [picture.shape for picture in seen.values()] == [(20, 20, 3)] * 3
+    assert [tuple(seen["squash"][10, x]) for x in (0, 10, 19)] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    assert np.unique(seen["crop"].reshape(-1, 3), axis=0).tolist() == [[0, 255, 0]], "the middle half"
+    assert [tuple(seen["pad"][10, x]) for x in (0, 10, 19)] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    assert {tuple(row) for row in seen["pad"][[0, 4, 15, 19]].reshape(-1, 3).tolist()} == {(128, 64, 191)}
+
+
+@pytest.mark.parametrize("mode", ["squash", "crop", "pad"])
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (1, 1)])
+def test_pictures_of_any_shape_come_to_the_size(mode, size):
+    transform = ImageTransform((20, 32), (0, 0, 0), (1, 1, 1), resize_mode=mode)
+    assert transform.resize(Image.new("RGB", size)).size == (32, 20)
+
+
+@pytest.mark.parametrize("mode", ["squash", "crop", "pad"])
+def test_the_resize_mode_is_part_of_the_model(tmp_path, mode, photos):
+    model, processor = make_model(vision=VisionArgs("test_vit", image_size=32, resize=mode))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    spec = MMPrefixForConditionalGeneration.from_pretrained(tmp_path).config.vision_spec
+    loaded = MMPrefixProcessor.from_pretrained(tmp_path)
+    assert spec.resize == loaded.transform.resize_mode == mode
+    assert torch.equal(loaded.transform(photos[0]), ImageTransform.from_spec(spec)(photos[0]))
 
 
 @pytest.mark.parametrize(

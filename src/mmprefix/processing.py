@@ -33,7 +33,7 @@ from mmprefix.masks import PrefixVisibility
 from mmprefix.modeling import MMPrefixConfig
 from mmprefix.packing import collate_prompts
 from mmprefix.sequence import IGNORE_INDEX, PREFIX_BRANCH, PromptLayout, TokenSequence
-from mmprefix.vision import ImageTransform, VisionSpec
+from mmprefix.vision import ImageTransform, ResizeMode, VisionSpec
 
 Truncate = Literal["none", "instruction", "target", "both"]
 
@@ -115,6 +115,7 @@ class MMPrefixImageProcessor(BaseImageProcessor):
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
         interpolation: str = "bicubic",
+        resize_mode: ResizeMode = "squash",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -122,17 +123,20 @@ class MMPrefixImageProcessor(BaseImageProcessor):
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.interpolation = interpolation
+        self.resize_mode: ResizeMode = resize_mode
 
     @classmethod
     def from_spec(cls, spec: VisionSpec) -> MMPrefixImageProcessor:
         """The processor of an encoder."""
-        return cls(spec.image_size, spec.mean, spec.std, spec.interpolation)
+        return cls(spec.image_size, spec.mean, spec.std, spec.interpolation, spec.resize)
 
     @property
     def transform(self) -> ImageTransform:
         """The transform behind it."""
         height, width = self.size
-        return ImageTransform((height, width), tuple(self.image_mean), tuple(self.image_std), self.interpolation)
+        return ImageTransform(
+            (height, width), tuple(self.image_mean), tuple(self.image_std), self.interpolation, self.resize_mode
+        )
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
         """One RGB image or a list of them -> ``pixel_values``, float32 ``[I, 3, H, W]``."""

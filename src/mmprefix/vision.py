@@ -1,7 +1,7 @@
 """Images -> image tokens: a timm encoder, a connector to the decoder's width, and the transform the encoder expects.
 
-The transform squashes to the encoder's input size with the encoder's own interpolation, mean and standard deviation
-(timm's data config). It never crops: what an instruction asks about may stand at the border.
+The transform takes images to the encoder's input size with the encoder's own interpolation, mean and standard deviation
+(timm's data config). By default it squashes and never crops: what an instruction asks about may stand at the border.
 
 Shapes: I images, N image tokens of one image, D encoder width, W decoder width.
 """
@@ -19,11 +19,12 @@ import numpy as np
 import timm
 import timm.data
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from mmprefix.errors import InputError
 
+ResizeMode = Literal["squash", "crop", "pad"]
 ConnectorKind = Literal["linear", "mlp", "pixel_shuffle"]
 
 
@@ -35,6 +36,8 @@ class VisionArgs:
         name: any model name of timm.
         pretrained: true for timm's weights, or the path of a local weights file; false starts from random weights.
         image_size: side of the square input in pixels; by default what timm's data config says.
+        resize: how an image comes to that size: `squash` it; `crop` the middle of what is too long, after scaling; `pad` what
+            is too short with the mean colour.
         interpolate_position_embeddings: allow another size than the pretrained weights were made for, where their
             position embeddings have to be interpolated to it.
         kwargs: passed on to `timm.create_model`, for other depths, widths or patch sizes.
@@ -43,6 +46,7 @@ class VisionArgs:
     name: str | None = None
     pretrained: bool | str = False
     image_size: int | None = None
+    resize: ResizeMode = "squash"
     interpolate_position_embeddings: bool = False
     kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -74,6 +78,7 @@ class VisionSpec:
         num_tokens: N.
         width: D.
         unused: names of parameters that the image tokens do not depend on (heads, poolers).
+        resize: `squash`, `crop` or `pad`.
     """
 
     name: str
@@ -86,6 +91,7 @@ class VisionSpec:
     num_tokens: int
     width: int
     unused: tuple[str, ...] = ()
+    resize: ResizeMode = "squash"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VisionSpec:
@@ -141,6 +147,7 @@ def resolve_vision(args: VisionArgs) -> VisionSpec:
         mean=tuple(data_config["mean"]),
         std=tuple(data_config["std"]),
         interpolation=data_config["interpolation"],
+        resize=args.resize,
         grid=grid,
         num_tokens=tokens.shape[1],
         width=tokens.shape[2],
@@ -303,25 +310,33 @@ class ImageTransform:
     """Pixels as the encoder expects them.
 
     Attributes:
-        size: ``(height, width)`` in pixels; images are squashed to it.
+        size: ``(height, width)`` in pixels.
         mean, std: per channel, for pixels in [0, 1].
         interpolation: name of a Pillow resampling filter, in lower case.
+        resize_mode: `squash` changes the aspect ratio; `crop` fills the size and loses what is too long, evenly on both
+            sides; `pad` loses nothing and fills up with the mean colour, evenly on both sides.
     """
 
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bicubic"
+    resize_mode: ResizeMode = "squash"
 
     @classmethod
     def from_spec(cls, spec: VisionSpec) -> ImageTransform:
         """The transform of an encoder."""
-        return cls(spec.image_size, spec.mean, spec.std, spec.interpolation)
+        return cls(spec.image_size, spec.mean, spec.std, spec.interpolation, spec.resize)
 
     def resize(self, image: Image.Image) -> Image.Image:
         """RGB image of any size -> RGB image of `size`."""
-        height, width = self.size
-        return image.convert("RGB").resize((width, height), Image.Resampling[self.interpolation.upper()])
+        image, size = image.convert("RGB"), (self.size[1], self.size[0])
+        method = Image.Resampling[self.interpolation.upper()]
+        if self.resize_mode == "crop":
+            return ImageOps.fit(image, size, method)
+        if self.resize_mode == "pad":
+            return ImageOps.pad(image, size, method, color=tuple(round(255 * value) for value in self.mean))
+        return image.resize(size, method)
 
     def to_tensor(self, image: Image.Image) -> Tensor:
         """RGB image of `size` -> normalised float32 ``[3, H, W]``."""

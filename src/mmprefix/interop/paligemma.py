@@ -323,6 +323,8 @@ def export_paligemma(
         raise InputError(refuse.format("prefix_visibility full", config.prefix_visibility))
     if processor.separator != SEPARATOR:
         raise InputError(refuse.format("a newline as separator", repr(processor.separator)))
+    if processor.transform.resize_mode != "squash":
+        raise InputError(refuse.format("images that are squashed", processor.transform.resize_mode))
     encoder = model.vision.model
     vision_config = _siglip_config(encoder, config.vision_spec, refuse)
     _warn_of_window(text_config, config.vision_spec.num_tokens)
