@@ -552,3 +552,23 @@ def test_own_shards_replace_the_builtin_set_altogether():
     assert data.patterns["predict"] == "b.tar"
     builtin = ShardDataModule(dataset="digits")
     assert builtin.has("test")
+
+
+def test_resampled_epochs_draw_with_replacement_by_seed_and_epoch():
+    def drawn(epoch, num_ranks=1):
+        samplers = [EpochBatchSampler(50, 4, True, 3, r, num_ranks, replacement=True) for r in range(num_ranks)]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        return [[i for batch in step for _, i in batch] for step in zip(*samplers, strict=True)]
+
+    flat = [i for step in drawn(0) for i in step]
+    assert len(flat) == 50
+    assert 0 <= min(flat) <= max(flat) < 50
+    assert 20 < len(set(flat)) < 45, "some several times, some not at all"
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert [i for step in drawn(0, num_ranks=2) for i in step] == flat
+
+
+def test_resampling_and_a_token_budget_exclude_each_other():
+    with pytest.raises(InputError, match="data.resampled: expected data.max_tokens: null"):
+        ShardDataModule(train="x", resampled=True, max_tokens=100)

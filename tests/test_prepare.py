@@ -518,7 +518,7 @@ def test_an_index_that_is_not_the_shards_is_refused(tmp_path):
 def test_failing_reads_are_tried_again_with_a_warning(tmp_path, monkeypatch):
     collection = prepared(tmp_path, "jsonl", "--annotations", many(tmp_path, 2))
     expected = collection.image_bytes(0)
-    monkeypatch.setattr("mmprefix.data.shards._PAUSES", (0.0, 0.0))
+    monkeypatch.setattr("mmprefix.data.storage._PAUSES", (0.0, 0.0))
     left, pread = [2], os.pread
 
     def flaky(descriptor, size, offset):

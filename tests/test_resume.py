@@ -64,9 +64,10 @@ def steps_of(data, epoch=1):
 
 def checkpoint_of(data, done, epoch=1):
     progress = dict.fromkeys(("ready", "started", "processed"), done) | {"completed": done - 1}
+    epochs = {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
     loops = {
-        "epoch_progress": {"current": {"processed": epoch}},
-        "epoch_loop.batch_progress": {"current": progress},
+        "epoch_progress": {"current": epochs, "total": dict(epochs)},
+        "epoch_loop.batch_progress": {"current": progress, "total": dict(progress), "is_last_batch": False},
     }
     return {"ShardDataModule": data.state_dict(), "loops": {"fit_loop": loops}}
 
@@ -202,3 +203,15 @@ def test_one_process_goes_on_as_two_and_two_as_one(tmp_path):
     last = fit(tmp_path, "last", 0, "--ckpt_path", str(checkpoint))
     assert sorted(done + [id_ for line in last for id_ in line["ids"]]) == everything
     assert {line["epoch"] for line in last} == {1}
+
+
+def test_a_checkpoint_of_an_epochs_last_batch_and_those_of_the_run_behind_it(tmp_path):
+    """Found by kills at random steps: the third run began the second epoch anew."""
+    write_shard(tmp_path / "a.tar", [colour_record(n) for n in range(6)])  # 3 steps an epoch
+    whole = {line["step"]: line["ids"] for line in fit(tmp_path, "whole", 1)}
+    assert sorted(whole) == [1, 2, 3, 4, 5, 6]
+    for before, name, step in (("whole", "second", 3), ("second", "third", 4), ("third", "fourth", 5)):
+        (checkpoint,) = (tmp_path / before).glob(f"*step={step:08d}.ckpt")
+        lines = fit(tmp_path, name, 1, "--ckpt_path", str(checkpoint))
+        assert {line["step"]: line["ids"] for line in lines} == {s: ids for s, ids in whole.items() if s > step}
+        assert {line["epoch"] for line in lines} == {1}

@@ -48,6 +48,27 @@ class _Position:
     batches: int = 0
 
 
+def _finish_epoch(loops: dict[str, Any]) -> None:
+    """A checkpoint of an epoch's last batch -> one between that epoch and the next.
+
+    Lightning begins the next epoch from such a checkpoint, but goes on counting epochs as if it were in the middle of
+    one: whoever resumes from a later checkpoint of that run begins its epoch anew.
+
+    Args:
+        loops: state of the fit loop, changed in place.
+    """
+    epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    in_epoch = epochs["current"]["processed"] == epochs["current"]["ready"] - 1
+    behind_batch = batches["total"]["completed"] == batches["total"]["processed"] - 1
+    if not (batches["is_last_batch"] and in_epoch and behind_batch):
+        return
+    for progress in (epochs["total"], epochs["current"], batches["total"]):
+        progress.update(dict.fromkeys(progress, progress["ready"]))
+    batches["current"].update(dict.fromkeys(batches["current"], 0))
+    batches["is_last_batch"] = False
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1  # as for every checkpoint behind a batch
+
+
 class ShardDataModule(pl.LightningDataModule):
     """Image-text samples from webdataset shards.
 
@@ -71,6 +92,7 @@ class ShardDataModule(pl.LightningDataModule):
         max_target_tokens: int | None = 64,
         truncate: Literal["none", "instruction", "target", "both"] = "none",
         augmentation: RandomAffine | None = None,
+        resampled: bool = False,
         on_bad_sample: Literal["skip", "error"] = "skip",
         feature_cache: str | None = None,
         feature_key: Any = None,
@@ -99,6 +121,8 @@ class ShardDataModule(pl.LightningDataModule):
             max_target_tokens: longest target, without EOS; also how much is generated at most.
             truncate: which text may be cut at its limit; `none` makes a longer one an error. Image tokens never are.
             augmentation: random affine transform of training images; none by default.
+            resampled: training draws with replacement: an epoch is as many records as there are, some of them several
+                times and some not at all. By default each comes once.
             on_bad_sample: what happens to an image that cannot be decoded: `skip` counts and reports it.
             feature_cache: folder written by `cache-features`: a frozen encoder's features are read from it, and no
                 image is decoded.
@@ -134,6 +158,11 @@ class ShardDataModule(pl.LightningDataModule):
         self.feature_key: Callable[[], FeatureKey] | None = feature_key
         self._features: FeatureCache | None = None
         self._checked: set[str] = set()
+        self.resampled = resampled
+        if resampled and max_tokens is not None:
+            raise InputError(
+                "data.resampled: expected data.max_tokens: null, got a budget, whose batches hold each record once"
+            )
         self.undecodable_is_fatal = on_bad_sample == "error"
         self.seed = seed
         self.packed = False
@@ -291,6 +320,7 @@ class ShardDataModule(pl.LightningDataModule):
         before, loops = checkpoint.get(type(self).__qualname__), checkpoint.get("loops", {}).get("fit_loop")
         if not before or not loops or "train" not in self._shards:
             return
+        _finish_epoch(loops)
         epoch = int(loops["epoch_progress"]["current"]["processed"])
         progress = loops["epoch_loop.batch_progress"]["current"]
         done = int(progress["processed"])
@@ -334,7 +364,9 @@ class ShardDataModule(pl.LightningDataModule):
         num_records = len(self._shards["train"])
         settings: dict[str, Any] = {"seed": self.seed, **self._ranks()}
         if self.max_tokens is None:
-            sampler: Any = EpochBatchSampler(num_records, self.batch_size, shuffle=True, seen=self._seen, **settings)
+            sampler: Any = EpochBatchSampler(
+                num_records, self.batch_size, shuffle=True, seen=self._seen, replacement=self.resampled, **settings
+            )
         else:
             sampler = TokenBudgetSampler(*self._budget(self.max_tokens), batches_done=self._batches_done, **settings)
         return self._loader("train", sampler, self._collator.train)

@@ -21,6 +21,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mmprefix.data import storage
 from mmprefix.errors import InputError
 from mmprefix.files import replacing
 
@@ -36,9 +37,9 @@ def read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         InputError: a file that is no index, or one of a later version.
     """
-    path = Path(folder) / INDEX_NAME
+    path = storage.join(str(folder), INDEX_NAME)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(storage.read_whole(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:

@@ -142,7 +142,7 @@ class RecordDataset(Dataset[EncodedRecord | BadSample]):
     def _bad(self, index: int, error: Exception, fatal: bool = True) -> BadSample:
         try:
             key = self.shards.key(index)
-        except OSError:
+        except OSError:  # the file is gone
             key = f"record {index}"
         return BadSample(self.shards.path_of(index), key, str(error), fatal)
 
@@ -199,6 +199,8 @@ class EpochBatchSampler(Sampler[list[EpochIndex]]):
     num_ranks: int = 1
     seen: Callable[[int], int] = lambda epoch: 0
     """How many records of an epoch a resumed run has behind it, on all ranks; asked when the epoch begins."""
+    replacement: bool = False
+    """Whether an epoch draws as many records as there are, each time from all of them."""
     epoch: int = field(default=0, init=False)
 
     @property
@@ -222,8 +224,11 @@ class EpochBatchSampler(Sampler[list[EpochIndex]]):
 
     def __iter__(self) -> Iterator[list[EpochIndex]]:
         order = np.arange(self.num_records)
-        if self.shuffle:
-            np.random.default_rng((self.seed, self.epoch)).shuffle(order)
+        generator = np.random.default_rng((self.seed, self.epoch))
+        if self.replacement:
+            order = generator.integers(0, self.num_records, self.num_records)
+        elif self.shuffle:
+            generator.shuffle(order)
         for start, stop in self._spans(self.seen(self.epoch)):
             yield [(self.epoch, int(index)) for index in order[start:stop]]
 

@@ -13,19 +13,17 @@ on disk, and nothing is unpickled or evaluated.
 from __future__ import annotations
 
 import glob
-import os
 import tarfile
-import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import braceexpand
 import numpy as np
 from webdataset.tariterators import base_plus_ext
 
+from mmprefix.data import storage
 from mmprefix.data.index import INDEX_NAME, NUMBERS, read_index
 from mmprefix.data.samples import Sample, parse_record
 from mmprefix.errors import InputError
@@ -36,9 +34,6 @@ MAX_IMAGE_BYTES = 256 << 20
 MAX_JSON_BYTES = 64 << 20
 """Larger members are refused unread: a shard may come from strangers."""
 _TAR_BLOCK = 512
-_MAX_OPEN_SHARDS = 256  # each process may open 1,024 files on many systems
-_PAUSES = (0.1, 0.5, 2.0, 5.0)
-"""Seconds before a failed read is tried again; network folders fail for moments."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,8 @@ def expand_shards(pattern: str | Sequence[str], what: str) -> list[str]:
     """Paths of the shards that a pattern names, sorted.
 
     Args:
-        pattern: a path, glob (``train-*.tar``), brace range (``train-{000..009}.tar``) or folder, or a list of them.
+        pattern: a path, glob (``train-*.tar``), brace range (``train-{000..009}.tar``) or folder, or a list of them; on
+            this machine or, with a protocol, wherever fsspec reads.
         what: setting the pattern came from, for messages.
 
     Raises:
@@ -63,13 +59,17 @@ def expand_shards(pattern: str | Sequence[str], what: str) -> list[str]:
     paths: list[str] = []
     for entry in patterns:
         for expanded in braceexpand.braceexpand(entry):
-            candidate = os.path.join(expanded, "*.tar") if os.path.isdir(expanded) else expanded
-            matches = sorted(glob.glob(candidate))
+            if expanded.startswith("pipe:"):
+                raise InputError(
+                    f"{what}: expected shards that can be read by position, got {expanded}: a pipe can't be"
+                )
+            candidate = storage.join(expanded, "*.tar") if storage.is_folder(expanded) else expanded
+            matches = storage.find(candidate)
             if not matches:
-                folder = os.path.dirname(candidate) or "."
-                if not os.path.isdir(folder):
+                folder = storage.split(candidate)[0] or "."
+                if not storage.is_folder(folder):
                     raise InputError(f"{what}: expected shards at {expanded}, the folder {folder} does not exist")
-                tars = len(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
+                tars = len(storage.find(storage.join(glob.escape(folder), "*.tar")))
                 raise InputError(
                     f"{what}: expected shards at {expanded}, none match ({folder} holds {tars} .tar files)"
                 )
@@ -100,15 +100,15 @@ class ShardCollection:
         self.paths = expand_shards(pattern, what)
         self.needs_target = needs_target
         self.num_samples = self.indexed = 0
-        self._descriptors: dict[int, tuple[int, int]] = {}
+        self._reader = storage.Reader(self.paths)
         self._keys: list[list[str] | None] = []  # of a shard's records; None where their headers say them
         members: list[np.ndarray] = []
         indices: dict[str, dict[str, Any]] = {}
         for path in self.paths:
-            folder = os.path.dirname(path)
+            folder, name = storage.split(path)
             if folder not in indices:
                 indices[folder] = _shards_of(folder, needs_target)
-            entry = indices[folder].get(os.path.basename(path))
+            entry = indices[folder].get(name)
             if entry is None:
                 members.append(self._scan(path))
             else:
@@ -132,8 +132,8 @@ class ShardCollection:
         members: dict[str, Member] = {}
         current: str | None = None
         found: dict[str, list[int]] = {}
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
+        size = storage.size_of(path)
+        with storage.open_file(path) as file:
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
                     for info in tar:
@@ -147,7 +147,7 @@ class ShardCollection:
                                 f"{path}: {info.name}: expected {info.size} bytes, the shard ends before them"
                             )
                         if key != current:
-                            self._add(path, current, members, file.fileno(), found)
+                            self._add(path, current, members, file, found)
                             if key in found:
                                 raise InputError(
                                     f"{path}: {key}: expected a record's members side by side, it comes twice"
@@ -160,16 +160,16 @@ class ShardCollection:
             except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
                 raise InputError(f"{path}: expected an uncompressed tar, got {' '.join(str(error).split())}") from error
             # tarfile takes a broken header or the end of the file for the end of the archive, without an error.
-            if os.pread(file.fileno(), _TAR_BLOCK, end) != bytes(_TAR_BLOCK):
+            if _at(file, end, _TAR_BLOCK) != bytes(_TAR_BLOCK):
                 raise InputError(
                     f"{path}: expected an end-of-archive mark at byte {end}, got a truncated or broken shard"
                 )
-            self._add(path, current, members, file.fileno(), found)
+            self._add(path, current, members, file, found)
         self._keys.append(list(found))
         return np.array(list(found.values()), dtype=np.int64).reshape(-1, NUMBERS)
 
     def _add(
-        self, path: str, key: str | None, members: dict[str, Member], descriptor: int, found: dict[str, list[int]]
+        self, path: str, key: str | None, members: dict[str, Member], file: BinaryIO, found: dict[str, list[int]]
     ) -> None:  # fmt: skip
         """Enters a record that is complete."""
         if key is None:
@@ -182,42 +182,13 @@ class ShardCollection:
             raise InputError(f"{path}: {key}: expected {key}.json with instruction and target, {got}")
         _check_size(path, key, image.size, MAX_IMAGE_BYTES)
         _check_size(path, key, members["json"].size, MAX_JSON_BYTES)
-        payload = os.pread(descriptor, members["json"].size, members["json"].offset)
+        payload = _at(file, members["json"].offset, members["json"].size)
         self.num_samples += len(parse_record(payload, key, path, needs_target=self.needs_target))
         found[key] = [image.offset, image.size, members["json"].offset, members["json"].size]
 
-    def _descriptor(self, shard: int) -> int:
-        # A descriptor belongs to the process that opened it: a forked worker shares its file position, but pread
-        # doesn't use one; a spawned worker has none of them. Reopen on a change of process all the same.
-        process, descriptor = self._descriptors.get(shard, (-1, -1))
-        if process != os.getpid():
-            if len(self._descriptors) >= _MAX_OPEN_SHARDS:
-                self._close(next(iter(self._descriptors)))
-            descriptor = os.open(self.paths[shard], os.O_RDONLY)
-            self._descriptors[shard] = (os.getpid(), descriptor)
-        return descriptor
-
-    def _close(self, shard: int) -> None:
-        process, descriptor = self._descriptors.pop(shard, (-1, -1))
-        if process == os.getpid():
-            os.close(descriptor)
-
-    def _pread(self, shard: int, size: int, offset: int) -> bytes:
-        """Bytes of a shard; a read that fails is tried again, with a warning."""
-        for pause in (*_PAUSES, None):
-            try:
-                return os.pread(self._descriptor(shard), size, offset)
-            except OSError as error:
-                self._close(shard)  # a stale handle of a network folder stays stale
-                if pause is None or isinstance(error, FileNotFoundError | PermissionError):
-                    raise
-                warnings.warn(f"{self.paths[shard]}: {error.strerror}; reading again in {pause} s", stacklevel=2)
-                time.sleep(pause)
-        raise AssertionError("the last pause is None")
-
     def _read(self, shard: int, member: Member) -> bytes:
         path = self.paths[shard]
-        content = self._pread(shard, _TAR_BLOCK + member.size, member.offset - _TAR_BLOCK)
+        content = self._reader.read(shard, _TAR_BLOCK + member.size, member.offset - _TAR_BLOCK)
         header, content = content[:_TAR_BLOCK], content[_TAR_BLOCK:]
         size = _size_in(header)
         if size != member.size:
@@ -242,7 +213,7 @@ class ShardCollection:
         keys = self._keys[shard]
         if keys is not None:
             return keys[index - int(self._firsts[shard])]
-        header = self._pread(shard, _TAR_BLOCK, int(self._members[index, 2]) - _TAR_BLOCK)
+        header = self._reader.read(shard, _TAR_BLOCK, int(self._members[index, 2]) - _TAR_BLOCK)
         name = header[:100].split(b"\0")[0].decode("utf-8", "replace")
         # It goes into messages: a harmed or hostile one must not steer the terminal.
         name = "".join(c if c.isprintable() else "?" for c in name)
@@ -266,6 +237,16 @@ class ShardCollection:
         return f"{len(self.paths)} shards, {len(self)} images, {self.num_samples} samples"
 
 
+def _at(file: BinaryIO, offset: int, size: int) -> bytes:
+    """Bytes at a place; the position in the file stays, since `tarfile` counts on its own."""
+    position = file.tell()
+    try:
+        file.seek(offset)
+        return file.read(size)
+    finally:
+        file.seek(position)
+
+
 def _shards_of(folder: str, needs_target: bool) -> dict[str, dict[str, Any]]:
     """What a folder's index says of its shards, by file name."""
     splits = read_index(folder or ".").values()
@@ -280,7 +261,7 @@ def _members_of(path: str, entry: dict[str, Any]) -> np.ndarray:
     Raises:
         InputError: a shard of another size than the index says, or members that lie beyond it.
     """
-    size = os.path.getsize(path)
+    size = storage.size_of(path)
     advice = f"the shard changed, or {INDEX_NAME} is not its own"
     if size != entry["bytes"]:
         raise InputError(f"{path}: expected {entry['bytes']} bytes, as {INDEX_NAME} says, got {size}: {advice}")

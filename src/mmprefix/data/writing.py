@@ -20,6 +20,7 @@ import os
 import shutil
 import signal
 import tarfile
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -43,6 +44,8 @@ MAX_IMAGE_BYTES = 256 << 20
 MAX_PIXELS = 178_956_970
 """Twice Pillow's own limit, where it raises: a small file may claim to be enormous."""
 _BLOCK = 512
+_LOOK = 0.5
+"""Seconds between looks for Ctrl-C."""
 _AHEAD = 64
 """Chunks that wait for a worker at most: their texts are in memory, their images are not."""
 _QUANTILES = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -334,6 +337,23 @@ def _progress(folder: Path, split: str) -> Path:
 
 
 @contextmanager
+def _interrupts_noted() -> Iterator[list[int]]:
+    """Ctrl-C adds to the list that this yields, to be looked at where nothing is half done.
+
+    An exception in the middle of the executor's own work may leave it in a state in which it waits forever.
+    """
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+        yield noted
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def workers(processes: int, tokenizer: str | None) -> Iterator[ProcessPoolExecutor]:
     """Worker processes for `convert`, running from the start.
 
@@ -437,19 +457,22 @@ def convert(
 
     def collect(most: int) -> None:
         while len(pending) > most:
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+            for future in wait(pending, _LOOK, FIRST_COMPLETED).done:
                 report = future.result()
                 done[report.number] = report
                 advance(pending.pop(future))
+            if interrupted:
+                raise KeyboardInterrupt
 
     try:
-        for number, chunk in enumerate(_chunks(records, shard_size)):
-            if number in done:
-                advance(len(chunk))
-                continue
-            pending[pool.submit(write_chunk, job, number, chunk)] = len(chunk)
-            collect(_AHEAD)
-        collect(0)
+        with _interrupts_noted() as interrupted:
+            for number, chunk in enumerate(_chunks(records, shard_size)):
+                if number in done:
+                    advance(len(chunk))
+                    continue
+                pending[pool.submit(write_chunk, job, number, chunk)] = len(chunk)
+                collect(_AHEAD)
+            collect(0)
     except BrokenProcessPool as error:
         raise InputError(
             "a worker process died; was memory short? the same command goes on from where it stopped"
