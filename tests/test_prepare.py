@@ -18,7 +18,9 @@ from PIL import Image
 
 from mmprefix.data.index import read_index
 from mmprefix.data.shards import ShardCollection
-from mmprefix.data.writing import _header
+from mmprefix.data.sources import READERS, SourceOptions, staged_records
+from mmprefix.data.staging import Staging
+from mmprefix.data.writing import Job, _header, write_chunk
 from mmprefix.errors import InputError
 from mmprefix.prepare import run
 
@@ -549,3 +551,65 @@ def test_tar_headers_are_those_of_tarfile():
         info = tarfile.TarInfo(name)
         info.size = size
         assert _header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_one_line(tmp_path, images, capfd):
+    rows = table(tmp_path, [{"image": NAMES[0], "target": "t"}])
+    arguments = ["jsonl", "--annotations", rows, "--images", str(tmp_path / "images"), "--out", str(tmp_path / "out")]
+    assert run([*arguments, "--tokenizer", str(tmp_path)]) == 2
+    error = capfd.readouterr().err
+    assert error.splitlines()[-1].startswith("error: --tokenizer: cannot load")
+    assert "Traceback" not in error
+
+
+JUNK = [None, 7, -1.5, "", "x", "\ud800", [], {}, [None], {"a": 1}, "../x", True, 10**30]
+JSON_SOURCES = {
+    "coco": {"images": [{"id": 1, "file_name": NAMES[0]}], "annotations": [{"id": 1, "image_id": 1, "caption": "c"}]},
+    "karpathy": {"images": [{"filename": NAMES[0], "filepath": "x", "cocoid": 1, "split": "train", "sentences": [{"raw": "c"}]}]},
+    "vqa": {"data_subtype": "val2014", "questions": [{"image_id": 42, "question": "q?", "question_id": 1}],
+            "annotations": [{"question_id": 1, "answer_type": "other", "multiple_choice_answer": "a",
+                             "answers": [{"answer": "a", "answer_id": 1}]}]},
+    "vizwiz": [{"image": NAMES[0], "question": "q?", "answers": [{"answer": "a"}], "answer_type": "other"}],
+    "textvqa": {"data": [{"question": "q?", "image_id": "a", "question_id": 5, "answers": ["x", "y"], "question_types": ["t"]}]},
+    "gqa": {"1": {"question": "q?", "imageId": "a", "answer": "yes", "types": {"structural": "verify"}}},
+    "scienceqa": {"7": {"question": "q?", "choices": ["a", "b"], "answer": 1, "hint": "h", "image": "i.png", "split": "train", "subject": "s"}},
+    "llava": [{"id": "a", "image": NAMES[0], "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}],
+    "jsonl": {"image": NAMES[0], "instruction": "q", "target": "t", "answers": ["a"], "id": "i", "kind": "k"},
+}  # fmt: skip
+
+
+def places(value, path=()):
+    """Paths of everything inside a JSON value."""
+    yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from places(value[key], (*path, key))
+
+
+@pytest.mark.parametrize("name", JSON_SOURCES)
+def test_annotations_with_anything_in_any_place_are_read_or_refused(tmp_path, images, name):
+    """Every place of a small file replaced by everything: no exception but an `InputError`."""
+    source, folder = {"karpathy": "coco", "vizwiz": "vqa"}.get(name, name), tmp_path / "images"
+    path, outcomes = tmp_path / "a.json", set()
+    for number, (place, junk) in enumerate((p, j) for p in places(JSON_SOURCES[name]) for j in JUNK):
+        content = json.loads(json.dumps(JSON_SOURCES[name]))
+        if place:
+            parent = content
+            for key in place[:-1]:
+                parent = parent[key]
+            parent[place[-1]] = junk
+        else:
+            content = junk
+        path.write_text(json.dumps(content))
+        options = SourceOptions(folder, (path,), path if name == "vqa" else None)
+        with Staging(tmp_path / "out", f"s{number}") as staging:
+            try:
+                READERS[source](options, staging)
+            except InputError:
+                outcomes.add("refused as a whole")
+                continue
+            records = list(staged_records(folder, staging))
+            report = write_chunk(Job(tmp_path / "out", f"s{number}"), 0, records)
+            refusals = [*staging.refused(), *report.refused]
+            assert report.shard or refusals or not records, (place, junk)
+            outcomes.add("shard" if report.shard else "nothing usable")
+    assert len(outcomes) >= 2, "nothing was harmed"

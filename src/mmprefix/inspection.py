@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mmprefix.arguments import CommandParser
+from mmprefix.arguments import CommandParser, available_cores
 from mmprefix.data.features import image_digest
 from mmprefix.data.images import UndecodableImageError, decode_image
 from mmprefix.data.index import read_index
@@ -184,7 +184,7 @@ def parse(arguments: list[str]) -> tuple[Namespace, list[str]]:
     parser.add_argument("--out", type=Path, help="where inspect.html and inspect.png go; by default the folder")
     parser.add_argument("--samples", type=int, default=48, help="records in the gallery, of each split")
     parser.add_argument("--seed", type=int, default=0, help="draws them")
-    parser.add_argument("--num_workers", type=int, default=len(os.sched_getaffinity(0)), help="loader processes")
+    parser.add_argument("--num_workers", type=int, default=available_cores(), help="loader processes")
     parser.add_argument("--checksums", action="store_true", help="compare shards with the SHA-256 in index.json")
     options, others = parser.parse_known_args(arguments)
     for name in ("samples", "num_workers"):

@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mmprefix import __version__
-from mmprefix.arguments import CommandParser
+from mmprefix.arguments import CommandParser, available_cores
 from mmprefix.data.sources import PICTURES, READERS, Columns, SourceOptions, staged_records
 from mmprefix.data.staging import Staging
 from mmprefix.data.writing import Converted, Job, convert, finished_entry, remove_split, workers
@@ -59,9 +59,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--no-targets", action="store_true", help="keep samples without a target, for predict")
     parser.add_argument("--resize", type=int, metavar="PIXELS", help="shrink images whose longer side is larger")
     parser.add_argument("--tokenizer", help="count text lengths with this tokenizer, not in UTF-8 bytes")
-    parser.add_argument(
-        "--processes", type=int, default=len(os.sched_getaffinity(0)), help="by default one for each core"
-    )
+    parser.add_argument("--processes", type=int, default=available_cores(), help="by default one for each core")
     parser.add_argument("--overwrite", action="store_true", help="replace the split that the folder holds")
     return parser
 

@@ -92,6 +92,17 @@ def _items(path: Path, prefix: str) -> Iterator[Any]:
     yield from _streamed(path, lambda file: ijson.items(file, prefix, use_float=True))
 
 
+def _objects(path: Path, prefix: str, staging: Staging) -> Iterator[dict[str, Any]]:
+    """The elements of an array that are objects; others are refused."""
+    for number, entry in enumerate(_items(path, prefix)):
+        if isinstance(entry, dict):
+            yield entry
+        else:
+            staging.refuse(
+                f"{path.name}: {prefix.removesuffix('.item')}[{number}]", "bad entry", f"a {type(entry).__name__}"
+            )
+
+
 def _entries(path: Path, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Members of a JSON object."""
     yield from _streamed(path, lambda file: ijson.kvitems(file, prefix, use_float=True))
@@ -141,13 +152,13 @@ def coco(options: SourceOptions, staging: Staging) -> None:
     if "sentences" in first:
         _karpathy(path, options, staging)
         return
-    for image in _items(path, "images.item"):
+    for image in _objects(path, "images.item", staging):
         if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or "id" not in image:
             staging.refuse(_name(image, "id"), "bad entry", "an image without id or file_name")
         else:
             staging.name(str(image["id"]), image["file_name"])
     captions = 0
-    for entry in _items(path, "annotations.item"):
+    for entry in _objects(path, "annotations.item", staging):
         captions += 1
         number = entry.get("image_id") if isinstance(entry, dict) else None
         if number is None or _text(entry.get("caption")) is None:
@@ -175,13 +186,15 @@ _KARPATHY = {"train": ("train", "restval")}
 def _karpathy(path: Path, options: SourceOptions, staging: Staging) -> None:
     wanted = _KARPATHY.get(options.split, (options.split,))
     seen: Counter[str] = Counter()
-    for image in _items(path, "images.item"):
+    for image in _objects(path, "images.item", staging):
         part = str(image.get("split"))
         seen[part] += 1
         if part not in wanted:
             continue
         name, folder = image.get("filename"), image.get("filepath")
-        captions = [sentence.get("raw") for sentence in image.get("sentences", ()) if isinstance(sentence, dict)]
+        given = image.get("sentences")
+        sentences = given if isinstance(given, list) else []
+        captions = [sentence.get("raw") for sentence in sentences if isinstance(sentence, dict)]
         if not isinstance(name, str):
             staging.refuse(_name(image, "imgid"), "bad entry", "an image without filename")
             continue
@@ -234,7 +247,7 @@ def vqa(options: SourceOptions, staging: Staging) -> None:
         return
     for path in options.annotations:
         found = False
-        for entry in _items(path, "annotations.item"):
+        for entry in _objects(path, "annotations.item", staging):
             found = True
             if isinstance(entry, dict) and entry.get("question_id") is not None:
                 staging.answer(str(entry["question_id"]), _answers(entry))
@@ -244,7 +257,7 @@ def vqa(options: SourceOptions, staging: Staging) -> None:
             raise InputError(f"{path}: expected VQA annotations with a list `annotations`, got none")
     subtype = next(_items(options.questions, "data_subtype"), "")
     name_of, found = None, False
-    for entry in _items(options.questions, "questions.item"):
+    for entry in _objects(options.questions, "questions.item", staging):
         found = True
         number, image, question = entry.get("question_id"), entry.get("image_id"), _text(entry.get("question"))
         if number is None or not isinstance(image, int | str) or question is None:
@@ -313,7 +326,7 @@ def textvqa(options: SourceOptions, staging: Staging) -> None:
     """TextVQA (``TextVQA_0.5.1_train.json``) and DocVQA (``train_v1.0.json``): questions and answers in one `data`."""
     found = False
     for path in options.annotations:
-        for entry in _items(path, "data.item"):
+        for entry in _objects(path, "data.item", staging):
             found = True
             number = entry.get("question_id", entry.get("questionId"))
             question, picture = _text(entry.get("question")), entry.get("image")

@@ -69,7 +69,8 @@ class Staging:
 
     def _put(self, table: str, *row: Any) -> None:
         rows = self._waiting[table]
-        rows.append(row)
+        # Half of a surrogate pair, from JSON or from a file's name, is no text to SQLite. A payload is escaped already.
+        rows.append(tuple(v.encode("utf-8", "backslashreplace").decode() if isinstance(v, str) else v for v in row))
         if len(rows) == _AT_ONCE:
             self._flush(table)
 

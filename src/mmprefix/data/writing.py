@@ -123,6 +123,7 @@ class _Unusable(Exception):
 # In a worker ----------------------------------------------------------------------------------------------------------
 
 _count_tokens: Callable[[str], int] | None = None
+_start_error = ""
 
 
 def _start_worker(tokenizer: str | None) -> None:
@@ -131,8 +132,17 @@ def _start_worker(tokenizer: str | None) -> None:
     if tokenizer is not None:
         from transformers import AutoTokenizer
 
-        encode = AutoTokenizer.from_pretrained(tokenizer).encode
+        try:
+            encode = AutoTokenizer.from_pretrained(tokenizer).encode
+        except Exception as error:  # an initialiser that fails breaks the pool, without a word of why
+            global _start_error
+            _start_error = " ".join(str(error).split())[:300] or type(error).__name__
+            return
         _count_tokens = lambda text: len(encode(text, add_special_tokens=False))  # noqa: E731
+
+
+def _how_it_started() -> str:
+    return _start_error
 
 
 def _length(text: str) -> int:
@@ -159,7 +169,7 @@ def write_chunk(job: Job, number: int, records: list[SourceRecord]) -> ShardRepo
             except _Unusable as error:
                 refuse(record.name, error.reason, error.detail)
                 continue
-            payload = json.dumps(samples[0] if len(samples) == 1 else samples, ensure_ascii=False).encode()
+            payload = _as_json(samples[0] if len(samples) == 1 else samples)
             for member_suffix, member in ((suffix, content), ("json", payload)):
                 members += [shard.add(f"{key}.{member_suffix}", member), len(member)]
             for sample in samples:
@@ -225,6 +235,10 @@ class _HashingTar:
         self._write(bytes(2 * _BLOCK))
 
 
+def _as_json(content: Any) -> bytes:
+    return json.dumps(content, ensure_ascii=False).encode()
+
+
 def _usable(
     record: SourceRecord, key: str, needs_target: bool, refuse: Callable[[str, str, str], None]
 ) -> list[dict[str, Any]]:
@@ -241,8 +255,8 @@ def _usable(
                 refuse(what, "no target", "")
             continue
         try:
-            parse_record(json.dumps(sample).encode(), key, "", needs_target=needs_target)
-        except InputError as error:
+            parse_record(_as_json(sample), key, "", needs_target=needs_target)
+        except (InputError, UnicodeEncodeError) as error:  # half of a surrogate pair, in whatever field
             refuse(what, "bad sample", str(error).removeprefix(f": {key}.json: "))
             continue
         usable.append(sample)
@@ -366,7 +380,9 @@ def workers(processes: int, tokenizer: str | None) -> Iterator[ProcessPoolExecut
     """
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _start_worker, (tokenizer,))
     try:
-        pool.submit(int).result()  # forks all of them
+        problem = pool.submit(_how_it_started).result()  # forks all of them
+        if problem:
+            raise InputError(f"--tokenizer: cannot load {tokenizer!r}: {problem}")
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
@@ -527,7 +543,8 @@ def _entry(
     refused = [asdict(refusal) for refusal in refusals] + [entry for report in reports for entry in report.refused]
     path = job.folder / f"{job.split}.refused.jsonl"
     if refused:
-        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        # Names may be anything: what isn't Unicode is written as its number.
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in refused)
     else:
         path.unlink(missing_ok=True)
