@@ -155,7 +155,8 @@ def loader(size: Size, work: Path, repeats: int) -> Iterator[Measured]:
     folder.mkdir()
     photos = [Image.fromarray(image) for image in load_sample_images().images]
     for n in range(size.photos):
-        photos[n % 2].rotate(n % 7, resample=Image.Resampling.BICUBIC).save(folder / f"{n:05d}.jpg", quality=90)
+        # Each another one: what is the same is encoded once.
+        photos[n % 2].rotate(n / 50, resample=Image.Resampling.BICUBIC).save(folder / f"{n:05d}.jpg", quality=90)
         (folder / f"{n:05d}.txt").write_text(f"a photograph of a temple or a flower, number {n}")
     subprocess.run(
         [sys.executable, "-m", "mmprefix", "prepare", "folder", "--images", str(folder), "--out", str(work / "loader")],

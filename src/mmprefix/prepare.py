@@ -163,7 +163,7 @@ def prepare(arguments: list[str]) -> int:
             records = chain(inside or (), staged_records(options.images or Path(), staging))
             with tqdm(desc=options.split, total=None if inside else len(staging), **bar_settings) as bar:
                 converted = convert(
-                    job, records, fingerprint, shard_size=options.shard_size, pool=pool,
+                    job, records, fingerprint, shard_size=options.shard_size, pool=pool, processes=options.processes,
                     refused=staging.refused, advance=bar.update,
                 )  # fmt: skip
     except KeyboardInterrupt:

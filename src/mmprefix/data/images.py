@@ -26,7 +26,8 @@ def decode_image(content: bytes) -> Image.Image:
             ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies every image, turned or not
             if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip to 255, that is to white
                 return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")  # which copies, also to the same mode
     # Pillow's decoders raise much besides OSError on hostile bytes: SyntaxError, struct.error, zlib.error, ...
     except Exception as error:
         message = " ".join(str(error).split()).split(" <_io.BytesIO")[0] or type(error).__name__

@@ -86,7 +86,11 @@ def write_split(folder: Path, split: str, entry: dict[str, Any]) -> None:
             for key, value in content.items():
                 if key != "shards":  # they come last
                     file.write(f"{json.dumps(key)}: {json.dumps(value)}, ")
-            file.write('"shards": [\n' + ",\n".join(map(json.dumps, content["shards"])) + "]}")
+            file.write('"shards": [\n')
+            for place, shard in enumerate(content["shards"]):
+                # One at a time; `members` may be an array.
+                file.write((",\n" if place else "") + json.dumps(shard, default=list))
+            file.write("]}")
         file.write("\n}}\n")
         file.flush()
         os.fsync(file.fileno())

@@ -22,6 +22,7 @@ import signal
 import tarfile
 import threading
 import warnings
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -46,8 +47,8 @@ MAX_PIXELS = 178_956_970
 _BLOCK = 512
 _LOOK = 0.5
 """Seconds between looks for Ctrl-C."""
-_AHEAD = 64
-"""Chunks that wait for a worker at most: their texts are in memory, their images are not."""
+_AHEAD = 2
+"""Chunks for each worker that are at work or wait, at most: their texts are in memory, their images are not."""
 _QUANTILES = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
@@ -441,6 +442,7 @@ def convert(
     *,
     shard_size: int,
     pool: ProcessPoolExecutor,
+    processes: int,
     refused: Callable[[], Iterable[Refusal]] = tuple,
     advance: Callable[[int], None] = lambda number: None,
 ) -> Converted:
@@ -452,6 +454,7 @@ def convert(
         fingerprint: of the input and options: an unfinished conversion goes on only where it is the same.
         shard_size: records of a chunk; what is refused makes shards smaller.
         pool: from `workers`.
+        processes: how many those are.
         refused: what never became a record; asked at the end.
         advance: told the number of records done, now and then.
 
@@ -467,7 +470,7 @@ def convert(
         report = ShardReport(**json.loads(path.read_text()))
         shard = report.shard
         if shard is None or _has_size(job.folder / shard["name"], shard["bytes"]):
-            done[report.number] = report
+            done[report.number] = _compact(report)
     resumed = len(done)
     pending: dict[Future[ShardReport], int] = {}
 
@@ -475,7 +478,7 @@ def convert(
         while len(pending) > most:
             for future in wait(pending, _LOOK, FIRST_COMPLETED).done:
                 report = future.result()
-                done[report.number] = report
+                done[report.number] = _compact(report)
                 advance(pending.pop(future))
             if interrupted:
                 raise KeyboardInterrupt
@@ -487,7 +490,7 @@ def convert(
                     advance(len(chunk))
                     continue
                 pending[pool.submit(write_chunk, job, number, chunk)] = len(chunk)
-                collect(_AHEAD)
+                collect(_AHEAD * processes)
             collect(0)
     except BrokenProcessPool as error:
         raise InputError(
@@ -497,6 +500,13 @@ def convert(
     write_split(job.folder, job.split, entry)
     shutil.rmtree(progress)
     return Converted(entry, resumed)
+
+
+def _compact(report: ShardReport) -> ShardReport:
+    """Numbers as numbers: a list of them takes five times the memory, and millions of records have four each."""
+    if report.shard is not None:
+        report.shard["members"] = array("q", report.shard["members"])
+    return report
 
 
 def _has_size(path: Path, size: int) -> bool:
