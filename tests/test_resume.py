@@ -130,6 +130,19 @@ def test_after_a_complete_epoch_the_next_is_whole():
     assert progress["processed"] == len(steps_of(second)), "complete in the new count, too"
 
 
+@pytest.mark.parametrize("max_tokens", [None, 64])
+def test_behind_an_epoch_other_data_and_other_ranks_will_do(max_tokens):
+    first = data_of(2, 4, max_tokens=max_tokens)
+    checkpoint = checkpoint_of(first, done=13)
+    loops = checkpoint["loops"]["fit_loop"]
+    loops["epoch_progress"]["current"]["processed"] += 1
+    second = data_of(1, 4, num_records=300, max_tokens=max_tokens)
+    second.resume(checkpoint)
+    assert second._position.epoch == -1
+    if max_tokens is None:
+        assert loops["epoch_loop.batch_progress"]["current"]["processed"] == len(steps_of(second)) == 75
+
+
 CONFIG = {
     "seed_everything": 0,
     "model": {

@@ -48,6 +48,12 @@ class _Position:
     batches: int = 0
 
 
+def _set_done(progress: dict[str, int], batches: int) -> None:
+    """The trainer's count of an epoch's batches, which tells stages by differences: all of it moves alike."""
+    more = batches - progress["processed"]
+    progress.update({name: count + more for name, count in progress.items()})
+
+
 def _finish_epoch(loops: dict[str, Any]) -> None:
     """A checkpoint of an epoch's last batch -> one between that epoch and the next.
 
@@ -327,6 +333,11 @@ class ShardDataModule(pl.LightningDataModule):
         if not done:
             return
         num_records, num_ranks = len(self._shards["train"]), self._ranks()["num_ranks"]
+        step = self.batch_size * num_ranks
+        if epoch == loops["epoch_progress"]["current"]["ready"]:  # behind the epoch: nothing of it is left to fit
+            if self.max_tokens is None:
+                _set_done(progress, -(-num_records // step))
+            return
         if before["num_records"] != num_records:
             raise InputError(
                 f"data.train: expected the {before['num_records']} records that the checkpoint's epoch was begun with, "
@@ -345,12 +356,11 @@ class ShardDataModule(pl.LightningDataModule):
                     )
             return  # as many batches as before: the trainer's count says it all
         seen = before["seen"] + (done - before["batches"]) * before["batch_size"] * before["num_ranks"]
-        seen, step = min(seen, num_records), self.batch_size * num_ranks
+        seen = min(seen, num_records)
         batches = -(-num_records // step) - -(-(num_records - seen) // step)
         if seen < num_records:  # else the epoch was complete, and the trainer is about to begin the next
             self._position = _Position(epoch, seen, batches)
-        for name in ("ready", "started", "processed", "completed"):
-            progress[name] += batches - done
+        _set_done(progress, batches)
 
     def _seen(self, epoch: int) -> int:
         return self._position.seen if epoch == self._position.epoch else 0

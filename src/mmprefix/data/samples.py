@@ -13,6 +13,9 @@ from typing import Any
 from mmprefix.errors import InputError
 
 FIELDS = ("instruction", "target", "targets", "answers", "id", "image_id", "kind")
+MAX_IMAGE_BYTES = 256 << 20
+MAX_JSON_BYTES = 64 << 20
+"""Larger members are refused unread: a shard may come from strangers."""
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,11 @@ from webdataset.tariterators import base_plus_ext
 
 from mmprefix.data import storage
 from mmprefix.data.index import INDEX_NAME, NUMBERS, read_index
-from mmprefix.data.samples import Sample, parse_record
+from mmprefix.data.samples import MAX_IMAGE_BYTES, MAX_JSON_BYTES, Sample, parse_record
 from mmprefix.errors import InputError
 from mmprefix.files import replacing
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-MAX_IMAGE_BYTES = 256 << 20
-MAX_JSON_BYTES = 64 << 20
-"""Larger members are refused unread: a shard may come from strangers."""
 _TAR_BLOCK = 512
 
 

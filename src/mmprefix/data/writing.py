@@ -35,13 +35,12 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from mmprefix.data.index import read_index, write_split
-from mmprefix.data.samples import parse_record
+from mmprefix.data.samples import MAX_IMAGE_BYTES, parse_record
 from mmprefix.errors import InputError
 from mmprefix.files import replacing
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "MPO": "jpg"}
 """Formats that are copied, as Pillow names them, and the suffix of their members."""
-MAX_IMAGE_BYTES = 256 << 20
 MAX_PIXELS = 178_956_970
 """Twice Pillow's own limit, where it raises: a small file may claim to be enormous."""
 _BLOCK = 512
