@@ -170,8 +170,8 @@ def loader(size: Size, work: Path, repeats: int) -> Iterator[Measured]:
     dataset = RecordDataset(shards, processor, TextLimits(None, None, "none"))
     assert len(shards) == len(paths) == size.photos
     for n in range(0, len(paths), max(1, len(paths) // 10)):
-        pixels = dataset[0, n].pixels  # type: ignore[union-attr]
-        assert torch.equal(pixels, processor.transform.to_tensor(Image.fromarray(decode_and_resize(paths[n]))))
+        pixels = dataset[0, n].images[0].pixels  # type: ignore[union-attr]
+        assert torch.equal(pixels[0], processor.transform.to_tensor(Image.fromarray(decode_and_resize(paths[n]))))
 
     def ours() -> dict[str, float]:
         start = time.perf_counter()

@@ -68,14 +68,20 @@ def separate_losses(
 
     Full logits, labels shifted by hand, nothing shared, no plan: the mask comes from ``token_type_ids``.
     """
+    prefix = TokenSequence.build(layout, num_image_tokens, instruction).ids.tolist()
+    return losses_of_ids(model, prefix, pixels.unsqueeze(0), [[*target, layout.eos] for target in targets])
+
+
+def losses_of_ids(
+    model: MMPrefixForConditionalGeneration, prefix: list[int], pixels: Tensor | None, targets: list[list[int]]
+) -> list[Tensor]:
+    """The same, of a prefix written out, with a placeholder for each token of the images ``[I, 3, H, W]`` in order."""
     losses = []
     for target in targets:
-        sequence = TokenSequence.build(layout, num_image_tokens, instruction, [target])
-        ids = sequence.ids.unsqueeze(0)
-        is_target = (sequence.branches != PREFIX_BRANCH).long().unsqueeze(0)
-        logits = model(input_ids=ids, pixel_values=pixels.unsqueeze(0), token_type_ids=is_target).logits
-        first = len(sequence) - len(target) - 1
-        losses.append(F.cross_entropy(logits[0, first - 1 : -1], ids[0, first:], reduction="none"))
+        ids = torch.tensor([[*prefix, *target]])
+        is_target = (torch.arange(ids.shape[1]) >= len(prefix)).long().unsqueeze(0)
+        logits = model(input_ids=ids, pixel_values=pixels, token_type_ids=is_target).logits
+        losses.append(F.cross_entropy(logits[0, len(prefix) - 1 : -1], ids[0, len(prefix) :], reduction="none"))
     return losses
 
 

@@ -71,8 +71,11 @@ def test_defaults_and_explicit_fields():
         (b'{"instruction": "\\ud800", "target": "a"}', "expected text in Unicode, got half of a surrogate pair"),
         (as_json([]), "at least one sample, got an empty list"),
         (as_json("x"), "expected an object with instruction, target, got str"),
-        (as_json({"target": "a"}), "expected a string `instruction`, got none"),
-        (as_json({"instruction": 3, "target": "a"}), "expected a string `instruction`, got int '3'"),
+        (as_json({"target": "a"}), "expected a string `instruction`, or a list of turns, got none"),
+        (
+            as_json({"instruction": 3, "target": "a"}),
+            "expected a string `instruction`, or a list of turns, got int '3'",
+        ),
         (as_json({"instruction": "q"}), "expected a `target` or `targets`, got neither"),
         (as_json({"instruction": "q", "target": " "}), "expected a target with text, got an empty one"),
         (as_json({"instruction": "q", "target": "a", "targets": ["b"]}), "expected one of `target` and `targets`"),
@@ -373,8 +376,8 @@ def test_augmentation_depends_on_seed_epoch_and_record(tmp_path, processor):
     shards = ShardCollection(str(tmp_path / "x.tar"), "data.train")
     dataset = RecordDataset(shards, processor, NO_LIMITS, augment=RandomAffine(degrees=30), seed=1)
     same, again, other_epoch = dataset[0, 1], dataset[0, 1], dataset[1, 1]
-    assert torch.equal(same.pixels, again.pixels)
-    assert not torch.equal(same.pixels, other_epoch.pixels)
+    assert torch.equal(same.images[0].pixels, again.images[0].pixels)
+    assert not torch.equal(same.images[0].pixels, other_epoch.images[0].pixels)
 
 
 def test_all_questions_of_a_record_share_its_image(tmp_path, processor):
@@ -382,7 +385,7 @@ def test_all_questions_of_a_record_share_its_image(tmp_path, processor):
     dataset = RecordDataset(ShardCollection(str(tmp_path / "x.tar"), "data.train"), processor, NO_LIMITS)
     batch = Collator(processor.pad_id, "full").train([dataset[0, n] for n in range(3)])
     assert batch.pixel_values.shape == (3, 3, 32, 32)
-    assert batch.image_of.tolist() == [0, 0, 1, 1, 2, 2]
+    assert batch.image_of.flatten().tolist() == [0, 0, 1, 1, 2, 2]
     assert [r.id for r in batch.references] == ["0-colour", "0-red", "1-colour", "1-red", "2-colour", "2-red"]
     assert batch.num_tokens == int(batch.attention_mask.sum())
 
@@ -397,17 +400,17 @@ def test_an_image_that_stands_in_several_records_is_in_the_batch_once(tmp_path, 
     collator = Collator(processor.pad_id, "full")
     batch = collator.train(items)
     assert batch.pixel_values.shape[0] == 2
-    assert batch.image_of.tolist() == [0, 0, 1, 1, 0, 0]
+    assert batch.image_of.flatten().tolist() == [0, 0, 1, 1, 0, 0]
     evaluation = collator.evaluate(items)
-    assert evaluation.prompts.image_of.tolist() == [0, 0, 1, 1, 0, 0]
+    assert evaluation.prompts.image_of.flatten().tolist() == [0, 0, 1, 1, 0, 0]
     assert torch.equal(evaluation.prompts.pixel_values, batch.pixel_values)
     nested = Collator(processor.pad_id, "nested", packed=True).train(items)
-    assert nested.image_of.tolist() == [0, 1]
+    assert nested.image_of.flatten().tolist() == [0, 1]
     of_image = [nested.plan.question[nested.plan.segment == n] for n in range(2)]
     assert [int(q.max()) for q in of_image] == [3, 1], "four questions on the image that stands there twice"
     assert nested.num_samples == 6
     rows = Collator(processor.pad_id, "nested").train(items)
-    assert rows.image_of.tolist() == [0, 1, 0], "rows are joined within a record"
+    assert rows.image_of.flatten().tolist() == [0, 1, 0], "rows are joined within a record"
     assert [r.id for r in nested.references] == [r.id for r in batch.references]
     # Augmented, the two are pictures of their own.
     augmented = RecordDataset(shards, processor, NO_LIMITS, augment=RandomAffine(degrees=30))

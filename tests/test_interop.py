@@ -527,7 +527,7 @@ def test_broken_tokenizer_on_import_gives_one_line(tmp_path, capfd):
     assert "expected a PaliGemma processor, cannot read it" in capfd.readouterr().err
 
 
-def test_images_that_are_missing_or_uneven_are_refused(photos):
+def test_images_that_are_missing_or_too_many_are_refused(photos):
     model, processor = make_model()
     inputs = processor(photos[:2], ["what?", "when?"])
     without = {k: v for k, v in inputs.items() if k != "pixel_values"}
@@ -535,11 +535,10 @@ def test_images_that_are_missing_or_uneven_are_refused(photos):
         model(**without)
     with pytest.raises(ValueError, match="expected pixel_values for 8 image placeholders, got none"):
         model.generate(**without, max_new_tokens=2)
-    ids = inputs["input_ids"]
-    other = int(ids[0, 5])
-    uneven = torch.stack([torch.cat([ids[0, :4], ids[0]]), torch.cat([torch.full((8,), other), ids[1, 4:]])])
-    with pytest.raises(ValueError, match=r"got 2 images of 4 tokens for prompts with \[8, 0\] placeholders"):
-        model.generate(input_ids=uneven, pixel_values=inputs["pixel_values"], max_new_tokens=2, num_beams=2)
+    with pytest.raises(ValueError, match=r"got 3 images of 4 tokens for prompts with \[4, 4\] placeholders"):
+        model.generate(**without, pixel_values=inputs["pixel_values"][[0, 1, 1]], max_new_tokens=2, num_beams=2)
+    with pytest.raises(ValueError, match="got 4 placeholders for 8 image tokens"):
+        model(without["input_ids"][:1], inputs["pixel_values"], without["attention_mask"][:1])
 
 
 def test_trainers_average_accumulated_losses_themselves():

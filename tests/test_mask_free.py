@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmprefix.attention import MaskFree, MaskFreeError, only_mask_free
-from mmprefix.data.loading import Collator, EncodedRecord
+from mmprefix.data.loading import Collator, EncodedImage, EncodedRecord
 from mmprefix.loss import target_cross_entropy
 from tests.conftest import TINY_DECODER, make_model
 from tests.reference import separate_losses
@@ -42,7 +42,11 @@ def model_of(name, visibility):
 
 def batch_of(processor, photos, packed=True, bucket=1, samples=SAMPLES):
     records = [
-        EncodedRecord(processor.transform(photos[photo]), (processor.encode(instruction, targets),), (), str(photo))
+        EncodedRecord(
+            (EncodedImage(str(photo), processor.transform.views(photos[photo])),),
+            (processor.encode(instruction, targets),),
+            (),
+        )
         for photo, instruction, targets in samples
     ]
     return Collator(
@@ -77,7 +81,7 @@ def test_packed_loss_and_every_gradient_match_separate_sequences(name, visibilit
     for photo, instruction, targets in SAMPLES:
         losses += separate_losses(
             model, processor.layout, processor.transform(photos[photo]), processor.num_image_tokens,
-            processor._ids(instruction), [processor._ids(target) for target in targets],
+            processor.format.text_ids(instruction), [processor.format.text_ids(target) for target in targets],
         )  # fmt: skip
     mean = torch.cat(losses).mean() if normalization == "tokens" else torch.stack([x.mean() for x in losses]).mean()
     slow = gradients(model, mean)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mmprefix.data.loading import Collator, EncodedRecord
+from mmprefix.data.loading import Collator, EncodedImage, EncodedRecord
 from mmprefix.errors import InputError
 from mmprefix.loss import target_cross_entropy
 from mmprefix.modeling import MMPrefixForConditionalGeneration
@@ -154,7 +154,7 @@ def test_shared_prefix_loss_and_gradients_match_separate_sequences(any_model, ph
     for photo, (instruction, targets) in zip(photos, QUESTIONS, strict=True):
         losses += separate_losses(
             model, processor.layout, processor.transform(photo), processor.num_image_tokens,
-            processor._ids(instruction), [processor._ids(target) for target in targets],
+            processor.format.text_ids(instruction), [processor.format.text_ids(target) for target in targets],
         )  # fmt: skip
     slow_loss = (
         torch.cat(losses).mean() if normalization == "tokens" else torch.stack([x.mean() for x in losses]).mean()
@@ -340,19 +340,23 @@ def test_decoders_that_cannot_branch_get_a_sequence_for_each_target(photos):
     assert not processor.shared_prefix
     pixels = [processor.transform(photo) for photo in photos]
     items = [
-        EncodedRecord(image, (processor.encode(instruction, targets),), (Reference(id=instruction),), instruction)
+        EncodedRecord(
+            (EncodedImage(instruction, image.unsqueeze(0)),),
+            (processor.encode(instruction, targets),),
+            (Reference(id=instruction),),
+        )
         for image, (instruction, targets) in zip(pixels, QUESTIONS, strict=True)
     ]
     apart = Collator(processor.pad_id, "full", processor.shared_prefix).train(items)
     shared = Collator(processor.pad_id, "full", shared_prefix=True).train(items)
     assert apart.input_ids.shape[0] == 4
-    assert apart.image_of.tolist() == [0, 1, 1, 2]
+    assert apart.image_of.flatten().tolist() == [0, 1, 1, 2]
     assert [r.id for r in apart.references] == ["what is this?", "describe", "yes or no"], "one for each sample"
     losses = []
     for image, (instruction, targets) in zip(pixels, QUESTIONS, strict=True):
         losses += separate_losses(
             model, processor.layout, image, processor.num_image_tokens,
-            processor._ids(instruction), [processor._ids(target) for target in targets],
+            processor.format.text_ids(instruction), [processor.format.text_ids(target) for target in targets],
         )  # fmt: skip
     with torch.no_grad():
         total, count = target_cross_entropy(model.target_logits(apart), apart.labels, apart.target_lengths)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -34,9 +35,11 @@ from mmprefix.data.samples import Sample
 from mmprefix.data.shards import ShardCollection, expand_shards
 from mmprefix.data.writing import quantiles
 from mmprefix.errors import InputError
+from mmprefix.evaluation.pictures import side_by_side, to_image
 from mmprefix.files import replacing
+from mmprefix.instructions import IMAGE_MARK
 from mmprefix.processing import MMPrefixImageProcessor, MMPrefixProcessor, TokenizerArgs, load_tokenizer
-from mmprefix.sequence import Region
+from mmprefix.prompts import Part
 from mmprefix.vision import ConnectorArgs, VisionArgs, build_connector, resolve_vision
 
 _SHOWN = 12
@@ -52,8 +55,8 @@ class Finding:
     index: int
     shard: str
     key: str
-    size: tuple[int, int] | None = None
-    digest: str = ""
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
@@ -80,9 +83,10 @@ class _Records(Dataset[Finding]):
         found = Finding(index, os.path.basename(self.shards.path_of(index)), f"record {index}")
         try:
             found.key = self.shards.key(index)
-            content = self.shards.image_bytes(index)
-            found.digest = image_digest(content)
-            found.size = decode_image(content).size
+            for number in range(self.shards.num_images(index)):
+                content = self.shards.image_bytes(index, number)
+                found.digests.append(image_digest(content))
+                found.sizes.append(decode_image(content).size)
         except (UndecodableImageError, InputError, OSError) as error:
             found.problems.append(str(error))
         try:
@@ -94,6 +98,10 @@ class _Records(Dataset[Finding]):
             self._look(sample, found)
         return found
 
+    @staticmethod
+    def _parts(what: str, text: str) -> list[str]:
+        return text.split(IMAGE_MARK) if what == "instruction" else [text]
+
     def _look(self, sample: Sample, found: Finding) -> None:
         found.ids.append(sample.id)
         found.kinds.append(sample.kind)
@@ -103,7 +111,8 @@ class _Records(Dataset[Finding]):
             ("target", sample.targets, found.target_tokens, self.limits.max_target_tokens),
         ):
             for text in texts:
-                ids = self.processor._ids(text)
+                # Marks of images are no text.
+                ids = [i for part in self._parts(what, text) for i in self.processor.format.text_ids(part)]
                 lengths.append(len(ids))
                 found.tokens_used.update(ids)
                 found.unknown_tokens += sum(i == self.processor.tokenizer.unk_token_id for i in ids)
@@ -150,10 +159,8 @@ class Split:
     def add(self, found: Finding) -> None:
         """Takes in a record."""
         self.num_samples += len(found.ids)
-        if found.size is not None:
-            self.sizes[found.size] += 1
-        if found.digest:
-            self.digests[found.digest] += 1
+        self.sizes.update(found.sizes)
+        self.digests.update(found.digests)
         self.ids.update(found.ids)
         self.kinds.update(found.kinds)
         self.answers.update(found.answers)
@@ -246,12 +253,15 @@ def _processor(settings: Mapping[str, Any] | None) -> tuple[MMPrefixProcessor, T
     args = TokenizerArgs(**model["tokenizer"])
     spec = resolve_vision(VisionArgs(**model["vision"]))
     _, num_image_tokens = build_connector(ConnectorArgs(**model["connector"]), spec, 1)
-    return MMPrefixProcessor(
+    processor = MMPrefixProcessor(
         MMPrefixImageProcessor.from_spec(spec),
         load_tokenizer(args, model["decoder"]["name"]),
         num_image_tokens=num_image_tokens,
         separator=args.separator,
-    ), limits
+        prompt=args.prompt,
+    )
+    _ = processor.format  # a chat template that can't be used is bad input, not a bad record
+    return processor, limits
 
 
 def _splits_of(folder: Path) -> dict[str, list[str]]:
@@ -484,57 +494,61 @@ def _cards(shards: ShardCollection, processor: MMPrefixProcessor, limits: TextLi
     for index in sorted(chosen):
         where = f"{os.path.basename(shards.path_of(index))}: {shards.key(index)}"
         try:
-            original = decode_image(shards.image_bytes(index))
-            seen = processor.transform.resize(original)
-            picture = f'<img loading="lazy" alt="image {html.escape(shards.key(index))}" src="{_embedded(seen)}">'
-            size = f"{original.width} x {original.height}, seen as {seen.width} x {seen.height}"
+            pictures, sizes, views = [], [], []
+            for number in range(shards.num_images(index)):
+                original = decode_image(shards.image_bytes(index, number))
+                tensors = processor.transform.views(original)
+                views.append(len(tensors))
+                seen = side_by_side([to_image(tensor, processor.transform) for tensor in tensors])
+                alt = html.escape(f"image {shards.key(index)}")
+                pictures.append(f'<img loading="lazy" alt="{alt}" src="{_embedded(seen)}">')
+                sizes.append(f"{original.width} x {original.height}, seen as {_seen_as(tensors)}")
+            picture, size = "".join(pictures), "; ".join(sizes) or "no image"
         except (UndecodableImageError, InputError, OSError) as error:
             picture, size = f'<p class="bad">{html.escape(str(error))}</p>', ""
         try:
-            texts = [_sample(sample, processor, limits) for sample in shards.samples(index)]
+            texts = [_sample(sample, views, processor, limits) for sample in shards.samples(index)]
         except (InputError, OSError) as error:
             texts = [f'<p class="bad">{html.escape(str(error))}</p>']
         cards.append(f'<article>{picture}<p class="meta">{html.escape(where)} · {size}</p>{"".join(texts)}</article>')
     return cards
 
 
-def _sample(sample: Sample, processor: MMPrefixProcessor, limits: TextLimits) -> str:
+def _seen_as(views: Tensor) -> str:
+    count = f"{len(views)} views of " if len(views) > 1 else ""
+    return f"{count}{views.shape[3]} x {views.shape[2]}"
+
+
+def _sample(sample: Sample, views: Sequence[int], processor: MMPrefixProcessor, limits: TextLimits) -> str:
     """A sample's tokens, coloured by the sequence that the model is given, and what was cut off it."""
-    cut = {
-        "instruction": _beyond(processor, sample.instruction, limits.max_instruction_tokens),
-        "target": [_beyond(processor, target, limits.max_target_tokens) for target in sample.targets],
-    }
-    sequence = processor.encode(
-        sample.instruction, sample.targets, max_instruction_tokens=limits.max_instruction_tokens,
-        max_target_tokens=limits.max_target_tokens, truncate="both",
-    )  # fmt: skip
-    layout, framing = processor.layout, {processor.layout.bos, processor.layout.eos}
-    num_image = int((sequence.regions == int(Region.IMAGE)).sum())
-    spans = [_span("image", f"{num_image} image tokens")] if num_image else []
-    ids, branches = sequence.ids.tolist(), sequence.branches.tolist()
-    prefix = [i for i, branch in zip(ids, branches, strict=True) if branch < 0][num_image:]
-    end = len(prefix) - len(layout.separator)
-    for place, id_ in enumerate(prefix):
-        framed = place >= end or (place == 0 and id_ == layout.bos)
-        if place == end:
-            spans.append(_span("cut", str(cut["instruction"])))
-        spans.append(_span("frame" if framed else "instruction", _token(processor, id_)))
+    if len(views) != sample.images:  # an image could not be decoded, which is said above
+        views = [1] * sample.images
+    pieces = processor.prefix(sample.turns, views, limits.max_instruction_tokens, may_cut=True)
+    last = max((n for n, piece in enumerate(pieces) if piece.part is Part.INSTRUCTION), default=-1)
+    spans = []
+    for place, piece in enumerate(pieces):
+        if piece.part is Part.IMAGE:
+            spans.append(_span("image", f"{len(piece.ids)} image tokens"))
+            continue
+        spans += [_span(piece.part.value, _token(processor, id_)) for id_ in piece.ids]
+        if place == last:
+            spans.append(_span("cut", _beyond(processor, sample.instruction, limits.max_instruction_tokens)))
     lines = [
         f'<p class="meta">{html.escape(sample.id)} · {html.escape(sample.kind)}</p><p class="tokens">{"".join(spans)}</p>'
     ]
-    for number in range(sequence.num_targets):
-        target = [i for i, branch in zip(ids, branches, strict=True) if branch == number]
-        spans = [_span("frame" if id_ in framing and place == len(target) - 1 else "target", _token(processor, id_))
-                 for place, id_ in enumerate(target)]  # fmt: skip
-        spans.insert(-1, _span("cut", cut["target"][number]))
+    for target in sample.targets:
+        ids = processor.format.text_ids(target)[: limits.max_target_tokens]
+        spans = [_span("target", _token(processor, id_)) for id_ in ids]
+        spans.append(_span("cut", _beyond(processor, target, limits.max_target_tokens)))
+        spans += [_span("frame", _token(processor, id_)) for id_ in processor.format.end]
         lines.append(f'<p class="tokens">{"".join(spans)}</p>')
     return "".join(lines)
 
 
 def _beyond(processor: MMPrefixProcessor, text: str, limit: int | None) -> str:
     """What lies beyond the limit; nothing by default."""
-    ids = processor._ids(text)
-    return "" if limit is None or len(ids) <= limit else str(processor.tokenizer.decode(list(ids[limit:])))
+    ids = [i for part in text.split(IMAGE_MARK) for i in processor.format.text_ids(part)]
+    return "" if limit is None or len(ids) <= limit else str(processor.tokenizer.decode(ids[limit:]))
 
 
 def _token(processor: MMPrefixProcessor, id_: int) -> str:

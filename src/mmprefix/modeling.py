@@ -293,7 +293,8 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             past_key_values: cache of a prefill; what follows is target.
             inputs_embeds: float ``[B, T, W]`` in place of `input_ids`, images already in it.
             labels: int64 ``[B, T]``, aligned with `input_ids` as transformers has them, `IGNORE_INDEX` elsewhere.
-            image_tokens: float ``[I, N, W]`` from `get_image_tokens`, in place of `pixel_values`.
+            image_tokens: float ``[I, N, W]`` from `get_image_tokens`, in place of `pixel_values`; or ``[B, P, W]``, an entry
+                for each row, of which a row with fewer placeholders takes the first.
             plan: from `packing.collate`, in place of `token_type_ids`.
             prefix_length: with a cache, how many of its columns are prefix; sliding-window layers need to know.
             unpadded: with `prefix_length`, whether all of the prompts' columns are real. `generate` sets both.
@@ -462,6 +463,8 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             embeds: Tensor = embedding(text_ids)
         else:
             embeds = sparse_embedding(embedding, embedding_weight, text_ids)
+        if image_tokens is not None and (plan is None or plan.image_positions is None):
+            image_tokens = _without_fillers(image_tokens, is_image)
         if image_tokens is None and pixel_values is not None:
             image_tokens = self.get_image_tokens(pixel_values)
         if image_tokens is None:
@@ -501,10 +504,10 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`; the whole prompt is prefix, whatever is generated is target.
 
-        Images are encoded once, also for several beams or returned sequences.
+        Images are encoded once, also for several beams or returned sequences. Prompts may have different numbers of them.
 
         Raises:
-            ValueError: images that can't be dealt out evenly to the prompts.
+            ValueError: images that don't match the placeholders of the prompts.
         """
         prompt = kwargs.get("input_ids") if inputs is None else inputs
         pixel_values, image_tokens = kwargs.pop("pixel_values", None), kwargs.pop("image_tokens", None)
@@ -512,18 +515,44 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             with torch.no_grad():
                 image_tokens = self.get_image_tokens(pixel_values.to(self.device))
         if image_tokens is not None and prompt is not None:
-            placeholders = (prompt == self.config.image_token_id).sum(1).tolist()
-            each, rest = divmod(image_tokens.shape[0] * image_tokens.shape[1], len(prompt))
-            if rest or set(placeholders) != {each}:
-                raise ValueError(
-                    f"expected the same number of images in every prompt, got {len(image_tokens)} images of "
-                    f"{image_tokens.shape[1]} tokens for prompts with {placeholders} placeholders"
-                )
-            # One entry for each prompt: `generate` repeats the entries for its beams.
-            image_tokens = image_tokens.reshape(len(prompt), each, image_tokens.shape[-1])
+            image_tokens = _by_prompt(image_tokens, (prompt == self.config.image_token_id).sum(1).tolist())
         if image_tokens is not None:
             kwargs["image_tokens"] = image_tokens
         return super().generate(inputs, *args, **kwargs)
+
+
+def _by_prompt(image_tokens: Tensor, placeholders: list[int]) -> Tensor | None:
+    """Image tokens with an entry for each prompt, which `generate` repeats for its beams, filled up at the end.
+
+    Args:
+        image_tokens: float ``[I, N, W]`` in the order of the placeholders, or such entries already.
+        placeholders: of each prompt.
+
+    Raises:
+        ValueError: other placeholders than image tokens.
+    """
+    most = max(placeholders, default=0)
+    if image_tokens.shape[0] * image_tokens.shape[1] == sum(placeholders):
+        parts = image_tokens.flatten(0, 1).split(placeholders)
+        return nn.utils.rnn.pad_sequence(parts, batch_first=True) if most else None
+    if image_tokens.shape[:2] == (len(placeholders), most):
+        return image_tokens if most else None
+    raise ValueError(
+        f"expected an image token for each placeholder, got {len(image_tokens)} images of {image_tokens.shape[1]} tokens "
+        f"for prompts with {placeholders} placeholders"
+    )
+
+
+def _without_fillers(image_tokens: Tensor, is_image: Tensor) -> Tensor:
+    """Entries of `_by_prompt`, each cut at the placeholders ``[B, T]`` of its row; others as they are."""
+    placeholders = is_image.sum(1)
+    if (
+        image_tokens.shape[0] != len(placeholders)
+        or image_tokens.shape[0] * image_tokens.shape[1] == placeholders.sum()
+    ):
+        return image_tokens
+    columns = torch.arange(image_tokens.shape[1], device=image_tokens.device)
+    return image_tokens[columns < placeholders.unsqueeze(1)].unsqueeze(0)
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

@@ -181,7 +181,7 @@ class PackedBatch:
         labels: int64 ``[M]``.
         target_lengths: int64 ``[M]``.
         pixel_values: float32 ``[I, 3, H, W]``; None in a batch without images.
-        image_of: int64 ``[S]``, the image of each sequence.
+        image_of: int64 ``[S, K]``, the images of each sequence, in order, -1 where it has fewer than others.
         references: one for each sequence.
         bad: samples that were left out of this batch, and why.
         num_tokens: tokens that are not padding.
@@ -223,7 +223,7 @@ class PromptBatch:
         input_ids: int64 ``[S, T]``.
         attention_mask: int64 ``[S, T]``.
         pixel_values: float32 ``[I, 3, H, W]``.
-        image_of: int64 ``[S]``.
+        image_of: int64 ``[S, K]``, the images of each prompt, in order, -1 where it has fewer than others.
         image_features: bfloat16 ``[I, N, D]``, what the encoder gives for the images, in place of ``pixel_values``.
     """
 
@@ -257,7 +257,7 @@ _ROUND_MAX = 64
 
 def collate(
     sequences: Sequence[TokenSequence],
-    image_of: Sequence[int],
+    image_of: Sequence[int | Sequence[int]],
     pixel_values: Tensor | None,
     *,
     pad_id: int,
@@ -271,7 +271,8 @@ def collate(
 
     Args:
         sequences: the S sequences; may be empty, for a batch whose samples were all bad.
-        image_of: index of each sequence's image in ``pixel_values``.
+        image_of: indices of each sequence's images in ``pixel_values``, in the order of their placeholders; a number
+            stands for one image.
         pixel_values: float ``[I, 3, H, W]`` or None.
         pad_id: id that fills the rows.
         visibility: how prefix tokens see each other.
@@ -280,6 +281,7 @@ def collate(
         packed: all sequences in one row, with attention calls, instead of a row for each.
         bucket: what the lengths of a packed row's parts, and the number of labels, are rounded up to.
     """
+    images = _as_tuples(image_of)
     lengths = [len(sequence) for sequence in sequences]
     offsets = np.cumsum([0, *lengths])
     calls: tuple[AttentionCall, ...] = ()
@@ -320,7 +322,7 @@ def collate(
         label_rows=label_rows,
         # Collation runs in the workers, on the CPU: searching here costs no synchronisation.
         image_positions=column_of[(regions == Region.IMAGE).nonzero().squeeze(1)],
-        image_sources=_image_sources(sequences, image_of),
+        image_sources=_image_sources(sequences, images),
         calls=calls,
     )
     return PackedBatch(
@@ -331,7 +333,7 @@ def collate(
         labels=F.pad(joined("labels"), more_labels, value=IGNORE_INDEX),
         target_lengths=F.pad(joined("target_lengths"), more_labels, value=1),
         pixel_values=pixel_values,
-        image_of=torch.tensor(image_of, dtype=torch.long),
+        image_of=_image_table(images),
         references=tuple(references),
         bad=tuple(bad),
         num_tokens=sum(lengths),
@@ -356,42 +358,61 @@ def _rows_of(label_positions: Tensor, length: int, bucket: int) -> Tensor:
     return torch.cat([rows, others[:missing]]).sort().values
 
 
-def _image_sources(sequences: Sequence[TokenSequence], image_of: Sequence[int]) -> Tensor:
+def _image_sources(sequences: Sequence[TokenSequence], image_of: Sequence[tuple[int, ...]]) -> Tensor:
     sources = [torch.zeros(0, dtype=torch.long)]
-    for sequence, image in zip(sequences, image_of, strict=False):
-        number = int((sequence.regions.numpy() == int(Region.IMAGE)).sum())
-        sources.append(torch.arange(number) + image * number)
+    for sequence, images in zip(sequences, image_of, strict=True):
+        number = sequence.num_image_tokens
+        if number and (not images or number % len(images)):
+            raise ValueError(f"expected images for {number} image tokens, got {len(images)}")
+        each = number // len(images) if images else 0
+        sources += [torch.arange(each) + image * each for image in images]
     return torch.cat(sources)
 
 
+def _image_table(image_of: Sequence[tuple[int, ...]]) -> Tensor:
+    """int64 ``[S, K]``, the images of each sequence in order, -1 where it has fewer than others."""
+    most = max(map(len, image_of), default=0)
+    return torch.tensor([[*images, *[-1] * (most - len(images))] for images in image_of], dtype=torch.long).view(
+        len(image_of), most
+    )
+
+
+def _as_tuples(image_of: Sequence[int | Sequence[int]]) -> list[tuple[int, ...]]:
+    return [(images,) if isinstance(images, int) else tuple(images) for images in image_of]
+
+
 class _Block(NamedTuple):
-    """Neighbouring tokens of one sequence that see the same: indices into the joined sequences, own and in front."""
+    """Tokens of one sequence that see the same: indices into the joined sequences, own and in front."""
 
     own: np.ndarray
     ancestors: tuple[np.ndarray, ...]
 
 
 def _blocks(sequence: TokenSequence, offset: int, visibility: PrefixVisibility) -> list[list[_Block]]:
-    """The blocks of a sequence by level: prefix and targets, or under `nested` image, instructions and targets."""
+    """The blocks of a sequence by level: prefix and targets, or under `nested` images, instructions and targets."""
     nested = visibility == "nested"
-    branch, question = sequence.branches.numpy(), sequence.questions.numpy()
+    branch = sequence.branches.numpy()
+    question = sequence.questions.numpy() if nested else np.zeros_like(branch)
     level = (branch != PREFIX_BRANCH).astype(np.int64)
     if nested:
         level += sequence.regions.numpy() != Region.IMAGE
-    starts = np.flatnonzero(
-        np.diff(level, prepend=-1) | np.diff(branch, prepend=-2) | np.diff(question, prepend=-1)
-        if nested
-        else np.diff(branch, prepend=-2)
-    )
+    # Images may stand between parts of the text: what sees the same is put together, each in its own order.
+    order = np.lexsort((branch, question, level))
+    level, question, branch = level[order], question[order], branch[order]
+    changes = np.diff(level, prepend=-1) | np.diff(question, prepend=-1) | np.diff(branch, prepend=-2)
+    starts = np.flatnonzero(changes)
     levels: list[list[_Block]] = [[] for _ in range(3 if nested else 2)]
-    above: dict[int, np.ndarray] = {}  # the newest block of each level: a block follows what stands in front of it
+    instruction_of: dict[int, _Block] = {}
     for start, stop in zip(starts, [*starts[1:], len(branch)], strict=True):
         here = int(level[start])
-        if nested and here and (not start or question[start] != question[start - 1]):
-            above.pop(1, None)  # another question, which may have no instruction
-        own = np.arange(start, stop) + offset
-        levels[here].append(_Block(own, tuple(above[k] for k in range(here) if k in above)))
-        above[here] = own
+        # What stands in front of a block: the images, and the instruction of its own question, which may have none.
+        in_front = list(levels[0]) if here else []
+        if here == 2 and int(question[start]) in instruction_of:
+            in_front.append(instruction_of[int(question[start])])
+        block = _Block(order[start:stop] + offset, tuple(one.own for one in in_front))
+        if nested and here == 1:
+            instruction_of[int(question[start])] = block
+        levels[here].append(block)
     return levels
 
 
@@ -515,7 +536,11 @@ def group_by_length(
 
 
 def collate_prompts(
-    sequences: Sequence[TokenSequence], image_of: Sequence[int], pixel_values: Tensor | None, *, pad_id: int
+    sequences: Sequence[TokenSequence],
+    image_of: Sequence[int | Sequence[int]],
+    pixel_values: Tensor | None,
+    *,
+    pad_id: int,
 ) -> PromptBatch:
     """Pads the prefixes of the sequences on the left, so that every target starts in the same column."""
     prefixes = [sequence.ids[: sequence.prefix_length] for sequence in sequences]
@@ -525,7 +550,7 @@ def collate_prompts(
     for row, prefix in enumerate(prefixes):
         input_ids[row, length - prefix.numel() :] = prefix
         attention_mask[row, length - prefix.numel() :] = 1
-    return PromptBatch(input_ids, attention_mask, pixel_values, torch.tensor(image_of, dtype=torch.long))
+    return PromptBatch(input_ids, attention_mask, pixel_values, _image_table(_as_tuples(image_of)))
 
 
 def map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:

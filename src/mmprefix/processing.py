@@ -29,17 +29,17 @@ from transformers import (
 )
 
 from mmprefix.errors import InputError
+from mmprefix.instructions import IMAGE_MARK
 from mmprefix.masks import PrefixVisibility
 from mmprefix.modeling import MMPrefixConfig
 from mmprefix.packing import collate_prompts
+from mmprefix.prompts import Piece, PromptFormat, PromptKind
 from mmprefix.sequence import IGNORE_INDEX, PREFIX_BRANCH, PromptLayout, TokenSequence
 from mmprefix.vision import ImageTransform, ResizeMode, VisionSpec
 
 Truncate = Literal["none", "instruction", "target", "both"]
 
-IMAGE_TOKEN = "<image>"
-
-_MAX_CACHED_TEXTS = 100_000
+IMAGE_TOKEN = IMAGE_MARK
 
 
 @dataclass
@@ -50,13 +50,16 @@ class TokenizerArgs:
         name: hub name or local folder; `byte` for UTF-8 bytes, which needs no download; by default the decoder's.
         pad_token: token to pad with, for tokenizers that name none.
         eos_token: token that ends a target, for tokenizers that name none.
-        separator: text between instruction and target; tokenized on its own.
+        prompt: how a prefix is written: `plain`, the instruction as it stands; `question_answer`, in "Question: ...
+            Answer:"; `chat`, in the tokenizer's own chat template.
+        separator: text between instruction and target; tokenized on its own. A chat template has its own.
         trust_remote_code: run the Python code that comes with `name`, if it needs any. Read it before.
     """
 
     name: str | None = None
     pad_token: str | None = None
     eos_token: str | None = None
+    prompt: PromptKind = "plain"
     separator: str = "\n"
     trust_remote_code: bool = False
 
@@ -152,6 +155,7 @@ class MMPrefixProcessor(ProcessorMixin):
         tokenizer: with the image placeholder added.
         num_image_tokens: image tokens of one image, after the connector.
         separator: text between instruction and target.
+        prompt: how a prefix is written, see `prompts`.
         prefix_visibility: how prefix tokens see each other, for the plans of collated batches.
         shared_prefix: whether several targets may branch off one prefix.
     """
@@ -165,24 +169,33 @@ class MMPrefixProcessor(ProcessorMixin):
         prefix_visibility: PrefixVisibility = "full",
         shared_prefix: bool = True,
         chat_template: str | None = None,
+        prompt: PromptKind = "plain",
         **kwargs: Any,
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.prompt: PromptKind = prompt
         self.num_image_tokens = num_image_tokens
         self.separator = separator
         self.prefix_visibility: PrefixVisibility = prefix_visibility
         self.shared_prefix = shared_prefix
-        self._ids_of_text: dict[str, tuple[int, ...]] = {}
+
+    @cached_property
+    def format(self) -> PromptFormat:
+        """How prefixes are written.
+
+        Raises:
+            InputError: a chat template that is missing or can't be used.
+        """
+        return PromptFormat(self.tokenizer, self.prompt, self.separator, self.num_image_tokens)
 
     @cached_property
     def layout(self) -> PromptLayout:
-        """Framing token ids."""
-        tokenizer = self.tokenizer
+        """Framing token ids of the plain format; the ids of image and end are those of all formats."""
         return PromptLayout(
-            image=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-            bos=tokenizer.bos_token_id,
-            separator=self._ids(self.separator),
-            eos=tokenizer.eos_token_id,
+            image=self.format.image_id,
+            bos=self.tokenizer.bos_token_id,
+            separator=self.format.text_ids(self.separator),
+            eos=self.format.end[-1],
         )
 
     @property
@@ -196,22 +209,12 @@ class MMPrefixProcessor(ProcessorMixin):
         transform: ImageTransform = self.image_processor.transform
         return transform
 
-    def _ids(self, text: str) -> tuple[int, ...]:
-        # Instructions repeat ("caption en"), and each epoch asks again: a tokenizer call costs 0.1 ms and more.
-        ids = self._ids_of_text.get(text)
-        if ids is None:
-            # Text is data: "</s>" or "<image>" in it are characters, not tokens that end or place something.
-            ids = tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-            if len(self._ids_of_text) < _MAX_CACHED_TEXTS:
-                self._ids_of_text[text] = ids
-        return ids
-
     def encode(
         self,
-        instruction: str,
+        instruction: str | Sequence[str],
         targets: Sequence[str] = (),
         *,
-        has_image: bool = True,
+        views: Sequence[int] = (1,),
         max_instruction_tokens: int | None = None,
         max_target_tokens: int | None = None,
         truncate: Truncate = "none",
@@ -219,32 +222,34 @@ class MMPrefixProcessor(ProcessorMixin):
         """One sample's sequence.
 
         Args:
-            instruction: text of the prefix.
+            instruction: text of the prefix, in which `<image>` may say where images stand; or what user and assistant
+                have said so far, by turns.
             targets: texts to learn, empty for generation.
-            has_image: whether an image stands in front.
+            views: for each image how many views of it the encoder gets; empty without an image.
             max_instruction_tokens, max_target_tokens: limits, without framing tokens (EOS is not counted).
             truncate: which of the two may be cut at its limit, at the end.
 
         Raises:
-            InputError: text beyond its limit where cutting was not asked for, or an empty target.
+            InputError: text beyond its limit where cutting was not asked for, or an empty target, or another number of
+                `<image>` than of images.
         """
-        instruction_ids = self._limited(
-            "instruction", instruction, max_instruction_tokens, truncate in ("instruction", "both")
-        )
-        target_ids = [
-            self._limited("target", target, max_target_tokens, truncate in ("target", "both")) for target in targets
-        ]
-        return TokenSequence.build(self.layout, self.num_image_tokens if has_image else 0, instruction_ids, target_ids)
+        pieces = self.prefix(instruction, views, max_instruction_tokens, truncate in ("instruction", "both"))
+        target_ids = [self._limited(target, max_target_tokens, truncate in ("target", "both")) for target in targets]
+        prefix = [i for piece in pieces for i in piece.ids]
+        return TokenSequence.from_ids(self.format.image_id, prefix, target_ids, self.format.end)
 
-    def _limited(self, name: str, text: str, limit: int | None, may_cut: bool) -> tuple[int, ...]:
-        ids = self._ids(text)
-        if limit is None or len(ids) <= limit:
-            return ids
-        if not may_cut:
-            raise InputError(
-                f"{name}: expected at most {limit} tokens (data.max_{name}_tokens), got {len(ids)}: {text[:60]!r}; "
-                f"raise the limit or allow cutting with data.truncate={name}"
-            )
+    def prefix(
+        self, instruction: str | Sequence[str], views: Sequence[int], limit: int | None, may_cut: bool
+    ) -> list[Piece]:
+        """The prefix of a sample by its parts; see `encode`."""
+        if limit is not None and not may_cut and (length := self.format.length(instruction)) > limit:
+            raise _too_long("instruction", limit, length, str(instruction))
+        return self.format.prefix(instruction, views, limit)
+
+    def _limited(self, text: str, limit: int | None, may_cut: bool) -> tuple[int, ...]:
+        ids = self.format.text_ids(text)
+        if limit is not None and len(ids) > limit and not may_cut:
+            raise _too_long("target", limit, len(ids), text)
         return ids[:limit]
 
     def decode_generated(self, generated: Tensor) -> list[str]:
@@ -263,35 +268,36 @@ class MMPrefixProcessor(ProcessorMixin):
         return_tensors: str | None = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
-        """Model inputs for transformers users, one image for each text.
+        """Model inputs for transformers users.
 
         Args:
-            images: RGB images, one for each text, or None.
-            text: the instruction(s).
+            images: RGB images: one for each text, a list for each text, all those of a single text, or None.
+            text: the instruction(s); images stand in front, or where they say `<image>`.
             suffix: the target(s), for training: adds ``token_type_ids`` (0 prefix, 1 target) and ``labels``.
             return_tensors: only ``pt``.
 
         Returns:
             ``input_ids``, ``attention_mask`` int64 ``[B, T]`` (prompts padded on the left, training rows on the
-            right), ``pixel_values`` float32 ``[B, 3, H, W]``; with a suffix ``token_type_ids`` and ``labels``.
+            right), ``pixel_values`` float32 ``[I, 3, H, W]``; with a suffix ``token_type_ids`` and ``labels``.
         """
         if text is None:
             raise ValueError("expected text, got None")
         texts = [text] if isinstance(text, str) else list(text)
-        images = [images] if isinstance(images, Image.Image) else images
-        if images is not None and len(images) != len(texts):
-            raise ValueError(f"expected one image for each text, got {len(images)} images for {len(texts)} texts")
+        of_texts = _images_of_texts(images, len(texts))
         suffixes = [suffix] if isinstance(suffix, str) else suffix
-        pixels = {} if images is None else dict(self.image_processor(images))
-        has_image = images is not None
+        views, all_views = [], []
+        for of_text in of_texts:
+            tensors = [self.transform.views(image) for image in of_text]
+            views.append([len(tensor) for tensor in tensors])
+            all_views += tensors
+        pixels = {"pixel_values": torch.cat(all_views)} if all_views else {}
         if suffixes is None:
-            prompts = collate_prompts(
-                [self.encode(t, has_image=has_image) for t in texts], [], None, pad_id=self.pad_id
-            )
+            sequences = [self.encode(t, views=v) for t, v in zip(texts, views, strict=True)]
+            prompts = collate_prompts(sequences, [()] * len(texts), None, pad_id=self.pad_id)
             return BatchFeature({"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask, **pixels})
         if len(suffixes) != len(texts):
             raise ValueError(f"expected one suffix for each text, got {len(suffixes)} for {len(texts)} texts")
-        sequences = [self.encode(t, [s], has_image=has_image) for t, s in zip(texts, suffixes, strict=True)]
+        sequences = [self.encode(t, [s], views=v) for t, s, v in zip(texts, suffixes, views, strict=True)]
         shape = (len(sequences), max(map(len, sequences)))
         input_ids = torch.full(shape, self.pad_id, dtype=torch.long)
         attention_mask, token_type_ids = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
@@ -328,6 +334,33 @@ class MMPrefixProcessor(ProcessorMixin):
                 path.write_bytes(content.numpy().tobytes())
             processor: MMPrefixProcessor = cls.from_pretrained(folder)
             return processor
+
+
+def _too_long(name: str, limit: int, length: int, text: str) -> InputError:
+    return InputError(
+        f"{name}: expected at most {limit} tokens (data.max_{name}_tokens), got {length}: {text[:60]!r}; "
+        f"raise the limit or allow cutting with data.truncate={name}"
+    )
+
+
+def _images_of_texts(images: Any, num_texts: int) -> list[list[Image.Image]]:
+    """The images of each text.
+
+    Raises:
+        ValueError: another number of images than of texts.
+    """
+    if images is None:
+        return [[] for _ in range(num_texts)]
+    given: list[Any] = [images] if isinstance(images, Image.Image) else list(images)
+    if any(not isinstance(entry, Image.Image) for entry in given):  # a list for each text
+        given = [[entry] if isinstance(entry, Image.Image) else list(entry or ()) for entry in given]
+    elif num_texts == 1:
+        given = [given]
+    else:
+        given = [[image] for image in given]
+    if len(given) != num_texts:
+        raise ValueError(f"expected the images of each text, got those of {len(given)} for {num_texts} texts")
+    return given
 
 
 AutoImageProcessor.register(MMPrefixConfig, image_processor_classes={"pil": MMPrefixImageProcessor})

@@ -7,8 +7,11 @@ Left of the bar is the prefix. Each target is a branch: it continues the prefix 
 branches, so its positions start where the prefix ends. Everything after this module reads these tensors and derives
 nothing again. This module knows ids only: no text, no tokenizer, no batch. It never truncates and never pads.
 
+The picture is the plain layout (`TokenSequence.build`). A prefix may be any ids (`TokenSequence.from_ids`): with images
+anywhere in it, several or none, and in the frame of a chat template.
+
 Where image tokens don't depend on what is asked (`nested` visibility), several questions on one image share them, too
-(`TokenSequence.on_one_image`): a tree of three levels.
+(`TokenSequence.on_one_image`): a tree of three levels. So they may where several images stand, or the same text in front.
 
     [image tokens]  |  [BOS][question 0][separator]  |  [target 0][EOS] ...
                        [BOS][question 1][separator]  |  [target 1][EOS] ...
@@ -92,30 +95,46 @@ class TokenSequence:
         instruction: Sequence[int],
         targets: Sequence[Sequence[int]] = (),
     ) -> TokenSequence:
-        """Builds the sequence of one sample.
+        """Builds the sequence of one sample with its images in front.
 
         Args:
             layout: framing token ids.
-            num_image_tokens: how many tokens the vision encoder yields for the sample's image, 0 without one.
+            num_image_tokens: how many tokens the vision encoder yields for the sample's images, 0 without one.
             instruction: token ids of the instruction, without BOS and separator.
             targets: token ids of each target, without EOS. Empty for a bare prefix, as generation needs it.
 
         Raises:
             InputError: the prefix would be empty, a target is empty, or text holds the image placeholder.
         """
-        for name, text in (("instruction", instruction), *((f"target {k}", t) for k, t in enumerate(targets))):
-            if layout.image in text:
-                raise InputError(
-                    f"{name}: expected text without the image placeholder (token {layout.image}), "
-                    f"got it at token {list(text).index(layout.image)}"
-                )
+        if layout.image in instruction:
+            raise InputError(
+                f"instruction: expected text without the image placeholder (token {layout.image}), "
+                f"got it at token {list(instruction).index(layout.image)}"
+            )
         bos = [] if layout.bos is None else [layout.bos]
-        text_prefix = [*bos, *instruction, *layout.separator]
-        ids = [layout.image] * num_image_tokens + text_prefix
-        prefix_length = len(ids)
-        if prefix_length == 0:
+        prefix = [*[layout.image] * num_image_tokens, *bos, *instruction, *layout.separator]
+        return cls.from_ids(layout.image, prefix, targets, (layout.eos,))
+
+    @classmethod
+    def from_ids(
+        cls, image: int, prefix: Sequence[int], targets: Sequence[Sequence[int]] = (), end: Sequence[int] = ()
+    ) -> TokenSequence:
+        """Builds the sequence of one sample from a whole prefix.
+
+        Args:
+            image: placeholder id; wherever it stands in the prefix, an image token does.
+            prefix: token ids, framing included, a placeholder for each image token.
+            targets: token ids of each target.
+            end: token ids that follow each target and are learnt with it, the last of them ending generation.
+
+        Raises:
+            InputError: the prefix or a target is empty, or a target holds the image placeholder.
+        """
+        if not prefix:
             raise InputError("expected a prefix of at least one token, got no image, no instruction, no BOS")
-        regions = [Region.IMAGE] * num_image_tokens + [Region.INSTRUCTION] * len(text_prefix)
+        prefix_length = len(prefix)
+        ids = list(prefix)
+        regions = [Region.IMAGE if i == image else Region.INSTRUCTION for i in ids]
         branches = [PREFIX_BRANCH] * prefix_length
         positions = list(range(prefix_length))
         label_positions: list[int] = []
@@ -124,8 +143,13 @@ class TokenSequence:
         for branch, target in enumerate(targets):
             if len(target) == 0:
                 raise InputError(f"target {branch}: expected at least one token, got an empty target")
-            start, length = len(ids), len(target) + 1
-            scored = [*target, layout.eos]
+            if image in target:
+                raise InputError(
+                    f"target {branch}: expected text without the image placeholder (token {image}), "
+                    f"got it at token {list(target).index(image)}"
+                )
+            scored = [*target, *end]
+            start, length = len(ids), len(scored)
             ids += scored
             regions += [Region.TARGET] * length
             branches += [branch] * length
@@ -139,36 +163,37 @@ class TokenSequence:
 
     @classmethod
     def on_one_image(cls, sequences: Sequence[TokenSequence]) -> TokenSequence:
-        """Several questions on one image as one sequence, in which the image tokens stand once.
+        """Several questions on the same images as one sequence, in which the image tokens stand once, in front.
 
         Loss and gradient equal those of the separate sequences wherever image tokens see image tokens only.
 
         Args:
-            sequences: one question each, with the same image in front.
+            sequences: one question each, with the same images at the same positions.
 
         Raises:
-            ValueError: different numbers of image tokens.
+            ValueError: image tokens that differ in number or position.
         """
-        images = [int((s.regions == Region.IMAGE).sum()) for s in sequences]
-        if len(set(images)) != 1:
-            raise ValueError(f"expected questions on one image, got {images} image tokens")
         if len(sequences) == 1:
             return sequences[0]
-        n, first = images[0], sequences[0]
-        parts: dict[str, list[Tensor]] = {
-            "ids": [first.ids[:n]], "regions": [first.regions[:n]], "branches": [first.branches[:n]],
-            "questions": [first.questions[:n]], "positions": [first.positions[:n]],
-        }  # fmt: skip
+        in_image = [s.regions == Region.IMAGE for s in sequences]
+        images = [s.positions[here] for s, here in zip(sequences, in_image, strict=True)]
+        if not all(torch.equal(images[0], others) for others in images):
+            raise ValueError(f"expected questions on the same images, got {[len(i) for i in images]} image tokens")
+        n, first = len(images[0]), sequences[0]
+        fields = ("ids", "regions", "branches", "questions", "positions")
+        parts = {name: [getattr(first, name)[in_image[0]]] for name in fields}
         label_positions, start, branch = [], n, 0
-        for question, s in enumerate(sequences):
-            for name, values in (("ids", s.ids), ("regions", s.regions), ("positions", s.positions)):
-                parts[name].append(values[n:])
-            in_prefix = s.branches == PREFIX_BRANCH
-            parts["branches"].append(torch.where(in_prefix, PREFIX_BRANCH, s.branches + branch)[n:])
-            parts["questions"].append(torch.full_like(s.ids[n:], question))
-            # A question without text is predicted from the last image token.
-            in_image = s.label_positions < n
-            label_positions.append(torch.where(in_image, s.label_positions, s.label_positions - n + start))
+        for question, (s, here) in enumerate(zip(sequences, in_image, strict=True)):
+            others = ~here
+            for name in ("ids", "regions", "positions"):
+                parts[name].append(getattr(s, name)[others])
+            parts["branches"].append(
+                torch.where(s.branches == PREFIX_BRANCH, PREFIX_BRANCH, s.branches + branch)[others]
+            )
+            parts["questions"].append(torch.full((len(s) - n,), question))
+            # Where each token stands now. A question that ends with an image is predicted from its last token.
+            place = torch.where(here, here.cumsum(0) - 1, others.cumsum(0) - 1 + start)
+            label_positions.append(place[s.label_positions])
             start += len(s) - n
             branch += s.num_targets
         return cls(
@@ -185,6 +210,16 @@ class TokenSequence:
     def prefix_length(self) -> int:
         """Number of prefix tokens, which stand in front where there is one question."""
         return int((self.branches == PREFIX_BRANCH).sum())
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Number of image tokens."""
+        return int((self.regions == Region.IMAGE).sum())
+
+    @property
+    def image_positions(self) -> tuple[int, ...]:
+        """Positions of the image tokens; questions on the same images share them only where these are equal."""
+        return tuple(self.positions[self.regions == Region.IMAGE].tolist())
 
     @property
     def num_questions(self) -> int:

@@ -358,3 +358,7 @@ class ImageTransform:
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB image of any size -> normalised float32 ``[3, H, W]``."""
         return self.to_tensor(self.resize(image))
+
+    def views(self, image: Image.Image) -> Tensor:
+        """RGB image of any size -> what the encoder gets of it, normalised float32 ``[V, 3, H, W]``."""
+        return self(image).unsqueeze(0)

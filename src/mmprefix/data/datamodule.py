@@ -387,7 +387,7 @@ class ShardDataModule(pl.LightningDataModule):
         records = []
         for index in range(len(shards)):
             try:
-                records.append(dataset.encode(shards.samples(index)))
+                records.append(dataset.encode(shards.samples(index), [1] * shards.num_images(index)))
             except InputError as error:
                 raise InputError(f"{shards.path_of(index)}: {shards.key(index)}: {error}") from error
         try:

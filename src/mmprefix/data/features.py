@@ -248,13 +248,14 @@ class FeatureCache:
         """
         missing = []
         for index in range(len(shards)):
-            digest = image_digest(shards.image_bytes(index))
-            if digest not in self and digest not in self.undecodable:
-                missing.append(index)
+            for number in range(shards.num_images(index)):
+                digest = image_digest(shards.image_bytes(index, number))
+                if digest not in self and digest not in self.undecodable:
+                    missing.append(index)
         if missing:
             raise InputError(
-                f"{self.where}: {self.folder}: expected features of each of the {len(shards)} images of data.{split}, "
-                f"{len(missing)} have none; the first is {shards.path_of(missing[0])}: {shards.key(missing[0])}; "
+                f"{self.where}: {self.folder}: expected features of each of the {shards.num_all_images} images of "
+                f"data.{split}, {len(missing)} have none; the first is {shards.path_of(missing[0])}: {shards.key(missing[0])}; "
                 "cache-features from this config adds them"
             )
 
@@ -399,7 +400,12 @@ class EncoderInputs(Dataset[EncoderInput | BadSample]):
             transform: the encoder's.
             stored: digests of images that need not be decoded.
         """
-        self.places = [(shards, index) for shards in collections for index in range(len(shards))]
+        self.places = [
+            (shards, index, number)
+            for shards in collections
+            for index in range(len(shards))
+            for number in range(shards.num_images(index))
+        ]
         self.transform = transform
         self.stored = frozenset(stored)
 
@@ -407,11 +413,11 @@ class EncoderInputs(Dataset[EncoderInput | BadSample]):
         return len(self.places)
 
     def __getitem__(self, number: int) -> EncoderInput | BadSample:
-        shards, index = self.places[number]
+        shards, index, of_record = self.places[number]
         shard, key = shards.path_of(index), f"record {index}"
         try:
             key = shards.key(index)
-            content = shards.image_bytes(index)
+            content = shards.image_bytes(index, of_record)
         except (InputError, OSError) as error:  # an exception from a worker would arrive as a wall of text
             return BadSample(shard, key, str(error), fatal=True)
         digest = image_digest(content)

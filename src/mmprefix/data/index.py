@@ -9,9 +9,9 @@ Written by `prepare` beside the shards it describes, one file for all splits of 
         "lengths": {"unit": "bytes", "instruction": {...}, "target": {...}},
         "refused": {"no file": 3}, "made_by": {...}}}}
 
-``members`` holds four numbers for each record, in order: offset and size of the image, offset and size of the JSON, in
-bytes of the shard. Shards stay plain webdataset tars: without the index they are read all the same, and scanned at each
-start.
+``members`` holds the offset and the size of each member, in bytes of the shard: for each record its image, then its JSON.
+Where records have several images, or none, ``images`` holds how many each has. Shards stay plain webdataset tars: without
+the index they are read all the same, and scanned at each start.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from mmprefix.files import replacing
 
 INDEX_NAME = "index.json"
 VERSION = 1
-NUMBERS = 4
-"""In ``members``, of one record."""
 
 
 def read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -69,9 +67,17 @@ def _problem(entry: Any) -> str | None:
         counts = [shard.get(name) for name in ("bytes", "records", "samples")]
         if not all(isinstance(count, int) and count >= 0 for count in counts):
             return f"{shard['name']}: expected numbers `bytes`, `records` and `samples`, got {counts}"
-        members = shard.get("members")
-        if not isinstance(members, list) or len(members) != NUMBERS * shard["records"]:
-            return f"{shard['name']}: expected {NUMBERS} numbers in `members` for each of {shard['records']} records"
+        images, num_images = shard.get("images"), shard["records"]
+        if images is not None:
+            if not isinstance(images, list) or not all(type(n) is int and 0 <= n < 2**31 for n in images):
+                return f"{shard['name']}: expected numbers of images in `images`"
+            if len(images) != shard["records"]:
+                return f"{shard['name']}: expected a number in `images` for each of {shard['records']} records"
+            num_images = sum(images)
+        members, expected = shard.get("members"), 2 * (num_images + shard["records"])
+        if not isinstance(members, list) or len(members) != expected:
+            of = f"{num_images} images and {shard['records']} records"
+            return f"{shard['name']}: expected {expected} numbers in `members`, for {of}"
     return None
 
 

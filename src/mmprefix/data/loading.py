@@ -10,9 +10,9 @@ batch holds as many records as fit into it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from mmprefix.packing import (
 from mmprefix.sequence import TokenSequence
 from mmprefix.vision import ImageTransform
 
+Group = TypeVar("Group", bound=Hashable)
 EpochIndex = tuple[int, int]
 """``(epoch, record)``: what a sampler hands to the dataset; workers outlive epochs and would not hear of a new one."""
 
@@ -58,9 +59,10 @@ class SampleProcessor(Protocol):
 
     def encode(
         self,
-        instruction: str,
+        instruction: str | Sequence[str],
         targets: Sequence[str],
         *,
+        views: Sequence[int],
         max_instruction_tokens: int | None,
         max_target_tokens: int | None,
         truncate: str,
@@ -78,23 +80,39 @@ class TextLimits:
 
 
 @dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """One image, ready for the encoder.
+
+    Attributes:
+        digest: SHA-256 of the encoded image, in hex; augmented images have one for each record. Records of a batch
+            that share it share the image.
+        pixels: float32 ``[V, 3, H, W]``, the views that the encoder gets of it; None where ``features`` stand for them.
+        features: bfloat16 ``[1, N, D]``, the encoder's output from a cache.
+    """
+
+    digest: str
+    pixels: Tensor | None = None
+    features: Tensor | None = None
+
+    @property
+    def num_views(self) -> int:
+        """V."""
+        return 1 if self.pixels is None else self.pixels.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
 class EncodedRecord:
     """One record, ready for collation, with a sequence for each sample.
 
     Attributes:
-        pixels: float32 ``[3, H, W]``; None where ``features`` stand for them.
+        images: of the record; several, one or none.
         sequences: one for each sample.
         references: one for each sample.
-        image_digest: SHA-256 of the encoded image, in hex; augmented images have one for each record. Records of a batch
-            that share it share an image.
-        features: bfloat16 ``[N, D]``, the encoder's output from a cache.
     """
 
-    pixels: Tensor | None
+    images: tuple[EncodedImage, ...]
     sequences: tuple[TokenSequence, ...]
     references: tuple[Reference, ...]
-    image_digest: str
-    features: Tensor | None = None
 
 
 @dataclass
@@ -119,25 +137,20 @@ class RecordDataset(Dataset[EncodedRecord | BadSample]):
     def __getitem__(self, epoch_index: EpochIndex) -> EncodedRecord | BadSample:
         epoch, index = epoch_index
         try:
-            content = self.shards.image_bytes(index)
-            digest = image_digest(content)
-            pixels = None if self.features is not None else self._pixels(content, epoch, index)
-            features = None if self.features is None else self._features(self.features, digest)
+            images = tuple(self._image(epoch, index, number) for number in range(self.shards.num_images(index)))
         except UndecodableImageError as error:
             return self._bad(index, error, fatal=self.undecodable_is_fatal)
         except (InputError, OSError) as error:
             return self._bad(index, error)
         try:
             samples = self.shards.samples(index)
-            sequences = self.encode(samples)
+            sequences = self.encode(samples, [image.num_views for image in images])
         except (InputError, OSError) as error:
             return self._bad(index, error)
         references = tuple(
             Reference(s.id, s.image_id, s.kind, s.instruction, s.answers, (index, n)) for n, s in enumerate(samples)
         )
-        if self.augment is not None:
-            digest = f"{digest}-{index}"
-        return EncodedRecord(pixels, sequences, references, digest, features)
+        return EncodedRecord(images, sequences, references)
 
     def _bad(self, index: int, error: Exception, fatal: bool = True) -> BadSample:
         try:
@@ -146,11 +159,18 @@ class RecordDataset(Dataset[EncodedRecord | BadSample]):
             key = f"record {index}"
         return BadSample(self.shards.path_of(index), key, str(error), fatal)
 
-    def _pixels(self, content: bytes, epoch: int, index: int) -> Tensor:
-        image = self.processor.transform.resize(decode_image(content))
-        if self.augment is not None:
-            image = self.augment(image, torch.Generator().manual_seed(_mix(self.seed, epoch, index)))
-        return self.processor.transform.to_tensor(image)
+    def _image(self, epoch: int, index: int, number: int) -> EncodedImage:
+        content = self.shards.image_bytes(index, number)
+        digest, transform = image_digest(content), self.processor.transform
+        if self.features is not None:
+            return EncodedImage(digest, features=self._features(self.features, digest).unsqueeze(0))
+        if self.augment is None:
+            return EncodedImage(digest, transform.views(decode_image(content)))
+        image = transform.resize(decode_image(content))
+        # The first image of a record draws as a record's only one does.
+        seed = _mix(self.seed, epoch, index, *([number] if number else []))
+        image = self.augment(image, torch.Generator().manual_seed(seed))
+        return EncodedImage(f"{digest}-{index}-{number}", transform.to_tensor(image).unsqueeze(0))
 
     @staticmethod
     def _features(cache: FeatureCache, digest: str) -> Tensor:
@@ -160,16 +180,21 @@ class RecordDataset(Dataset[EncodedRecord | BadSample]):
             raise InputError(f"the image changed: {cache.folder} has no features of SHA-256 {digest}")
         return cache[digest]
 
-    def encode(self, samples: Sequence[Sample]) -> tuple[TokenSequence, ...]:
+    def encode(self, samples: Sequence[Sample], views: Sequence[int]) -> tuple[TokenSequence, ...]:
         """The token sequences of a record's samples.
+
+        Args:
+            samples: of the record.
+            views: for each of its images how many the encoder gets of it.
 
         Raises:
             InputError: text beyond a limit.
         """
         return tuple(
             self.processor.encode(
-                sample.instruction,
+                sample.turns,
                 sample.targets,
+                views=views,
                 max_instruction_tokens=self.limits.max_instruction_tokens,
                 max_target_tokens=self.limits.max_target_tokens,
                 truncate=self.limits.truncate,
@@ -364,7 +389,7 @@ class Collator:
         Raises:
             ValueError: a record that doesn't fit into a batch.
         """
-        lengths = [[len(s) for s in self.rows(samples, [0] * len(samples))[0]] for samples in records]
+        lengths = [[len(s) for s in self.rows(samples, [()] * len(samples))[0]] for samples in records]
         if self.packed:
             totals = [sum(rows) for rows in lengths]
             levels = 3 if self.visibility == "nested" else 2
@@ -383,7 +408,7 @@ class Collator:
         """Prefixes to generate from, and targets for the loss where every sample has them."""
         records = [item for item in items if isinstance(item, EncodedRecord)]
         sequences, image_of, images = _flatten(records)
-        prompts = collate_prompts(sequences, image_of, _stacked(r.pixels for r in images), pad_id=self.pad_id)
+        prompts = collate_prompts(sequences, image_of, _joined(i.pixels for i in images), pad_id=self.pad_id)
         targets = self._targets(records, ())
         has_targets = bool(sequences) and all(sequence.num_targets for sequence in sequences)
         return EvaluationBatch(
@@ -394,26 +419,29 @@ class Collator:
         )
 
     def rows(
-        self, sequences: Sequence[TokenSequence], image_of: Sequence[int]
-    ) -> tuple[list[TokenSequence], list[int]]:
-        """Samples -> what is laid out: joined where they share an image's tokens, split where they can't branch.
+        self, sequences: Sequence[TokenSequence], image_of: Sequence[Group]
+    ) -> tuple[list[TokenSequence], list[Group]]:
+        """Samples -> what is laid out: joined where they share their images' tokens, split where they can't branch.
 
         Args:
             sequences: one for each sample.
-            image_of: the image of each, or whatever number those that may share tokens have in common.
+            image_of: the images of each, or whatever those that may share tokens have in common.
 
         Returns:
-            The sequences of the batch and the number of each.
+            The sequences of the batch, and what was given for each.
         """
         if not self.shared_prefix:
             parts = [(part, image) for s, image in zip(sequences, image_of, strict=True) for part in s.split()]
             return [part for part, _ in parts], [image for _, image in parts]
         if self.visibility != "nested":
             return list(sequences), list(image_of)
-        on_image: dict[int, list[TokenSequence]] = {}
-        for sequence, image in zip(sequences, image_of, strict=True):
-            on_image.setdefault(image, []).append(sequence)
-        return [TokenSequence.on_one_image(group) for group in on_image.values()], list(on_image)
+        on_images: dict[Any, tuple[Group, list[TokenSequence]]] = {}
+        for number, (sequence, image) in enumerate(zip(sequences, image_of, strict=True)):
+            # Tokens can be shared where they stand at the same positions; without any there is nothing to share.
+            places = sequence.image_positions or number
+            on_images.setdefault((image, places), (image, []))[1].append(sequence)
+        groups = list(on_images.values())
+        return [TokenSequence.on_one_image(group) for _, group in groups], [image for image, _ in groups]
 
     def _targets(self, records: Sequence[EncodedRecord], bad: Sequence[BadSample]) -> PackedBatch:
         samples, image_of_sample, images = _flatten(records)
@@ -426,28 +454,34 @@ class Collator:
             image_of_record = dict(zip(of_record, image_of_sample, strict=True))
             image_of = [image_of_record[number] for number in numbers]
         batch = collate(
-            sequences, image_of, _stacked(r.pixels for r in images), pad_id=self.pad_id, visibility=self.visibility,
+            sequences, image_of, _joined(i.pixels for i in images), pad_id=self.pad_id, visibility=self.visibility,
             references=references, bad=bad, packed=self.packed, bucket=self.bucket,
         )  # fmt: skip
-        return replace(batch, image_features=_stacked(r.features for r in images))
+        return replace(batch, image_features=_joined(i.features for i in images))
 
 
-def _flatten(records: Sequence[EncodedRecord]) -> tuple[list[TokenSequence], list[int], list[EncodedRecord]]:
-    """Sequences of all records, the image of each, and a record for each image."""
-    first: dict[str, int] = {}  # digest -> number of the image in the batch
-    images: list[EncodedRecord] = []
+def _flatten(
+    records: Sequence[EncodedRecord],
+) -> tuple[list[TokenSequence], list[tuple[int, ...]], list[EncodedImage]]:
+    """Sequences of all records, the views that each places, and the images they are of, each once."""
+    first: dict[str, tuple[int, ...]] = {}  # digest -> numbers of the image's views in the batch
+    images: list[EncodedImage] = []
     sequences: list[TokenSequence] = []
-    image_of: list[int] = []
+    views_of: list[tuple[int, ...]] = []
+    num_views = 0
     for record in records:
-        number = first.setdefault(record.image_digest, len(images))
-        if number == len(images):
-            images.append(record)
+        for image in record.images:
+            if image.digest not in first:
+                first[image.digest] = tuple(range(num_views, num_views + image.num_views))
+                num_views += image.num_views
+                images.append(image)
+        views = tuple(view for image in record.images for view in first[image.digest])
         sequences.extend(record.sequences)
-        image_of.extend([number] * len(record.sequences))
-    return sequences, image_of, images
+        views_of.extend([views] * len(record.sequences))
+    return sequences, views_of, images
 
 
-def _stacked(tensors: Iterable[Tensor | None]) -> Tensor | None:
-    """``[I, ...]``; None where there are none."""
+def _joined(tensors: Iterable[Tensor | None]) -> Tensor | None:
+    """``[I, ...]`` of all views; None where there are none."""
     present = [tensor for tensor in tensors if tensor is not None]
-    return torch.stack(present) if present else None
+    return torch.cat(present) if present else None

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmprefix.errors import InputError
+from mmprefix.instructions import as_turns, check_marks
 
-FIELDS = ("instruction", "target", "targets", "answers", "id", "image_id", "kind")
+FIELDS = ("instruction", "target", "targets", "answers", "images", "id", "image_id", "kind")
+MAX_IMAGES = 1024
+"""Of a record."""
 MAX_IMAGE_BYTES = 256 << 20
 MAX_JSON_BYTES = 64 << 20
 """Larger members are refused unread: a shard may come from strangers."""
@@ -20,23 +23,30 @@ MAX_JSON_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Sample:
-    """One instruction on one image.
+    """One instruction on the images of its record.
 
     Attributes:
         id: unique in its split; by default the record's key.
         image_id: by default the record's key.
         kind: group for which metrics are reported separately.
-        instruction: text of the prefix.
+        turns: texts of the prefix: the instruction alone, or what user and assistant said by turns, the user last.
         targets: texts to learn; empty only where none is needed (`predict`).
         answers: accepted answers for evaluation; by default the targets.
+        images: how many images the record has.
     """
 
     id: str
     image_id: str
     kind: str
-    instruction: str
+    turns: tuple[str, ...]
     targets: tuple[str, ...]
     answers: tuple[str, ...]
+    images: int = 1
+
+    @property
+    def instruction(self) -> str:
+        """All turns as one text."""
+        return "\n".join(self.turns)
 
 
 def parse_record(payload: bytes, key: str, shard: str, *, needs_target: bool = True) -> tuple[Sample, ...]:
@@ -70,9 +80,16 @@ def parse_record(payload: bytes, key: str, shard: str, *, needs_target: bool = T
 
 
 def _parse_sample(entry: Mapping[str, Any], where: str, key: str, default_id: str, needs_target: bool) -> Sample:
-    instruction = entry.get("instruction")
-    if not isinstance(instruction, str):
-        raise InputError(f"{where}: expected a string `instruction`, got {_shown(instruction)}")
+    instruction, images = entry.get("instruction"), entry.get("images", 1)
+    turns: list[Any] = instruction if isinstance(instruction, list) else [instruction]
+    if not turns or not all(isinstance(turn, str) for turn in turns):
+        raise InputError(f"{where}: expected a string `instruction`, or a list of turns, got {_shown(instruction)}")
+    if type(images) is not int or not 0 <= images <= MAX_IMAGES:
+        raise InputError(f"{where}: expected a number of `images` from 0 to {MAX_IMAGES}, got {_shown(images)}")
+    try:
+        check_marks(as_turns(turns), images)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
     if "target" in entry and "targets" in entry:
         raise InputError(f"{where}: expected one of `target` and `targets`, got both")
     targets = entry.get("targets", [entry["target"]] if "target" in entry else [])
@@ -87,7 +104,7 @@ def _parse_sample(entry: Mapping[str, Any], where: str, key: str, default_id: st
     answers = entry.get("answers", targets)
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         raise InputError(f"{where}: expected a list of strings `answers`, got {_shown(answers)}")
-    for text in (instruction, *targets, *answers):
+    for text in (*turns, *targets, *answers):
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
             raise InputError(f"{where}: expected text in Unicode, got half of a surrogate pair in {text[:40]!a}")
     if "answers" in entry and not answers:
@@ -96,9 +113,10 @@ def _parse_sample(entry: Mapping[str, Any], where: str, key: str, default_id: st
         id=str(entry.get("id", default_id)),
         image_id=str(entry.get("image_id", key)),
         kind=str(entry.get("kind", "all")),
-        instruction=instruction,
+        turns=tuple(turns),
         targets=tuple(targets),
         answers=tuple(answers),
+        images=images,
     )
 
 

@@ -1,8 +1,8 @@
 """webdataset shards as a random-access collection: known by (shard, offset, size) of every member, read by position.
 
 A shard is an ordinary tar as webdataset writes and reads it: members of one record follow each other and share a key,
-``KEY.jpg`` beside ``KEY.json``. Knowing where every member lies makes an epoch a permutation: every record exactly
-once, in an order that depends on seed and epoch alone and can be resumed anywhere.
+``KEY.jpg`` beside ``KEY.json`` (or ``KEY.0.jpg``, ``KEY.1.jpg``, ... for several images). Knowing where every member lies
+makes an epoch a permutation: every record exactly once, in an order that depends on seed and epoch alone and can be resumed anywhere.
 
 Where a folder has an `index.json` (`index.py`), nothing is read to know that. Other shards are scanned at each start:
 headers and JSON members are read once and checked, so that a bad record is reported before training, not hours into
@@ -24,13 +24,15 @@ import numpy as np
 from webdataset.tariterators import base_plus_ext
 
 from mmprefix.data import storage
-from mmprefix.data.index import INDEX_NAME, NUMBERS, read_index
+from mmprefix.data.index import INDEX_NAME, read_index
 from mmprefix.data.samples import MAX_IMAGE_BYTES, MAX_JSON_BYTES, Sample, parse_record
 from mmprefix.errors import InputError
 from mmprefix.files import replacing
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _TAR_BLOCK = 512
+_Members = tuple[np.ndarray, np.ndarray]
+"""Of a shard: int64 ``[records]``, images of each record; int64 ``[members, 2]``, offset and size of each image and JSON."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class ShardCollection:
         self.num_samples = self.indexed = 0
         self._reader = storage.Reader(self.paths)
         self._keys: list[list[str] | None] = []  # of a shard's records; None where their headers say them
-        members: list[np.ndarray] = []
+        members: list[_Members] = []
         indices: dict[str, dict[str, Any]] = {}
         for path in self.paths:
             folder, name = storage.split(path)
@@ -114,18 +116,20 @@ class ShardCollection:
                 self.num_samples += entry["samples"]
                 self.indexed += 1
         # Where each shard's records begin in the numbering of all.
-        self._firsts = np.cumsum([0, *map(len, members)])
-        self._members = np.concatenate([np.zeros((0, NUMBERS), np.int64), *members])
+        self._firsts = np.cumsum([0, *(len(counts) for counts, _ in members)])
+        counts = np.concatenate([np.zeros(0, np.int64), *(counts for counts, _ in members)])
+        # A record's members are its images and then its JSON; where those of each begin.
+        self._starts = np.cumsum([0, *(counts + 1)])
+        self._members = np.concatenate([np.zeros((0, 2), np.int64), *(places for _, places in members)])
         if not len(self):
             raise InputError(
                 f"{what}: expected records (KEY.jpg + KEY.json) in {', '.join(self.paths[:3])}, found none"
             )
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._starts) - 1
 
-    def _scan(self, path: str) -> np.ndarray:
-        """int64 ``[records, 4]``, offset and size of image and JSON."""
+    def _scan(self, path: str) -> _Members:
         members: dict[str, Member] = {}
         current: str | None = None
         found: dict[str, list[int]] = {}
@@ -163,7 +167,8 @@ class ShardCollection:
                 )
             self._add(path, current, members, file, found)
         self._keys.append(list(found))
-        return np.array(list(found.values()), dtype=np.int64).reshape(-1, NUMBERS)
+        counts = np.array([len(numbers) // 2 - 1 for numbers in found.values()], dtype=np.int64)
+        return counts, np.array([n for numbers in found.values() for n in numbers], dtype=np.int64).reshape(-1, 2)
 
     def _add(
         self, path: str, key: str | None, members: dict[str, Member], file: BinaryIO, found: dict[str, list[int]]
@@ -171,17 +176,18 @@ class ShardCollection:
         """Enters a record that is complete."""
         if key is None:
             return
-        image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
+        images = _images_among(members)
         got = f"got {', '.join(f'.{s}' for s in members)}"
-        if image is None:
-            raise InputError(f"{path}: {key}: expected an image (.{', .'.join(IMAGE_SUFFIXES)}), {got}")
         if "json" not in members:
             raise InputError(f"{path}: {key}: expected {key}.json with instruction and target, {got}")
-        _check_size(path, key, image.size, MAX_IMAGE_BYTES)
         _check_size(path, key, members["json"].size, MAX_JSON_BYTES)
         payload = _at(file, members["json"].offset, members["json"].size)
-        self.num_samples += len(parse_record(payload, key, path, needs_target=self.needs_target))
-        found[key] = [image.offset, image.size, members["json"].offset, members["json"].size]
+        samples = parse_record(payload, key, path, needs_target=self.needs_target)
+        _check_number(path, key, samples, len(images), got)
+        for image in images:
+            _check_size(path, key, image.size, MAX_IMAGE_BYTES)
+        self.num_samples += len(samples)
+        found[key] = [number for member in (*images, members["json"]) for number in (member.offset, member.size)]
 
     def _read(self, shard: int, member: Member) -> bytes:
         path = self.paths[shard]
@@ -210,28 +216,65 @@ class ShardCollection:
         keys = self._keys[shard]
         if keys is not None:
             return keys[index - int(self._firsts[shard])]
-        header = self._reader.read(shard, _TAR_BLOCK, int(self._members[index, 2]) - _TAR_BLOCK)
+        header = self._reader.read(shard, _TAR_BLOCK, self._json(index).offset - _TAR_BLOCK)
         name = header[:100].split(b"\0")[0].decode("utf-8", "replace")
         # It goes into messages: a harmed or hostile one must not steer the terminal.
         name = "".join(c if c.isprintable() else "?" for c in name)
         return str(base_plus_ext(name)[0] or name or f"record {index}")
 
-    def image(self, index: int) -> Member:
-        """Where the image of record ``index`` lies in its shard."""
-        return Member(*map(int, self._members[index, :2]))
+    @property
+    def num_all_images(self) -> int:
+        """How many images all records have."""
+        return len(self._members) - len(self)
+
+    def num_images(self, index: int) -> int:
+        """How many images record ``index`` has."""
+        return int(self._starts[index + 1] - self._starts[index]) - 1
+
+    def image(self, index: int, number: int = 0) -> Member:
+        """Where an image of record ``index`` lies in its shard."""
+        return Member(*map(int, self._members[self._starts[index] + number]))
+
+    def _json(self, index: int) -> Member:
+        return Member(*map(int, self._members[self._starts[index + 1] - 1]))
 
     def samples(self, index: int) -> tuple[Sample, ...]:
         """The samples of record ``index``."""
-        payload = self._read(self._shard_of(index), Member(*map(int, self._members[index, 2:])))
-        return parse_record(payload, self.key(index), self.path_of(index), needs_target=self.needs_target)
+        payload = self._read(self._shard_of(index), self._json(index))
+        key, path = self.key(index), self.path_of(index)
+        samples = parse_record(payload, key, path, needs_target=self.needs_target)
+        _check_number(path, key, samples, self.num_images(index), f"got {self.num_images(index)} in {INDEX_NAME}")
+        return samples
 
-    def image_bytes(self, index: int) -> bytes:
-        """The encoded image of record ``index``."""
-        return self._read(self._shard_of(index), self.image(index))
+    def image_bytes(self, index: int, number: int = 0) -> bytes:
+        """An encoded image of record ``index``."""
+        return self._read(self._shard_of(index), self.image(index, number))
 
     def describe(self) -> str:
         """One line for logs."""
-        return f"{len(self.paths)} shards, {len(self)} images, {self.num_samples} samples"
+        records = "" if self.num_all_images == len(self) else f"{len(self)} records, "
+        return f"{len(self.paths)} shards, {records}{self.num_all_images} images, {self.num_samples} samples"
+
+
+def _images_among(members: dict[str, Member]) -> list[Member]:
+    """The images of a record: ``.jpg``, or ``.0.jpg``, ``.1.jpg``, ... in the order of their numbers."""
+    alone = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
+    if alone is not None:
+        return [alone]
+    numbered = []
+    for suffix, member in members.items():
+        number, _, kind = suffix.partition(".")
+        if kind in IMAGE_SUFFIXES and number.isascii() and number.isdigit():
+            numbered.append((int(number), member))
+    return [member for _, member in sorted(numbered, key=lambda pair: pair[0])]
+
+
+def _check_number(path: str, key: str, samples: Sequence[Sample], number: int, got: str) -> None:
+    """A record with fewer images than its samples speak of has lost some."""
+    for sample in samples:
+        if sample.images != number:
+            expected = f"an image (.{', .'.join(IMAGE_SUFFIXES)})" if sample.images == 1 else f"{sample.images} images"
+            raise InputError(f"{path}: {key}: expected {expected}, {got}")
 
 
 def _at(file: BinaryIO, offset: int, size: int) -> bytes:
@@ -252,8 +295,8 @@ def _shards_of(folder: str, needs_target: bool) -> dict[str, dict[str, Any]]:
     return {shard["name"]: shard for split in usable for shard in split["shards"]}
 
 
-def _members_of(path: str, entry: dict[str, Any]) -> np.ndarray:
-    """int64 ``[records, 4]`` of an indexed shard.
+def _members_of(path: str, entry: dict[str, Any]) -> _Members:
+    """The members of an indexed shard.
 
     Raises:
         InputError: a shard of another size than the index says, or members that lie beyond it.
@@ -263,16 +306,19 @@ def _members_of(path: str, entry: dict[str, Any]) -> np.ndarray:
     if size != entry["bytes"]:
         raise InputError(f"{path}: expected {entry['bytes']} bytes, as {INDEX_NAME} says, got {size}: {advice}")
     try:
-        members = np.array(entry["members"], dtype=np.int64).reshape(-1, NUMBERS)
+        members = np.array(entry["members"], dtype=np.int64).reshape(-1, 2)
+        counts = np.array(entry.get("images", [1] * entry["records"]), dtype=np.int64)
     except (ValueError, TypeError, OverflowError) as error:
         raise InputError(f"{path}: expected whole numbers in {INDEX_NAME}, got {error}") from error
-    starts, sizes = members[:, ::2], members[:, 1::2]
+    starts, sizes = members[:, 0], members[:, 1]
     if (starts < _TAR_BLOCK).any() or (sizes < 0).any() or (starts > size).any() or (sizes > size - starts).any():
         raise InputError(f"{path}: expected members inside of the shard's {size} bytes: {advice}")
     if len(members):
-        _check_size(path, INDEX_NAME, int(sizes[:, 0].max()), MAX_IMAGE_BYTES)
-        _check_size(path, INDEX_NAME, int(sizes[:, 1].max()), MAX_JSON_BYTES)
-    return members
+        is_json = np.zeros(len(sizes), dtype=bool)
+        is_json[np.cumsum(counts + 1) - 1] = True
+        _check_size(path, INDEX_NAME, int(sizes[is_json].max()), MAX_JSON_BYTES)
+        _check_size(path, INDEX_NAME, int(sizes.max()), MAX_IMAGE_BYTES)
+    return counts, members
 
 
 def _check_size(path: str, key: str, size: int, most: int) -> None:

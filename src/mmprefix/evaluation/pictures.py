@@ -45,6 +45,18 @@ def to_image(pixels: Tensor, transform: ImageTransform) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
 
+def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    """Several images of a sample as one, RGB; an empty one for a sample without."""
+    if len(images) == 1:
+        return images[0]
+    width, height = sum(i.width for i in images) + len(images) - 1, max((i.height for i in images), default=1)
+    picture, left = Image.new("RGB", (max(1, width), height), "white"), 0
+    for image in images:
+        picture.paste(image, (left, 0))
+        left += image.width + 1
+    return picture
+
+
 def draw_cells(cells: Sequence[Cell], columns: int = 6) -> Image.Image:
     """The cells in rows; right predictions green, wrong ones red beside the expected answer."""
     font = ImageFont.load_default(size=12)

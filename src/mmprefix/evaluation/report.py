@@ -19,13 +19,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
-from mmprefix.evaluation.pictures import Answer, Cell, draw_cells, to_image
+from mmprefix.evaluation.pictures import Answer, Cell, draw_cells, side_by_side, to_image
 from mmprefix.files import replacing
 from mmprefix.metrics import exact_match
 from mmprefix.packing import EvaluationBatch, Reference
 from mmprefix.vision import ImageTransform
 
 Prediction = tuple[Reference, str]
+_SHOWN_IMAGES = 4
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
@@ -89,10 +90,10 @@ class _Gallery:
         picture: Callable[[int], Image.Image],
     ) -> None:
         """``picture`` gives a record's image, for batches that hold features in place of pixels."""
-        of_image: dict[int, list[Prediction]] = {}
-        for image, prediction in zip(batch.prompts.image_of.tolist(), predictions, strict=True):
-            of_image.setdefault(image, []).append(prediction)
-        for image, members in of_image.items():
+        of_images: dict[tuple[int, ...], list[Prediction]] = {}
+        for images, prediction in zip(batch.prompts.image_of.tolist(), predictions, strict=True):
+            of_images.setdefault(tuple(i for i in images if i >= 0), []).append(prediction)
+        for images, members in of_images.items():
             answers = tuple(
                 Answer(
                     r.instruction,
@@ -106,8 +107,13 @@ class _Gallery:
             if len(group) >= self.room:
                 continue
             pixels, first = batch.prompts.pixel_values, members[0][0]
-            shown = picture(first.order[0]) if pixels is None else to_image(pixels[image].float(), transform)
-            group.append(Cell(f"image {first.image_id}", shown, answers))
+            if not images:
+                shown = []
+            elif pixels is None:
+                shown = [picture(first.order[0])]
+            else:
+                shown = [to_image(pixels[image].float(), transform) for image in images[:_SHOWN_IMAGES]]
+            group.append(Cell(f"image {first.image_id}" if images else first.id, side_by_side(shown), answers))
 
     def cells(self) -> list[Cell]:
         wrong = self.wrong[: max(self.room // 2, self.room - len(self.right))]

@@ -43,6 +43,7 @@ from mmprefix.processing import (
     load_tokenizer,
     text_vocab_size,
 )
+from mmprefix.prompts import prompt_end
 from mmprefix.training.checkpoints import CONTENT_KEY, load_model
 from mmprefix.training.optim import OptimizerArgs, PartArgs, build_optimizer
 from mmprefix.varlen import MAX_HEAD_SIZE
@@ -95,9 +96,10 @@ def _from_parts(
         prefix_visibility=prefix_visibility,
         special_tokens={
             name: getattr(text_tokenizer, name)
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+            for name in ("bos_token_id", "pad_token_id")
             if getattr(text_tokenizer, name) is not None
-        },
+        }
+        | {"eos_token_id": prompt_end(text_tokenizer, tokenizer.prompt)},
         vocab_size=text_vocab_size(text_tokenizer),
     )
     processor = MMPrefixProcessor(
@@ -105,10 +107,24 @@ def _from_parts(
         text_tokenizer,
         num_image_tokens=model.num_image_tokens,
         separator=tokenizer.separator,
+        prompt=tokenizer.prompt,
         prefix_visibility=prefix_visibility,
         shared_prefix=model.config.shared_prefix,
     )
     return model, processor
+
+
+def _images_by_prompt(image_tokens: Tensor | None, image_of: Tensor) -> Tensor | None:
+    """float ``[I, N, W]`` -> ``[S, K * N, W]``, the images of each prompt side by side; None where no prompt has one."""
+    if image_tokens is None or not image_of.shape[1]:
+        return None
+    return image_tokens[image_of.clamp(min=0)].flatten(1, 2)
+
+
+def _zero_through(*parts: nn.Module) -> Tensor:
+    """0, float scalar, that gives every learning parameter of the parts a gradient of zeros."""
+    zeros = [p.sum() * 0.0 for part in parts for p in part.parameters() if p.requires_grad]
+    return torch.stack(zeros).sum() if zeros else torch.zeros(())
 
 
 class MMPrefixModule(pl.LightningModule):
@@ -386,10 +402,13 @@ class MMPrefixModule(pl.LightningModule):
             if self.trainer.world_size == 1:
                 return None
             # The other ranks reduce gradients with this one: it takes part, with zeros.
-            loss_sum = torch.stack([p.sum() * 0.0 for p in self.parameters() if p.requires_grad]).sum()
+            loss_sum = _zero_through(self)
             count = loss_sum.new_zeros(())
         else:
             loss_sum, count = self.model.target_loss(batch, self.loss_normalization)
+            if batch.pixel_values is None and batch.image_features is None and self.trainer.world_size > 1:
+                # Text only: the others would wait for the encoder's gradients.
+                loss_sum = loss_sum + _zero_through(self.model.vision, self.model.connector)
         self._window.losses.append(loss_sum.detach())
         self._window.counts.append(count)
         self._window.ids.append(tuple(reference.id for reference in batch.references))
@@ -463,7 +482,7 @@ class MMPrefixModule(pl.LightningModule):
             generated = self.model.generate(
                 input_ids=prompts.input_ids,
                 attention_mask=prompts.attention_mask,
-                image_tokens=None if image_tokens is None else image_tokens[prompts.image_of],
+                image_tokens=_images_by_prompt(image_tokens, prompts.image_of),
                 max_new_tokens=self.max_new_tokens,
                 num_beams=self.num_beams,
                 do_sample=False,
