@@ -41,6 +41,7 @@ from sklearn.datasets import load_sample_images
 
 from mmprefix.data.index import write_split
 from mmprefix.data.loading import Collator, EpochBatchSampler, LazyDataLoader, RecordDataset, TextLimits
+from mmprefix.data.mixture import EpochOrder
 from mmprefix.data.shards import ShardCollection
 from mmprefix.processing import (
     IMAGE_TOKEN,
@@ -175,7 +176,7 @@ def loader(size: Size, work: Path, repeats: int) -> Iterator[Measured]:
 
     def ours() -> dict[str, float]:
         start = time.perf_counter()
-        sampler = EpochBatchSampler(len(shards), 16, shuffle=True)
+        sampler = EpochBatchSampler(EpochOrder.of(len(shards)), 16)
         collate = Collator(processor.pad_id, "full", packed=True).train
         batches = LazyDataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=PROCESSES)
         count = sum(batch.pixel_values.shape[0] for batch in batches)
@@ -222,7 +223,7 @@ def resume(size: Size, work: Path, repeats: int) -> Iterator[Measured]:
     def ours() -> dict[str, float]:
         start = time.perf_counter()
         collection = ShardCollection(str(folder / "train-*.tar"), "data.train")
-        batch = next(iter(EpochBatchSampler(len(collection), 32, shuffle=True, seen=lambda epoch: SEEN)))
+        batch = next(iter(EpochBatchSampler(EpochOrder.of(len(collection)), 32, seen=lambda epoch: SEEN)))
         seconds = time.perf_counter() - start
         order = np.arange(len(collection))
         np.random.default_rng((0, 0)).shuffle(order)

@@ -22,6 +22,7 @@ from mmprefix.data.loading import (
     TextLimits,
     TokenBudgetSampler,
 )
+from mmprefix.data.mixture import EpochOrder
 from mmprefix.data.samples import parse_record
 from mmprefix.data.shards import ShardCollection, expand_shards, write_shard
 from mmprefix.errors import InputError
@@ -253,7 +254,7 @@ def test_affine_without_range_changes_nothing_and_shifts_as_told(photos):
 def test_an_epoch_is_every_record_once_over_all_ranks(num_ranks, num_records):
     batches = []
     for rank in range(num_ranks):
-        sampler = EpochBatchSampler(num_records, 4, shuffle=True, seed=1, rank=rank, num_ranks=num_ranks)
+        sampler = EpochBatchSampler(EpochOrder.of(num_records, 1), 4, rank, num_ranks)
         sampler.set_epoch(3)
         batches.append(list(sampler))
         assert len(sampler) == len(batches[-1])
@@ -267,7 +268,7 @@ def test_an_epoch_is_every_record_once_over_all_ranks(num_ranks, num_records):
 
 def test_the_order_depends_on_seed_and_epoch_only():
     def order(seed, epoch, num_ranks=1):
-        samplers = [EpochBatchSampler(40, 20 // num_ranks, True, seed, r, num_ranks) for r in range(num_ranks)]
+        samplers = [EpochBatchSampler(EpochOrder.of(40, seed), 20 // num_ranks, r, num_ranks) for r in range(num_ranks)]
         for sampler in samplers:
             sampler.set_epoch(epoch)
         return [[i for batch in step for _, i in batch] for step in zip(*samplers, strict=True)]
@@ -342,7 +343,7 @@ def test_loaders_give_every_sample_once_in_an_order_of_seed_and_epoch_only(
     dataset = RecordDataset(shards, processor, TextLimits(None, None, "none"))
     steps = []
     for rank in range(num_ranks):
-        sampler = EpochBatchSampler(len(shards), 2, shuffle=True, seed=1, rank=rank, num_ranks=num_ranks)
+        sampler = EpochBatchSampler(EpochOrder.of(len(shards), 1), 2, rank, num_ranks)
         sampler.set_epoch(2)
         loader = LazyDataLoader(
             dataset, batch_sampler=sampler, collate_fn=Collator(processor.pad_id, "full").train, num_workers=num_workers
@@ -559,7 +560,9 @@ def test_own_shards_replace_the_builtin_set_altogether():
 
 def test_resampled_epochs_draw_with_replacement_by_seed_and_epoch():
     def drawn(epoch, num_ranks=1):
-        samplers = [EpochBatchSampler(50, 4, True, 3, r, num_ranks, replacement=True) for r in range(num_ranks)]
+        samplers = [
+            EpochBatchSampler(EpochOrder.of(50, 3, replacement=True), 4, r, num_ranks) for r in range(num_ranks)
+        ]
         for sampler in samplers:
             sampler.set_epoch(epoch)
         return [[i for batch in step for _, i in batch] for step in zip(*samplers, strict=True)]

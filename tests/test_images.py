@@ -294,5 +294,5 @@ def test_ranks_without_a_picture_wait_for_nobody_and_learn_the_same(tmp_path):
     ]
     for name, expected in weights[0].items():
         torch.testing.assert_close(weights[1][name], expected, atol=2e-5, rtol=1e-4)
-    lines = (tmp_path / "two-run" / "predictions.jsonl").read_text().splitlines()
+    lines = (tmp_path / "two-run" / "predictions.jsonl").open().readlines()
     assert len(lines) == 4 * 2 + 6, "text-only samples are answered, too"

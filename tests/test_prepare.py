@@ -504,7 +504,7 @@ def test_an_index_that_is_not_the_shards_is_refused(tmp_path):
     with pytest.raises(InputError, match="expected whole numbers"):
         ShardCollection(str(shard), "data.val")
     changed(lambda s: s["members"].pop())
-    with pytest.raises(InputError, match="expected 4 numbers in `members` for each of 5 records"):
+    with pytest.raises(InputError, match="expected 20 numbers in `members`, for 5 images and 5 records"):
         ShardCollection(str(shard), "data.val")
     changed(lambda s: s["members"].__setitem__(0, s["members"][0] + 512))
     with pytest.raises(InputError, match="expected a tar header of"):

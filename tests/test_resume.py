@@ -48,9 +48,7 @@ def data_of(num_ranks, batch_size, epoch=1, num_records=NUM_RECORDS, **kwargs):
 def samplers_of(data, epoch=1):
     samplers = []
     for rank in range(data.trainer.world_size):
-        sampler = EpochBatchSampler(
-            len(data._shards["train"]), data.batch_size, True, data.seed, rank, data.trainer.world_size, data._seen
-        )
+        sampler = EpochBatchSampler(data.epoch_order, data.batch_size, rank, data.trainer.world_size, data._seen)
         sampler.set_epoch(epoch)
         samplers.append(sampler)
     return samplers

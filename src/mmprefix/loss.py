@@ -47,6 +47,7 @@ def target_cross_entropy(
     target_lengths: Tensor,
     normalization: LossNormalization = "tokens",
     reduction: Reduction = "sum",
+    of_labels: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy and the count to divide it by.
 
@@ -54,6 +55,7 @@ def target_cross_entropy(
         logits: ``[M, V]`` of any float dtype; computed in float32.
         labels, target_lengths, normalization: see `label_weights`.
         reduction: `mean` divides the sum by the count.
+        of_labels: where given, each label's own loss, float ``[M]`` without gradient, is appended to it.
 
     Returns:
         ``(sum, count)``, float32 scalars; ``sum / count`` is the loss in nats. The count is the number of target
@@ -61,6 +63,8 @@ def target_cross_entropy(
     """
     losses = F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=IGNORE_INDEX)
     weights = label_weights(labels, target_lengths, normalization)
+    if of_labels is not None:
+        of_labels.append(losses.detach())
     total, count = (losses * weights).sum(), weights.sum()
     return total / count if reduction == "mean" else total, count
 
@@ -138,6 +142,7 @@ def linear_cross_entropy(
     normalization: LossNormalization = "tokens",
     transform: LogitTransform | None = None,
     reduction: Reduction = "sum",
+    of_labels: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`target_cross_entropy` of ``transform(F.linear(hidden, weight, bias))``, without ever holding all logits.
 
@@ -150,6 +155,7 @@ def linear_cross_entropy(
         labels, target_lengths, normalization: see `label_weights`.
         transform: of the layer's values, none by default.
         reduction: `mean` divides on the way: ``loss / count`` afterwards costs a pass over the weight's gradient.
+        of_labels: as in `target_cross_entropy`.
 
     Returns:
         ``(sum, count)`` as `target_cross_entropy`, or ``(mean, count)``.
@@ -163,12 +169,14 @@ def linear_cross_entropy(
         weights = weights / count
     needs = torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
-        total = _linear_cross_entropy(
+        total, *_, losses = _linear_cross_entropy(
             hidden.to(compute), weight.to(compute), None if bias is None else bias.to(compute), labels, weights,
             transform.scale, transform.softcap or 0.0, max(1, CHUNK_ELEMENTS // weight.shape[0]),
             needs and hidden.requires_grad, needs and weight.requires_grad,
             needs and bias is not None and bias.requires_grad,
-        )[0]  # fmt: skip
+        )  # fmt: skip
+    if of_labels is not None:
+        of_labels.append(losses)
     return total, count
 
 
@@ -196,9 +204,10 @@ def _linear_cross_entropy(
     wants_hidden: bool,
     wants_weight: bool,
     wants_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
     total = hidden.new_zeros((), dtype=wide)
+    losses = hidden.new_empty(hidden.shape[0], dtype=wide)
     d_hidden = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
     d_weight, d_bias = hidden.new_empty(0), hidden.new_empty(0)
     # Sums over chunks in half precision would lose what is small; a single chunk has nothing to sum.
@@ -218,7 +227,9 @@ def _linear_cross_entropy(
         share = weights[part].to(wide).unsqueeze(1)
         # In place where the kernel is known to read a row before it writes it.
         values = torch.log_softmax(values, 1, out=values if values.device.type == "cpu" else None)
-        total -= (values.gather(1, label) * share).sum()
+        of_label = values.gather(1, label)
+        total -= (of_label * share).sum()
+        losses[part] = of_label.squeeze(1).neg()
         if not (wants_hidden or wants_weight or wants_bias):
             continue
         # In place: log-probabilities, probabilities, the gradient of logits. What is a factor of a whole row is
@@ -250,6 +261,7 @@ def _linear_cross_entropy(
         d_hidden,
         d_weight.to(weight.dtype),
         d_bias.to(weight.dtype),
+        losses,
     )
 
 
@@ -269,13 +281,15 @@ def _(hidden, weight, bias, labels, weights, scale, softcap, chunk, wants_hidden
         torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0),
         torch.empty_like(weight) if wants_weight else hidden.new_empty(0),
         torch.empty_like(bias) if wants_bias else hidden.new_empty(0),
+        hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32)),
     )
 
 
 def _keep_gradients(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.wanted = inputs[-3:]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[1:4])
+    ctx.mark_non_differentiable(output[4])
 
 
 def _backward(ctx, grad, *unused):  # type: ignore[no-untyped-def]

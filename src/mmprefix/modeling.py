@@ -396,6 +396,7 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         normalization: LossNormalization = "tokens",
         image_tokens: Tensor | None = None,
         reduction: Reduction = "sum",
+        of_labels: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of the batch's targets and the count to divide it by, float32 scalars.
 
@@ -406,11 +407,12 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             normalization: see `loss.label_weights`.
             image_tokens: float ``[I, N, W]`` from `get_image_tokens`, where they are known already.
             reduction: `mean` for the mean in place of the sum, which is cheaper than to divide it.
+            of_labels: where given, each label's own loss, float ``[M]`` without gradient, is appended to it.
         """
         output_layer = self._plain_output_layer()
         if output_layer is None:
             logits = self.target_logits(batch, image_tokens)
-            return target_cross_entropy(logits, batch.labels, batch.target_lengths, normalization, reduction)
+            return target_cross_entropy(logits, batch.labels, batch.target_lengths, normalization, reduction, of_labels)
         weight: Tensor = output_layer.weight
         for_embedding = None
         if self._shares_gradient(output_layer):
@@ -419,7 +421,7 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         assert hidden is not None
         return linear_cross_entropy(
             hidden, weight, output_layer.bias, batch.labels, batch.target_lengths, normalization,
-            LogitTransform(**(self.config.logit_transform or {})), reduction,
+            LogitTransform(**(self.config.logit_transform or {})), reduction, of_labels,
         )  # fmt: skip
 
     def _plain_output_layer(self) -> nn.Linear | None:

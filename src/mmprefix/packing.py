@@ -154,6 +154,8 @@ class Reference(NamedTuple):
     references: tuple[str, ...] = ()
     order: tuple[int, int] = (0, 0)
     """Record and sample in the split, by which gathered predictions are sorted."""
+    dataset: str = ""
+    """Name of its set, where the split has several."""
 
 
 @dataclass
@@ -188,6 +190,7 @@ class PackedBatch:
         num_samples: instructions (each on an image).
         image_features: bfloat16 ``[I, N, D]``, what the encoder gives for the images, in place of ``pixel_values``.
         visible_pairs: (query, key) pairs that attention has to compute, of one head of one layer.
+        label_datasets: int64 ``[M]``, number of the set that each label is of, where the split has several.
     """
 
     input_ids: Tensor
@@ -204,6 +207,7 @@ class PackedBatch:
     num_samples: int = 0
     image_features: Tensor | None = None
     visible_pairs: int = 0
+    label_datasets: Tensor | None = None
 
     @property
     def padding_share(self) -> float:
@@ -266,6 +270,7 @@ def collate(
     bad: Sequence[BadSample] = (),
     packed: bool = False,
     bucket: int = 1,
+    dataset_of: Sequence[int] = (),
 ) -> PackedBatch:
     """Lays sequences into rows.
 
@@ -280,6 +285,7 @@ def collate(
         bad: samples left out.
         packed: all sequences in one row, with attention calls, instead of a row for each.
         bucket: what the lengths of a packed row's parts, and the number of labels, are rounded up to.
+        dataset_of: number of the set that each sequence is of, where that is of interest.
     """
     images = _as_tuples(image_of)
     lengths = [len(sequence) for sequence in sequences]
@@ -325,6 +331,10 @@ def collate(
         image_sources=_image_sources(sequences, images),
         calls=calls,
     )
+    label_datasets = None
+    if dataset_of:
+        numbers = torch.tensor([s.labels.numel() for s in sequences], dtype=torch.long)
+        label_datasets = F.pad(torch.repeat_interleave(torch.tensor(dataset_of), numbers), more_labels)
     return PackedBatch(
         input_ids=placed(joined("ids"), pad_id),
         attention_mask=is_token.long(),
@@ -339,6 +349,7 @@ def collate(
         num_tokens=sum(lengths),
         num_samples=sum(sequence.num_questions for sequence in sequences),
         visible_pairs=sum(visible_pairs(sequence, visibility) for sequence in sequences),
+        label_datasets=label_datasets,
     )
 
 

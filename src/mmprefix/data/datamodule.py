@@ -26,11 +26,12 @@ from mmprefix.data.loading import (
     TextLimits,
     TokenBudgetSampler,
 )
+from mmprefix.data.mixture import EpochOrder, MixtureArgs, SetArgs, parse_sets, quotas
 from mmprefix.data.shards import ShardCollection
 from mmprefix.errors import InputError
 from mmprefix.packing import EvaluationBatch, PackedBatch, PromptBatch, map_tensors
 
-Shards = str | list[str] | None
+Shards = str | list[str] | dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class ShardDataModule(pl.LightningDataModule):
         max_target_tokens: int | None = 64,
         truncate: Literal["none", "instruction", "target", "both"] = "none",
         augmentation: RandomAffine | None = None,
+        mixture: MixtureArgs = MixtureArgs(),  # noqa: B008  (never mutated; jsonargparse shows it as default)
         resampled: bool = False,
         on_bad_sample: Literal["skip", "error"] = "skip",
         feature_cache: str | None = None,
@@ -109,7 +111,8 @@ class ShardDataModule(pl.LightningDataModule):
         Args:
             processor: a `SampleProcessor`, which turns text into tokens and images into pixels; the command line
                 passes the model's.
-            train: training shards: a path, glob, brace range, folder, or a list of them.
+            train: training shards: a path, glob, brace range, folder, or a list of them; or several sets by name, each
+                with shards, or with the fields of `mixture.SetArgs`. So for the other splits.
             val: validation shards.
             test: test shards, scored once at the end of `fit`.
             predict: shards for `predict`, which need no targets; by default those of `test`, else of `val`.
@@ -127,6 +130,7 @@ class ShardDataModule(pl.LightningDataModule):
             max_target_tokens: longest target, without EOS; also how much is generated at most.
             truncate: which text may be cut at its limit; `none` makes a longer one an error. Image tokens never are.
             augmentation: random affine transform of training images; none by default.
+            mixture: how much of each training set an epoch takes, where there are several.
             resampled: training draws with replacement: an epoch is as many records as there are, some of them several
                 times and some not at all. By default each comes once.
             on_bad_sample: what happens to an image that cannot be decoded: `skip` counts and reports it.
@@ -164,6 +168,12 @@ class ShardDataModule(pl.LightningDataModule):
         self.feature_key: Callable[[], FeatureKey] | None = feature_key
         self._features: FeatureCache | None = None
         self._checked: set[str] = set()
+        self.mixture = mixture
+        self._sets: dict[str, tuple[SetArgs, ...]] = {
+            split: parse_sets(value, f"data.{split}", trains=split == "train")
+            for split, value in self.patterns.items()
+            if value is not None
+        }
         self.resampled = resampled
         if resampled and max_tokens is not None:
             raise InputError(
@@ -257,9 +267,34 @@ class ShardDataModule(pl.LightningDataModule):
             raise InputError(
                 f"data.{split}: expected shards, for example --data.{split} 'mine/{split}-*.tar', got none"
             )
-        shards = ShardCollection(pattern, f"data.{split}", needs_target=split != "predict")
-        rank_zero_info(f"{split}: {shards.describe()}")
-        return shards
+        collections = []
+        for one in self._sets[split]:
+            where = f"data.{split}.{one.name}" if one.name else f"data.{split}"
+            collections.append(ShardCollection(one.shards, where, needs_target=split != "predict"))
+            of_set = f" {one.name}" if one.name else ""
+            rank_zero_info(f"{split}{of_set}: {collections[-1].describe()}")
+        return ShardCollection.joined(collections)
+
+    def set_names(self, split: str) -> tuple[str, ...]:
+        """Names of a split's sets; none where it is a single one without a name."""
+        return tuple(one.name for one in self._sets.get(split, ()) if one.name)
+
+    @property
+    def epoch_order(self) -> EpochOrder:
+        """Which training records an epoch takes.
+
+        Raises:
+            InputError: weights, sizes and temperature that don't go together, or don't go with a budget of tokens.
+        """
+        shards, sets = self._shards["train"], self._sets["train"]
+        sizes = getattr(shards, "set_sizes", (len(shards),))
+        order = EpochOrder(sizes, quotas(sets, sizes, self.mixture), self.seed, self.resampled)
+        if self.max_tokens is not None and not order.is_plain:
+            raise InputError(
+                "data.max_tokens: expected an epoch of every record once, whose batches are made beforehand, got sets of "
+                f"{', '.join(map(str, sizes))} records of which an epoch takes {', '.join(map(str, order.quotas))}"
+            )
+        return order
 
     def _dataset(self, split: str) -> RecordDataset:
         assert self.processor is not None, "the data module needs a processor before it loads anything"
@@ -271,6 +306,8 @@ class ShardDataModule(pl.LightningDataModule):
             seed=self.seed,
             undecodable_is_fatal=self.undecodable_is_fatal,
             features=self._features,
+            sets=self._sets[split],
+            trains=split == "train",
         )
 
     def _loader(self, split: str, sampler: Any, collate: Callable[..., Any]) -> DataLoader[Any]:
@@ -285,13 +322,13 @@ class ShardDataModule(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),  # so that the copy to the device overlaps
         )
 
-    @property
-    def _collator(self) -> Collator:
+    def _collator(self, split: str) -> Collator:
         assert self.processor is not None
         processor = self.processor
         return Collator(
-            processor.pad_id, processor.prefix_visibility, processor.shared_prefix, self.packed, self.bucket
-        )
+            processor.pad_id, processor.prefix_visibility, processor.shared_prefix, self.packed, self.bucket,
+            self.set_names(split),
+        )  # fmt: skip
 
     def _ranks(self) -> dict[str, int]:
         if self.trainer is None:
@@ -305,8 +342,14 @@ class ShardDataModule(pl.LightningDataModule):
         )
         return {
             "num_ranks": self._ranks()["num_ranks"], "batch_size": self.batch_size, "max_tokens": self.max_tokens,
-            "num_records": len(self._shards["train"]) if "train" in self._shards else None, **asdict(position),
+            "num_records": len(self.epoch_order) if "train" in self._shards else None,
+            "sets": self._described_sets() if "train" in self._shards else None, **asdict(position),
         }  # fmt: skip
+
+    def _described_sets(self) -> list[list[Any]]:
+        """Name, records and quota of each training set."""
+        order, names = self.epoch_order, [one.name for one in self._sets["train"]]
+        return [[name, size, quota] for name, size, quota in zip(names, order.sizes, order.quotas, strict=True)]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing: `resume` needs the trainer's count as well."""
@@ -332,7 +375,7 @@ class ShardDataModule(pl.LightningDataModule):
         done = int(progress["processed"])
         if not done:
             return
-        num_records, num_ranks = len(self._shards["train"]), self._ranks()["num_ranks"]
+        num_records, num_ranks = len(self.epoch_order), self._ranks()["num_ranks"]
         step = self.batch_size * num_ranks
         if epoch == loops["epoch_progress"]["current"]["ready"]:  # behind the epoch: nothing of it is left to fit
             if self.max_tokens is None:
@@ -342,6 +385,12 @@ class ShardDataModule(pl.LightningDataModule):
             raise InputError(
                 f"data.train: expected the {before['num_records']} records that the checkpoint's epoch was begun with, "
                 f"got {num_records}; go on from a checkpoint of an epoch's end"
+            )
+        sets = self._described_sets()
+        if before.get("sets", sets) != sets:
+            raise InputError(
+                f"data.train: expected the sets (name, records, records of an epoch) {before['sets']} that the checkpoint's "
+                f"epoch was begun with, got {sets}; go on from a checkpoint of an epoch's end"
             )
         if self.max_tokens is not None or before["max_tokens"] is not None:
             for name, now in (
@@ -371,15 +420,17 @@ class ShardDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of one epoch, shuffled by (seed, epoch)."""
-        num_records = len(self._shards["train"])
-        settings: dict[str, Any] = {"seed": self.seed, **self._ranks()}
+        order = self.epoch_order
+        names = self.set_names("train")
+        if len(names) > 1:
+            shares = (f"{n} {q:,} of {s:,}" for n, q, s in zip(names, order.quotas, order.sizes, strict=True))
+            rank_zero_info(f"train: an epoch is {len(order):,} records: {', '.join(shares)}")
         if self.max_tokens is None:
-            sampler: Any = EpochBatchSampler(
-                num_records, self.batch_size, shuffle=True, seen=self._seen, replacement=self.resampled, **settings
-            )
+            sampler: Any = EpochBatchSampler(order, self.batch_size, **self._ranks(), seen=self._seen)
         else:
-            sampler = TokenBudgetSampler(*self._budget(self.max_tokens), batches_done=self._batches_done, **settings)
-        return self._loader("train", sampler, self._collator.train)
+            bins, shapes = self._budget(self.max_tokens)
+            sampler = TokenBudgetSampler(bins, shapes, self.seed, **self._ranks(), batches_done=self._batches_done)
+        return self._loader("train", sampler, self._collator("train").train)
 
     def _budget(self, max_tokens: int) -> tuple[list[list[int]], list[tuple[int, ...]]]:
         """The training records by batches of at most so many tokens, and their shapes."""
@@ -387,11 +438,11 @@ class ShardDataModule(pl.LightningDataModule):
         records = []
         for index in range(len(shards)):
             try:
-                records.append(dataset.encode(shards.samples(index), [1] * shards.num_images(index)))
+                records.append(dataset.longest(index))
             except InputError as error:
                 raise InputError(f"{shards.path_of(index)}: {shards.key(index)}: {error}") from error
         try:
-            bins, shapes = self._collator.budget(records, max_tokens, self.batch_size)
+            bins, shapes = self._collator("train").budget(records, max_tokens, self.batch_size)
         except ValueError as error:
             raise InputError(f"data.max_tokens: {error}") from error
         tokens = sum(len(sequence) for record in records for sequence in record)
@@ -402,7 +453,7 @@ class ShardDataModule(pl.LightningDataModule):
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
         sampler = EvaluationBatchSampler(len(self._shards[split]), self.eval_batch_size, **self._ranks())
-        return self._loader(split, sampler, self._collator.evaluate)
+        return self._loader(split, sampler, self._collator(split).evaluate)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The validation split in order, each sample once."""

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmprefix.data.features import FeatureCache, image_digest
 from mmprefix.data.images import RandomAffine, UndecodableImageError, decode_image
+from mmprefix.data.mixture import EpochOrder, SetArgs, instructed
 from mmprefix.data.samples import Sample
 from mmprefix.data.shards import ShardCollection
 from mmprefix.errors import InputError
@@ -40,7 +41,8 @@ from mmprefix.vision import ImageTransform
 
 Group = TypeVar("Group", bound=Hashable)
 EpochIndex = tuple[int, int]
-"""``(epoch, record)``: what a sampler hands to the dataset; workers outlive epochs and would not hear of a new one."""
+"""``(pass, record)``: what a sampler hands to the dataset, the pass being how many times the record came before: the epoch,
+where an epoch is every record once. Workers outlive epochs and would not hear of a new one."""
 
 
 class SampleProcessor(Protocol):
@@ -114,6 +116,14 @@ class EncodedRecord:
     sequences: tuple[TokenSequence, ...]
     references: tuple[Reference, ...]
 
+    @property
+    def dataset(self) -> str:
+        """Name of the set that it is of."""
+        return self.references[0].dataset if self.references else ""
+
+
+_ONLY_SET = SetArgs("", "")
+
 
 @dataclass
 class RecordDataset(Dataset[EncodedRecord | BadSample]):
@@ -130,6 +140,10 @@ class RecordDataset(Dataset[EncodedRecord | BadSample]):
     undecodable_is_fatal: bool = False
     features: FeatureCache | None = None
     """Where given, images are not decoded: their features are read."""
+    sets: tuple[SetArgs, ...] = ()
+    """Of the shards, one after the other; by default one without a name or templates."""
+    trains: bool = False
+    """Whether templates are drawn; else a set's first is taken."""
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -143,14 +157,36 @@ class RecordDataset(Dataset[EncodedRecord | BadSample]):
         except (InputError, OSError) as error:
             return self._bad(index, error)
         try:
-            samples = self.shards.samples(index)
+            samples = self.samples(index, epoch)
             sequences = self.encode(samples, [image.num_views for image in images])
         except (InputError, OSError) as error:
             return self._bad(index, error)
         references = tuple(
-            Reference(s.id, s.image_id, s.kind, s.instruction, s.answers, (index, n)) for n, s in enumerate(samples)
+            Reference(s.id, s.image_id, s.kind, s.instruction, s.answers, (index, n), self._set_of(index).name)
+            for n, s in enumerate(samples)
         )
         return EncodedRecord(images, sequences, references)
+
+    def _set_of(self, index: int) -> SetArgs:
+        return self.sets[self.shards.set_of(index)] if self.sets else _ONLY_SET
+
+    def samples(self, index: int, epoch: int = 0) -> tuple[Sample, ...]:
+        """The samples of a record, their instructions in a template of its set."""
+        samples, templates = self.shards.samples(index), self._set_of(index).instructions
+        if not templates:
+            return samples
+        drawn = [
+            _mix(self.seed, epoch, index, n + 1) % len(templates) if self.trains and len(templates) > 1 else 0
+            for n in range(len(samples))
+        ]
+        return tuple(instructed(sample, templates[n]) for sample, n in zip(samples, drawn, strict=True))
+
+    def longest(self, index: int) -> tuple[TokenSequence, ...]:
+        """The sequences of a record, each with the template that makes it longest, without looking at its images."""
+        views, samples = [1] * self.shards.num_images(index), self.shards.samples(index)
+        templates = self._set_of(index).instructions or ("{instruction}",)
+        choices = zip(*(self.encode([instructed(s, t) for s in samples], views) for t in templates), strict=True)
+        return tuple(max(of_sample, key=len) for of_sample in choices)
 
     def _bad(self, index: int, error: Exception, fatal: bool = True) -> BadSample:
         try:
@@ -216,16 +252,12 @@ class EpochBatchSampler(Sampler[list[EpochIndex]]):
     of batches, since they step together: where records don't suffice, an empty one.
     """
 
-    num_records: int
+    order: EpochOrder
     batch_size: int
-    shuffle: bool
-    seed: int = 0
     rank: int = 0
     num_ranks: int = 1
     seen: Callable[[int], int] = lambda epoch: 0
     """How many records of an epoch a resumed run has behind it, on all ranks; asked when the epoch begins."""
-    replacement: bool = False
-    """Whether an epoch draws as many records as there are, each time from all of them."""
     epoch: int = field(default=0, init=False)
 
     @property
@@ -238,24 +270,19 @@ class EpochBatchSampler(Sampler[list[EpochIndex]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self.num_records // (self.batch_size * self.num_ranks))
+        return -(-len(self.order) // (self.batch_size * self.num_ranks))
 
     def _spans(self, seen: int) -> Iterator[tuple[int, int]]:
         """This rank's part ``[start, stop)`` of each global batch, from the first record that was not seen."""
-        for start in range(seen, self.num_records, self.batch_size * self.num_ranks):
-            share, more = divmod(min(self.batch_size * self.num_ranks, self.num_records - start), self.num_ranks)
+        for start in range(seen, len(self.order), self.batch_size * self.num_ranks):
+            share, more = divmod(min(self.batch_size * self.num_ranks, len(self.order) - start), self.num_ranks)
             first = start + self.rank * share + min(self.rank, more)
             yield first, first + share + (self.rank < more)
 
     def __iter__(self) -> Iterator[list[EpochIndex]]:
-        order = np.arange(self.num_records)
-        generator = np.random.default_rng((self.seed, self.epoch))
-        if self.replacement:
-            order = generator.integers(0, self.num_records, self.num_records)
-        elif self.shuffle:
-            generator.shuffle(order)
+        passes, records = self.order(self.epoch)
         for start, stop in self._spans(self.seen(self.epoch)):
-            yield [(self.epoch, int(index)) for index in order[start:stop]]
+            yield list(zip(passes[start:stop].tolist(), records[start:stop].tolist(), strict=True))
 
 
 class TokenBudgetSampler(Sampler[list[EpochIndex]]):
@@ -365,6 +392,7 @@ class Collator:
         shared_prefix: whether several targets of a sample branch off one prefix; else each is a sequence of its own.
         packed: whether all sequences share one row, for attention without a mask.
         bucket: what the lengths of a packed row's parts are rounded up to, for compiled models.
+        datasets: names of the split's sets, where there are several: batches then say which each label is of.
     """
 
     pad_id: int
@@ -372,6 +400,7 @@ class Collator:
     shared_prefix: bool = True
     packed: bool = False
     bucket: int = 1
+    datasets: tuple[str, ...] = ()
 
     def budget(
         self, records: Sequence[Sequence[TokenSequence]], max_tokens: int, max_records: int
@@ -444,18 +473,22 @@ class Collator:
         return [TokenSequence.on_one_image(group) for _, group in groups], [image for image, _ in groups]
 
     def _targets(self, records: Sequence[EncodedRecord], bad: Sequence[BadSample]) -> PackedBatch:
-        samples, image_of_sample, images = _flatten(records)
+        samples, views_of_sample, images = _flatten(records)
         references = [reference for record in records for reference in record.references]
-        if self.packed:
-            sequences, image_of = self.rows(samples, image_of_sample)
-        else:  # joined within a record only: a longer row would lengthen all others
-            of_record = [number for number, record in enumerate(records) for _ in record.sequences]
-            sequences, numbers = self.rows(samples, of_record)
-            image_of_record = dict(zip(of_record, image_of_sample, strict=True))
-            image_of = [image_of_record[number] for number in numbers]
+        # Under `nested`, what shares an image is joined: within a record only where each has a row, since a longer row
+        # would lengthen all others, and within a set, whose loss is known apart.
+        of_record = [number for number, record in enumerate(records) for _ in record.sequences]
+        groups: list[Hashable] = [
+            (records[number].dataset, views if self.packed else number)
+            for number, views in zip(of_record, views_of_sample, strict=True)
+        ]
+        views_of_group = dict(zip(groups, views_of_sample, strict=True))
+        sequences, groups = self.rows(samples, groups)
         batch = collate(
-            sequences, image_of, _joined(i.pixels for i in images), pad_id=self.pad_id, visibility=self.visibility,
-            references=references, bad=bad, packed=self.packed, bucket=self.bucket,
+            sequences, [views_of_group[group] for group in groups], _joined(i.pixels for i in images),
+            pad_id=self.pad_id, visibility=self.visibility, references=references, bad=bad, packed=self.packed,
+            bucket=self.bucket,
+            dataset_of=[self.datasets.index(group[0]) for group in groups] if self.datasets else (),  # type: ignore[index]
         )  # fmt: skip
         return replace(batch, image_features=_joined(i.features for i in images))
 

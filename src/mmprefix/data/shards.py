@@ -2,7 +2,8 @@
 
 A shard is an ordinary tar as webdataset writes and reads it: members of one record follow each other and share a key,
 ``KEY.jpg`` beside ``KEY.json`` (or ``KEY.0.jpg``, ``KEY.1.jpg``, ... for several images). Knowing where every member lies
-makes an epoch a permutation: every record exactly once, in an order that depends on seed and epoch alone and can be resumed anywhere.
+makes an epoch a permutation: every record exactly once, in an order that depends on seed and epoch alone and can be
+resumed anywhere.
 
 Where a folder has an `index.json` (`index.py`), nothing is read to know that. Other shards are scanned at each start:
 headers and JSON members are read once and checked, so that a bad record is reported before training, not hours into
@@ -99,6 +100,7 @@ class ShardCollection:
         self.paths = expand_shards(pattern, what)
         self.needs_target = needs_target
         self.num_samples = self.indexed = 0
+        self._set_firsts = np.zeros(1, np.int64)  # where each joined collection begins
         self._reader = storage.Reader(self.paths)
         self._keys: list[list[str] | None] = []  # of a shard's records; None where their headers say them
         members: list[_Members] = []
@@ -125,6 +127,33 @@ class ShardCollection:
             raise InputError(
                 f"{what}: expected records (KEY.jpg + KEY.json) in {', '.join(self.paths[:3])}, found none"
             )
+
+    @classmethod
+    def joined(cls, collections: Sequence[ShardCollection]) -> ShardCollection:
+        """Several collections as one, the records of each behind those of the one before it."""
+        if len(collections) == 1:
+            return collections[0]
+        whole = cls.__new__(cls)
+        whole.paths = [path for one in collections for path in one.paths]
+        whole.needs_target = collections[0].needs_target
+        whole.num_samples = sum(one.num_samples for one in collections)
+        whole.indexed = sum(one.indexed for one in collections)
+        whole._reader = storage.Reader(whole.paths)
+        whole._keys = [keys for one in collections for keys in one._keys]
+        whole._firsts = np.cumsum([0, *(n for one in collections for n in np.diff(one._firsts))])
+        whole._starts = np.cumsum([0, *(n for one in collections for n in np.diff(one._starts))])
+        whole._members = np.concatenate([one._members for one in collections])
+        whole._set_firsts = np.cumsum([0, *map(len, collections)])[:-1]
+        return whole
+
+    @property
+    def set_sizes(self) -> tuple[int, ...]:
+        """How many records each joined collection has."""
+        return tuple(np.diff([*self._set_firsts, len(self)]).tolist())
+
+    def set_of(self, index: int) -> int:
+        """Which of the joined collections record ``index`` is of."""
+        return int(np.searchsorted(self._set_firsts, index, side="right")) - 1
 
     def __len__(self) -> int:
         return len(self._starts) - 1

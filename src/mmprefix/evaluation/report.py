@@ -30,7 +30,7 @@ _SHOWN_IMAGES = 4
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
-    """One JSON object per line: id, image_id, kind, instruction, prediction, references."""
+    """One JSON object per line: id, image_id, kind, instruction, prediction, references; dataset, where there are several."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for reference, prediction in predictions:
             row = {
@@ -40,6 +40,7 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
                 "instruction": reference.instruction,
                 "prediction": prediction,
                 "references": list(reference.references),
+                **({"dataset": reference.dataset} if reference.dataset else {}),
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -48,22 +49,34 @@ def accuracy_table(
     title: str, predictions: Sequence[Prediction], baseline_name: str = "", baseline: Mapping[str, float] | None = None
 ) -> str:
     """Exact match per kind as text, next to a baseline where there is one."""
-    kinds: dict[str, list[Prediction]] = {}
+    kinds: dict[tuple[str, str], list[Prediction]] = {}
     for prediction in predictions:
-        kinds.setdefault(prediction[0].kind, []).append(prediction)
-    rows = [["kind", "question", "samples", "exact match", *([baseline_name] if baseline else [])]]
-    for kind, members in kinds.items():
-        instructions = {reference.instruction for reference, _ in members}
-        question = instructions.pop() if len(instructions) == 1 else f"({len(instructions)} different)"
-        rows.append([kind, question[:40], str(len(members)), f"{_accuracy(members):.4f}"])
-        if baseline:
-            rows[-1].append(f"{baseline[kind]:.4f}" if kind in baseline else "-")
+        kinds.setdefault((prediction[0].dataset, prediction[0].kind), []).append(prediction)
+    datasets = list(dict.fromkeys(dataset for dataset, _ in kinds))
+    named = any(datasets)
+    more = [baseline_name] if baseline else []
+    rows = [[*(["set"] if named else []), "kind", "question", "samples", "exact match", *more]]
+
+    def add(dataset: str, kind: str, question: str, members: Sequence[Prediction], more: list[str]) -> None:
+        of_set = [dataset] if named else []
+        rows.append([*of_set, kind, question[:40], str(len(members)), f"{_accuracy(members):.4f}", *more])
+
+    for name in datasets:
+        of_set = {kind: members for (dataset, kind), members in kinds.items() if dataset == name}
+        for kind, members in of_set.items():
+            instructions = {reference.instruction for reference, _ in members}
+            question = instructions.pop() if len(instructions) == 1 else f"({len(instructions)} different)"
+            of_baseline = [f"{baseline[kind]:.4f}" if kind in baseline else "-"] if baseline else []
+            add(name, kind, question, members, of_baseline)
+        if len(of_set) > 1 and len(datasets) > 1:
+            add(name, "total", "", [p for members in of_set.values() for p in members], [""] if baseline else [])
     if len(kinds) > 1:
-        rows.append(["total", "", str(len(predictions)), f"{_accuracy(predictions):.4f}", *([""] if baseline else [])])
+        add(*(("total", "") if named else ("", "total")), "", predictions, [""] if baseline else [])
+    texts = 3 if named else 2
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(
-            cell.ljust(w) if n < 2 else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if n < texts else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]

@@ -29,7 +29,7 @@ from mmprefix.attention import MASK_FREE_IMPLEMENTATION
 from mmprefix.data.features import FeatureKey
 from mmprefix.decoder import DecoderArgs, windows_of
 from mmprefix.errors import InputError
-from mmprefix.loss import LossNormalization
+from mmprefix.loss import LossNormalization, label_weights
 from mmprefix.masks import PrefixVisibility
 from mmprefix.metrics import ExactMatch
 from mmprefix.modeling import MMPrefixForConditionalGeneration
@@ -64,6 +64,8 @@ class _Window:
     losses: list[Tensor] = field(default_factory=list)
     counts: list[Tensor] = field(default_factory=list)
     ids: list[tuple[str, ...]] = field(default_factory=list)
+    of_sets: list[Tensor] = field(default_factory=list)
+    """Float ``[sets, 2]`` each: loss and count of each set of a mixture."""
 
 
 def checkpoint_activations(model: MMPrefixForConditionalGeneration) -> None:
@@ -208,8 +210,9 @@ class MMPrefixModule(pl.LightningModule):
         self._exact_buffers: dict[str, Tensor] = {}
         self._compiled = compile
         self._window = self._last_window = _Window()
-        self._exact_match: dict[str, ExactMatch] = {}
-        self._evaluation_loss: list[tuple[Tensor, Tensor]] = []
+        self._exact_match: dict[tuple[str, str], ExactMatch] = {}
+        self._evaluation_loss: list[Tensor] = []
+        """Float ``[1 + sets, 2]`` of each batch: loss and count of all and of each set."""
         # What later unfreezing may switch on again; the rest (unused heads) never learns.
         self._trainable = {name: [p for p in self.part(name).parameters() if p.requires_grad] for name in PARTS}
         self._set_freezing(step=0)
@@ -405,7 +408,10 @@ class MMPrefixModule(pl.LightningModule):
             loss_sum = _zero_through(self)
             count = loss_sum.new_zeros(())
         else:
-            loss_sum, count = self.model.target_loss(batch, self.loss_normalization)
+            of_labels: list[Tensor] | None = None if batch.label_datasets is None else []
+            loss_sum, count = self.model.target_loss(batch, self.loss_normalization, of_labels=of_labels)
+            if of_labels:
+                self._window.of_sets.append(self._by_set(batch, of_labels[0], len(self._set_names("train"))))
             if batch.pixel_values is None and batch.image_features is None and self.trainer.world_size > 1:
                 # Text only: the others would wait for the encoder's gradients.
                 loss_sum = loss_sum + _zero_through(self.model.vision, self.model.connector)
@@ -413,6 +419,17 @@ class MMPrefixModule(pl.LightningModule):
         self._window.counts.append(count)
         self._window.ids.append(tuple(reference.id for reference in batch.references))
         return loss_sum
+
+    def _set_names(self, split: str) -> tuple[str, ...]:
+        names = getattr(getattr(self.trainer, "datamodule", None), "set_names", None)
+        return names(split) if names else ()
+
+    def _by_set(self, batch: PackedBatch, losses: Tensor, number: int) -> Tensor:
+        """Float ``[sets, 2]``, loss and count of each set, from the loss of each label ``[M]``."""
+        assert batch.label_datasets is not None
+        weights = label_weights(batch.labels, batch.target_lengths, self.loss_normalization)
+        both = torch.stack([losses.float() * weights, weights], 1)
+        return both.new_zeros((number, 2)).index_add_(0, batch.label_datasets, both)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Normalises the gradients by the count of the whole optimizer step, before they are clipped.
@@ -425,7 +442,14 @@ class MMPrefixModule(pl.LightningModule):
         if not window.losses:
             return
         totals = torch.stack([torch.stack(window.losses).sum(), torch.stack(window.counts).sum()])
+        names = self._set_names("train")
+        if names:  # a rank may have had none of their samples: it adds zeros
+            of_sets = torch.stack([totals.new_zeros(len(names), 2), *window.of_sets]).sum(0)
+            totals = torch.cat([totals, of_sets.flatten()])
         totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
+        for name, (of_set, of_count) in zip(names, totals[2:].view(-1, 2).tolist(), strict=True):
+            if of_count:
+                self.log(f"train/{name}/loss", of_set / of_count)
         count = totals[1].clamp(min=1e-6)  # 0 where no rank had a usable sample; the sum is 0 then, too
         loss = totals[0] / count
         if not torch.isfinite(loss):
@@ -499,46 +523,53 @@ class MMPrefixModule(pl.LightningModule):
         """What evaluation generates at most: the data module's longest target."""
         return int(getattr(self.trainer.datamodule, "max_new_tokens", 256))  # type: ignore[attr-defined]
 
-    def _evaluate(self, batch: EvaluationBatch) -> list[tuple[Reference, str]]:
+    def _evaluate(self, batch: EvaluationBatch, split: str) -> list[tuple[Reference, str]]:
         image_tokens = self.model.image_tokens_of(batch.prompts)
         if batch.targets is not None:
+            of_labels: list[Tensor] = []
             with self._uncompiled():
-                loss = self.model.target_loss(batch.targets, self.loss_normalization, image_tokens)
-            self._evaluation_loss.append(loss)
+                loss = self.model.target_loss(batch.targets, self.loss_normalization, image_tokens, of_labels=of_labels)
+            names = self._set_names(split)
+            of_sets = [self._by_set(batch.targets, of_labels[0], len(names))] if names else []
+            self._evaluation_loss.append(torch.cat([torch.stack(loss).unsqueeze(0), *of_sets]))
         predictions = list(zip(batch.references, self.generate(batch.prompts, image_tokens), strict=True))
         for reference, prediction in predictions:
-            metric = self._exact_match.setdefault(reference.kind, ExactMatch().to(self.device))
+            key = reference.dataset, reference.kind
+            metric = self._exact_match.setdefault(key, ExactMatch().to(self.device))
             metric.update(prediction, reference.references)
         return predictions
 
     def _log_evaluation(self, split: str) -> None:
-        kinds = sorted(self._exact_match)
+        names = self._set_names(split)
+        keys = sorted(self._exact_match)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            of_ranks: list[list[str]] = [[] for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(of_ranks, kinds)
-            kinds = sorted({kind for names in of_ranks for kind in names})
-        zero = torch.zeros((), device=self.device)
-        sums = torch.stack(
-            [sum((s for s, _ in self._evaluation_loss), zero), sum((c for _, c in self._evaluation_loss), zero)]
-        )
-        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        if sums[1] > 0:
-            self.log(f"{split}/loss", sums[0] / sums[1], prog_bar=split == "val")
-        correct = total = zero
-        for kind in kinds:  # in the same order on every rank: computing gathers
-            metric = self._exact_match.setdefault(kind, ExactMatch().to(self.device))
-            accuracy = metric.compute()
+            of_ranks: list[list[tuple[str, str]]] = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(of_ranks, keys)
+            keys = sorted({key for found in of_ranks for key in found})
+        zeros = torch.zeros((1 + len(names), 2), device=self.device)
+        sums = self.trainer.strategy.reduce(torch.stack([zeros, *self._evaluation_loss]).sum(0), reduce_op="sum")
+        for name, (loss, count) in zip((split, *(f"{split}/{n}" for n in names)), sums.tolist(), strict=True):
+            if count > 0:
+                self.log(f"{name}/loss", loss / count, prog_bar=name == "val")
+        counted: dict[str, list[float]] = {}  # by what stands in front of `exact_match`: correct, total
+        for dataset, kind in keys:  # in the same order on every rank: computing gathers
+            metric = self._exact_match.setdefault((dataset, kind), ExactMatch().to(self.device))
+            of_set = f"{split}/{dataset}" if dataset else split
+            self.log(f"{of_set}/exact_match/{kind}", metric.compute())
             with metric.sync_context():
-                correct, total = correct + metric.correct, total + metric.total
-            self.log(f"{split}/exact_match/{kind}", accuracy)
-        if kinds:
-            self.log(f"{split}/exact_match", correct / total.clamp(min=1), prog_bar=split == "val")
+                correct, total = float(metric.correct), float(metric.total)
+            for name in {split, of_set}:
+                sums_of = counted.setdefault(name, [0.0, 0.0])
+                sums_of[0] += correct
+                sums_of[1] += total
+        for name, (correct, total) in counted.items():
+            self.log(f"{name}/exact_match", correct / max(1.0, total), prog_bar=name == "val")
         self._exact_match.clear()
         self._evaluation_loss.clear()
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> list[tuple[Reference, str]]:
         """Loss, greedy answers and their exact match."""
-        return self._evaluate(batch)
+        return self._evaluate(batch, "val")
 
     def on_validation_epoch_end(self) -> None:
         """Logs the split's loss and exact match, over all ranks."""
@@ -546,7 +577,7 @@ class MMPrefixModule(pl.LightningModule):
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> list[tuple[Reference, str]]:
         """As `validation_step`."""
-        return self._evaluate(batch)
+        return self._evaluate(batch, "test")
 
     def on_test_epoch_end(self) -> None:
         """As `on_validation_epoch_end`."""
