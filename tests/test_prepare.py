@@ -191,10 +191,12 @@ def test_gqa_and_scienceqa(tmp_path, images):
     }  # fmt: skip
     science = write(tmp_path / "problems.json", problems)
     collection = prepared(tmp_path, "scienceqa", "--annotations", science)
-    (sample,) = samples_of(collection)
+    samples = samples_of(collection)
+    sample = next(s for s in samples if s.images)
     assert sample.instruction == "Which?\nContext: Look.\nOptions: (A) iron (B) wood"
     assert (sample.targets, sample.kind) == (("B",), "natural science")
-    assert [(r["what"], r["reason"]) for r in refused(tmp_path)] == [("problem 8", "no image")]
+    assert [s.id for s in samples if not s.images] == ["8"], "about text only"
+    assert not refused(tmp_path)
 
 
 def test_llava_has_a_sample_for_each_assistant_turn(tmp_path, images):
@@ -204,15 +206,48 @@ def test_llava_has_a_sample_for_each_assistant_turn(tmp_path, images):
             {"from": "human", "value": "Is it old?"}, {"from": "gpt", "value": "Yes."}]},
         {"id": "b", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
         {"id": "c", "image": NAMES[1], "conversations": [{"from": "robot", "value": "?"}]},
+        {"id": "d", "image": list(NAMES[:2]), "conversations": [
+            {"from": "system", "value": "Be brief."},
+            {"from": "human", "value": "Is <image> older than <image>?"}, {"from": "gpt", "value": "No."}]},
+        {"id": "e", "image": list(NAMES[:2]), "conversations": [
+            {"from": "human", "value": "<image> Which?"}, {"from": "gpt", "value": "The first."}]},
+        {"id": "f", "image": 3, "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]},
     ])  # fmt: skip
     collection = prepared(tmp_path, "llava", "--annotations", llava)
-    assert [(s.id, s.instruction, s.targets) for s in samples_of(collection)] == [
-        ("a#1", "What is it?", ("A house.",)), ("a#3", "What is it?\nA house.\nIs it old?", ("Yes.",)),
+    assert [(s.id, s.turns, s.targets, s.images) for s in samples_of(collection)] == [
+        ("a#1", ("What is it?",), ("A house.",), 1), ("a#3", ("What is it?", "A house.", "Is it old?"), ("Yes.",), 1),
+        ("b#1", ("Hi",), ("Hello",), 0),
+        ("d#2", ("Be brief.\nIs <image> older than <image>?",), ("No.",), 2), ("e#1", ("Which?",), ("The first.",), 2),
     ]  # fmt: skip
+    assert [collection.num_images(n) for n in range(3)] == [1, 0, 2]
+    assert [collection.image_bytes(2, n) for n in range(2)] == [images[name] for name in NAMES[:2]]
     assert [(r["what"], r["reason"]) for r in refused(tmp_path)] == [
-        ("conversation b", "no image"),
         ("conversation c", "bad turn"),
+        ("conversation f", "bad image"),
     ]
+    (entry,) = read_index(tmp_path / "out").values()
+    assert (entry["images"], entry["samples"]) == (3, 5)
+    assert entry["shards"][0]["images"] == [1, 0, 2]
+
+
+def test_rows_of_a_table_may_have_several_pictures_or_none(tmp_path, images):
+    rows = [
+        {"image": list(NAMES[:2]), "instruction": "<image> or <image>?", "target": "the first"},
+        {"image": [], "instruction": "1 + 1?", "target": "2"},
+        {"image": list(NAMES[:2]), "instruction": "both?", "target": "yes"},
+        {"image": [NAMES[0], "missing.jpg"], "instruction": "which?", "target": "a"},
+        {"image": None, "instruction": "lost?", "target": "b"},
+        {"image": [NAMES[0]], "instruction": "<image> <image>", "target": "c"},
+    ]
+    table = tmp_path / "rows.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    collection = prepared(tmp_path, "jsonl", "--annotations", str(table))
+    assert [(s.instruction, s.images) for s in samples_of(collection)] == [
+        ("<image> or <image>?", 2), ("both?", 2), ("1 + 1?", 0),
+    ]  # fmt: skip
+    assert sorted(r["reason"] for r in refused(tmp_path)) == [
+        "bad sample", "image without a usable sample", "no file", "no image",
+    ]  # fmt: skip
 
 
 ROWS = [

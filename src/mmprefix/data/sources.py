@@ -25,6 +25,7 @@ import ijson
 from mmprefix.data.staging import Staging
 from mmprefix.data.writing import SourceRecord
 from mmprefix.errors import InputError
+from mmprefix.instructions import IMAGE_MARK
 
 CAPTION = "caption en"
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -36,7 +37,8 @@ class Columns:
     """Names of a table's columns.
 
     Attributes:
-        image: path of the picture, or (Parquet) the picture itself; the only one that must be there.
+        image: path of the picture, a list of several (an empty one for text only), or (Parquet) the picture itself; the only
+            one that must be there.
         instruction, target, answers, id, kind: fields of a sample. Answers are a list, or JSON of one.
     """
 
@@ -365,7 +367,7 @@ def gqa(options: SourceOptions, staging: Staging) -> None:
 
 
 def scienceqa(options: SourceOptions, staging: Staging) -> None:
-    """ScienceQA (``problems.json``): choices are part of the instruction, the target is the letter."""
+    """ScienceQA (``problems.json``): choices are part of the instruction, the target is the letter; half have no image."""
     path, seen, chosen = _only(options, "problems.json"), Counter[str](), 0
     for number, entry in _entries(path):
         if not isinstance(entry, dict) or not isinstance(entry.get("choices"), list):
@@ -374,9 +376,6 @@ def scienceqa(options: SourceOptions, staging: Staging) -> None:
         if entry.get("split") != options.split:
             continue
         chosen += 1
-        if not isinstance(entry.get("image"), str):
-            staging.refuse(f"problem {number}", "no image", "a question about text only")
-            continue
         choices, answer = [str(choice) for choice in entry["choices"]], entry.get("answer")
         question, hint = _text(entry.get("question")) or "", _text(entry.get("hint"))
         letters = [chr(ord("A") + n) for n in range(len(choices))]
@@ -389,6 +388,9 @@ def scienceqa(options: SourceOptions, staging: Staging) -> None:
         }  # fmt: skip
         if isinstance(entry.get("subject"), str):
             sample["kind"] = entry["subject"]
+        if not isinstance(entry.get("image"), str):  # about half of them are about text only
+            staging.add((), sample, number)
+            continue
         name = f"{number}/{entry['image']}"
         staging.add(name if _exists(options, name) else f"{options.split}/{name}", sample)
     if not chosen:
@@ -410,23 +412,47 @@ def _conversation(entry: Any, number: int, staging: Staging) -> None:
     if not isinstance(turns, list) or not turns:
         staging.refuse(f"conversation {name}", "bad entry", "expected a list `conversations`")
         return
-    if not isinstance(entry.get("image"), str):
-        staging.refuse(f"conversation {name}", "no image", "a conversation about text only")
+    images = _names(entry.get("image", []))
+    if images is None:
+        staging.refuse(
+            f"conversation {name}", "bad image", f"expected a name or a list of names, got {entry['image']!r}"
+        )
         return
-    before: list[str] = []
+    said_so_far: list[str] = []  # user and assistant by turns
     for place, turn in enumerate(turns):
         speaker = turn.get("from") if isinstance(turn, dict) else None
         said = turn.get("value") if isinstance(turn, dict) else None
         if speaker not in ("human", "gpt", "system") or not isinstance(said, str):
             staging.refuse(f"conversation {name}", "bad turn", f"turn {place}: from {speaker!r}")
             return  # what follows would lack it
-        # The picture stands in front of the whole prefix.
-        said = said.replace("<image>", "").strip()
-        if speaker == "gpt":
-            staging.add(entry["image"], {
-                "id": f"{name}#{place}", "instruction": "\n".join(before), "targets": [said],
-            })  # fmt: skip
-        before.append(said)
+        users = len(said_so_far) % 2 == 0
+        if speaker != "gpt":
+            if users:
+                said_so_far.append(said.strip())
+            else:  # a system's turn, or a second one of the user's
+                said_so_far[-1] = f"{said_so_far[-1]}\n{said.strip()}"
+            continue
+        if users:  # nobody asked
+            said_so_far.append("")
+        staging.add(images, {
+            "id": f"{name}#{place}", "instruction": _placed(said_so_far, len(images)),
+            "targets": [said.replace(IMAGE_MARK, "").strip()],
+        }, name)  # fmt: skip
+        said_so_far.append(said.replace(IMAGE_MARK, "").strip())
+
+
+def _placed(turns: list[str], num_images: int) -> str | list[str]:
+    """The turns with the marks of several images. A single one stands in front, as LLaVA trains, and so do images that
+    the turns don't place, or not all of them."""
+    if num_images < 2 or sum(turn.count(IMAGE_MARK) for turn in turns) != num_images:
+        turns = [turn.replace(IMAGE_MARK, "").strip() for turn in turns]
+    return turns[0] if len(turns) == 1 else list(turns)
+
+
+def _names(value: Any) -> list[str] | None:
+    """Names of images: one, or a list of them; None for anything else."""
+    names = [value] if isinstance(value, str) else value
+    return names if isinstance(names, list) and all(isinstance(name, str) and name for name in names) else None
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -486,15 +512,18 @@ def _check_columns(path: Path, names: Iterable[str], columns: Columns) -> None:
 
 def _row(row: dict[str, Any], where: str, options: SourceOptions, staging: Staging) -> None:
     image = row.get(options.columns.image)
-    if not isinstance(image, str) or not image:
+    images = None if image == "" else _names(image)
+    if images is None:
         got = "none" if image is None else type(image).__name__
-        staging.refuse(where, "no image", f"column {options.columns.image!r}: expected a path, got {got}")
+        staging.refuse(
+            where, "no image", f"column {options.columns.image!r}: expected a path or a list of paths, got {got}"
+        )
         return
     sample = _sample_of_row(row, options)
     if isinstance(sample, str):
         staging.refuse(where, "bad entry", sample)
     else:
-        staging.add(image, sample)
+        staging.add(images, sample, where)
 
 
 def _sample_of_row(row: dict[str, Any], options: SourceOptions) -> dict[str, Any] | str:
@@ -575,7 +604,7 @@ def parquet(options: SourceOptions, staging: Staging) -> Iterator[SourceRecord]:
                 else:
                     name = f"{path.stem}-{first + number}"
                     sample = {"id": name, "image_id": name, **sample}
-                    yield SourceRecord(str(path), where, (sample,), (group, number), column)
+                    yield SourceRecord((str(path),), where, (sample,), (group, number), column)
             first += len(rows)
 
 
@@ -589,11 +618,12 @@ READERS: dict[str, Callable[[SourceOptions, Staging], Any]] = {
 
 def staged_records(images: Path, staging: Staging) -> Iterator[SourceRecord]:
     """The records of everything that was staged. Names that lead out of ``images`` are refused."""
-    for name, samples in staging:
-        if os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
-            staging.refuse(name, "image outside of --images")
+    for names, called, samples in staging:
+        outside = [name for name in names if os.path.isabs(name) or ".." in Path(name).parts or "\0" in name]
+        if outside:
+            staging.refuse(outside[0], "image outside of --images")
         else:
-            yield SourceRecord(str(images / name), name, tuple(samples))
+            yield SourceRecord(tuple(str(images / name) for name in names), called, tuple(samples))
 
 
 def _exists(options: SourceOptions, name: str) -> bool:

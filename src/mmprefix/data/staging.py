@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -31,6 +31,8 @@ _INSERT = {
     "answers": "INSERT OR REPLACE INTO answers VALUES (?, ?)",
     "refused": "INSERT INTO refused VALUES (?, ?, ?)",
 }
+_BETWEEN = "\x1f"
+"""Between the names of several images: ASCII's own separator. In front of what isn't one."""
 _AT_ONCE = 2000
 """Rows that are inserted together: one by one they take ten times as long."""
 
@@ -78,14 +80,17 @@ class Staging:
         self._db.executemany(_INSERT[table], self._waiting[table])
         self._waiting[table].clear()
 
-    def add(self, image: str, sample: dict[str, Any]) -> None:
-        """A sample of an image.
+    def add(self, image: str | Sequence[str], sample: dict[str, Any], group: str = "") -> None:
+        """A sample of an image, of several or of none.
 
         Args:
-            image: its name; or its key, if `name` says what keys are called.
+            image: its name; or its key, if `name` says what keys are called; or the names of several, or none.
             sample: with its ``id``, if `answer` says what is answered to it.
+            group: of samples without an image, those that make up a record.
         """
-        self._put("samples", image, str(sample.get("id")), json.dumps(sample))
+        names = [image] if isinstance(image, str) else image
+        key = _BETWEEN.join(names) if names else _BETWEEN + group
+        self._put("samples", key, str(sample.get("id")), json.dumps(sample))
 
     def name(self, image: str, name: str) -> None:
         """What the image with a key is called. Once there is one, images without a name are refused."""
@@ -144,8 +149,9 @@ class Staging:
         self._join()
         return int(self._db.execute("SELECT count(*) FROM firsts").fetchone()[0])
 
-    def __iter__(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-        """Images and their samples. Those with the same id, kind and instruction are one, with all of their targets."""
+    def __iter__(self) -> Iterator[tuple[tuple[str, ...], str, list[dict[str, Any]]]]:
+        """Names of a record's images, what to call it, and its samples: those with the same id, kind and instruction are
+        one, with all of their targets."""
         self._join()
         rows = self._db.execute(
             "SELECT firsts.number, coalesce(names.name, firsts.image), samples.payload, answers.payload FROM firsts "
@@ -153,7 +159,12 @@ class Staging:
             "LEFT JOIN answers ON answers.id = samples.id ORDER BY firsts.number, samples.number"
         )
         for (_, name), of_image in groupby(rows, key=itemgetter(0, 1)):
-            yield name, _merged([json.loads(a) | (json.loads(b) if b else {}) for _, _, a, b in of_image])
+            images = () if name.startswith(_BETWEEN) else tuple(name.split(_BETWEEN))
+            yield (
+                images,
+                name.strip(_BETWEEN).replace(_BETWEEN, ", "),
+                _merged([json.loads(a) | (json.loads(b) if b else {}) for _, _, a, b in of_image]),
+            )
 
 
 def _merged(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -53,17 +53,17 @@ _QUANTILES = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """One image with its samples, before anything of it was read.
+    """The images of a record with their samples, before anything of them was read.
 
     Attributes:
-        image: path of the file; or, with ``row``, of a Parquet file.
-        name: the image as its annotations call it, for messages and as its default id.
+        images: paths of the files, mostly one; or, with ``row``, the path of a Parquet file.
+        name: the image (or what stands for it) as its annotations call it, for messages and as its default id.
         samples: dicts with the fields of `KEY.json`.
         row: row group and row of an image that a Parquet file holds.
         column: and the column.
     """
 
-    image: str
+    images: tuple[str, ...]
     name: str
     samples: tuple[dict[str, Any], ...]
     row: tuple[int, int] | None = None
@@ -154,6 +154,7 @@ def write_chunk(job: Job, number: int, records: list[SourceRecord]) -> ShardRepo
     report, kinds, name = ShardReport(number), Counter[str](), f"{job.split}-{number:06d}.tar"
     lengths = {"instruction": Counter[int](), "target": Counter[int]()}
     members: list[int] = []
+    num_images: list[int] = []
     num_samples = num_targets = 0
 
     def refuse(what: str, reason: str, detail: str) -> None:
@@ -165,26 +166,32 @@ def write_chunk(job: Job, number: int, records: list[SourceRecord]) -> ShardRepo
             key = f"{number:06d}{place:05d}"
             try:
                 samples = _usable(record, key, job.needs_target, refuse)
-                content, suffix = _image_of(record, job.resize)
+                images = [_image_of(record, of_record, job.resize) for of_record in range(len(record.images))]
             except _Unusable as error:
                 refuse(record.name, error.reason, error.detail)
                 continue
             payload = _as_json(samples[0] if len(samples) == 1 else samples)
-            for member_suffix, member in ((suffix, content), ("json", payload)):
-                members += [shard.add(f"{key}.{member_suffix}", member), len(member)]
+            for of_record, (content, suffix) in enumerate(images):
+                of_several = f"{of_record}." if len(images) > 1 else ""
+                members += [shard.add(f"{key}.{of_several}{suffix}", content), len(content)]
+            members += [shard.add(f"{key}.json", payload), len(payload)]
+            num_images.append(len(images))
             for sample in samples:
                 num_samples += 1
                 num_targets += len(sample["targets"])
                 kinds[sample.get("kind", "all")] += 1
-                lengths["instruction"][_length(sample["instruction"])] += 1
+                turns = sample["instruction"]
+                lengths["instruction"][sum(map(_length, [turns] if isinstance(turns, str) else turns))] += 1
                 lengths["target"].update(map(_length, sample["targets"]))
         shard.close()
         if not members:
             raise _NothingUsable
         os.fsync(file.fileno())
         report.shard = {
-            "name": name, "bytes": shard.size, "sha256": shard.digest.hexdigest(), "records": len(members) // 4,
-            "samples": num_samples, "targets": num_targets, "members": members,
+            "name": name, "bytes": shard.size, "sha256": shard.digest.hexdigest(), "records": len(num_images),
+            "samples": num_samples, "targets": num_targets,
+            # Said only where it isn't one each.
+            **({} if set(num_images) == {1} else {"images": num_images}), "members": members,
         }  # fmt: skip
     report.kinds = dict(kinds)
     report.lengths = {what: {str(k): n for k, n in counts.items()} for what, counts in lengths.items()}
@@ -247,6 +254,8 @@ def _usable(
     for number, entry in enumerate(record.samples):
         what = f"{record.name}: {entry.get('id', number)}"
         sample = {"image_id": Path(record.name).stem, **entry}
+        if len(record.images) != 1:
+            sample["images"] = len(record.images)
         sample["targets"] = [text for text in sample.get("targets", ()) if not isinstance(text, str) or text.strip()]
         for _ in range(len(entry.get("targets", ())) - len(sample["targets"])):
             refuse(what, "empty target", "")
@@ -261,13 +270,13 @@ def _usable(
             continue
         usable.append(sample)
     if not usable:
-        raise _Unusable("image without a usable sample")
+        raise _Unusable("image without a usable sample" if record.images else "text without a usable sample")
     return usable
 
 
-def _image_of(record: SourceRecord, resize: int | None) -> tuple[bytes, str]:
-    """Encoded image and the suffix of its format."""
-    content = _read(record)
+def _image_of(record: SourceRecord, number: int, resize: int | None) -> tuple[bytes, str]:
+    """One of a record's images, encoded, and the suffix of its format."""
+    content = _read(record, number)
     if len(content) > MAX_IMAGE_BYTES:
         raise _Unusable("image too large", f"{len(content)} bytes, at most {MAX_IMAGE_BYTES}")
     try:
@@ -309,16 +318,17 @@ def _resized(image: Image.Image, longest: int) -> bytes:
     return buffer.getvalue()
 
 
-def _read(record: SourceRecord) -> bytes:
+def _read(record: SourceRecord, number: int) -> bytes:
     if record.row is not None:
         return _from_parquet(record)
+    path = record.images[number]
     try:
-        with open(record.image, "rb") as file:
+        with open(path, "rb") as file:
             return file.read(MAX_IMAGE_BYTES + 1)
     except FileNotFoundError as error:
-        raise _Unusable("no file", record.image) from error
+        raise _Unusable("no file", path) from error
     except OSError as error:
-        raise _Unusable("image unreadable", f"{record.image}: {error.strerror}") from error
+        raise _Unusable("image unreadable", f"{path}: {error.strerror}") from error
 
 
 _row_group: tuple[Any, Any] = (None, None)
@@ -330,11 +340,11 @@ def _from_parquet(record: SourceRecord) -> bytes:
 
     assert record.row is not None
     group, row = record.row
-    wanted = (record.image, group, record.column)
+    wanted = (record.images[0], group, record.column)
     if _row_group[0] != wanted:  # rows come in order: one group is held at a time
         _row_group = (
             wanted,
-            pyarrow.parquet.ParquetFile(record.image).read_row_group(group, [record.column]).column(0),
+            pyarrow.parquet.ParquetFile(record.images[0]).read_row_group(group, [record.column]).column(0),
         )
     value = _row_group[1][row].as_py()
     content = value.get("bytes") if isinstance(value, dict) else value
@@ -504,7 +514,9 @@ def convert(
 def _compact(report: ShardReport) -> ShardReport:
     """Numbers as numbers: a list of them takes five times the memory, and millions of records have four each."""
     if report.shard is not None:
-        report.shard["members"] = array("q", report.shard["members"])
+        for name in ("members", "images"):
+            if name in report.shard:
+                report.shard[name] = array("q", report.shard[name])
     return report
 
 
@@ -558,7 +570,7 @@ def _entry(
     else:
         path.unlink(missing_ok=True)
     return {
-        "images": sum(shard["records"] for shard in shards),
+        "images": sum(sum(shard["images"]) if "images" in shard else shard["records"] for shard in shards),
         "samples": sum(shard["samples"] for shard in shards),
         "targets": sum(shard["targets"] for shard in shards),
         "bytes": sum(shard["bytes"] for shard in shards),
