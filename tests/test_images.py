@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mmprefix.cli import run
 from mmprefix.data.index import INDEX_NAME
 from mmprefix.data.loading import Collator, EncodedImage, EncodedRecord, RecordDataset, TextLimits
 from mmprefix.data.shards import ShardCollection
@@ -296,3 +297,33 @@ def test_ranks_without_a_picture_wait_for_nobody_and_learn_the_same(tmp_path):
         torch.testing.assert_close(weights[1][name], expected, atol=2e-5, rtol=1e-4)
     lines = (tmp_path / "two-run" / "predictions.jsonl").open().readlines()
     assert len(lines) == 4 * 2 + 6, "text-only samples are answered, too"
+
+
+def test_generate_takes_several_pictures_or_none(tmp_path, photos, capfd):
+    model, processor = make_model()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    for n, photo in enumerate(photos):
+        photo.save(tmp_path / f"{n}.png")
+    start = ["generate", "--checkpoint", str(tmp_path / "model"), "--max_new_tokens", "5"]
+    for number, instruction in ((3, "which?"), (2, "is <image> <image>?"), (0, "1 + 1?")):
+        pictures = [str(tmp_path / f"{n}.png") for n in range(number)]
+        assert run([*start, "--instruction", instruction, *(["--image", *pictures] if pictures else [])]) == 0
+        inputs = processor(photos[:number] or None, instruction)
+        expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        assert capfd.readouterr().out.strip() == processor.decode_generated(expected)[0].strip()
+    assert (
+        run(
+            [
+                *start,
+                "--instruction",
+                "a <image>",
+                "--image",
+                *pictures,
+                str(tmp_path / "0.png"),
+                str(tmp_path / "1.png"),
+            ]
+        )
+        == 2
+    )
+    assert "expected <image> once for each image (2), or not at all, got it 1 times" in capfd.readouterr().err

@@ -47,11 +47,13 @@ def use_device(module: nn.Module, device: str) -> None:
 
 
 def generate(arguments: list[str]) -> int:
-    """Prints one answer about one image."""
-    parser = CommandParser("generate", "Answers about one image.")
+    """Prints one answer about an image, several or none."""
+    parser = CommandParser("generate", "Answers about an image, several or none.")
     parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, its model/ folder, or a .ckpt file")
-    parser.add_argument("--image", required=True, type=Path, help="picture file")
-    parser.add_argument("--instruction", required=True, help="text of the prefix")
+    parser.add_argument("--image", nargs="+", default=[], type=Path, help="picture file, or several; by default none")
+    parser.add_argument(
+        "--instruction", required=True, help="text of the prefix; pictures stand in front, or where it says <image>"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--num_beams", type=int, default=1, help="1 is greedy")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -59,15 +61,17 @@ def generate(arguments: list[str]) -> int:
     for name in ("max_new_tokens", "num_beams"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name}: expected at least 1, got {getattr(options, name)}")
-    if not options.image.is_file():
-        raise InputError(f"--image: expected a picture file, found none at {options.image}")
-    try:
-        image = decode_image(options.image.read_bytes())
-    except UndecodableImageError as error:
-        raise InputError(f"--image: {options.image}: {error}") from error
+    images = []
+    for path in options.image:
+        if not path.is_file():
+            raise InputError(f"--image: expected a picture file, found none at {path}")
+        try:
+            images.append(decode_image(path.read_bytes()))
+        except UndecodableImageError as error:
+            raise InputError(f"--image: {path}: {error}") from error
     model, processor = load_model(options.checkpoint)
     use_device(model, options.device)
-    inputs = processor(images=image, text=options.instruction).to(options.device)
+    inputs = processor(images=images or None, text=options.instruction).to(options.device)
     generated = model.generate(
         **inputs, max_new_tokens=options.max_new_tokens, num_beams=options.num_beams, do_sample=False
     )

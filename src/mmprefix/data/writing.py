@@ -253,8 +253,9 @@ def _usable(
     usable = []
     for number, entry in enumerate(record.samples):
         what = f"{record.name}: {entry.get('id', number)}"
-        sample = {"image_id": Path(record.name).stem, **entry}
-        if len(record.images) != 1:
+        alone = len(record.images) == 1
+        sample = {"image_id": Path(record.name).stem if alone else record.name, **entry}
+        if not alone:
             sample["images"] = len(record.images)
         sample["targets"] = [text for text in sample.get("targets", ()) if not isinstance(text, str) or text.strip()]
         for _ in range(len(entry.get("targets", ())) - len(sample["targets"])):
