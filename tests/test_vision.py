@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 
+from mmprefix.data.datamodule import ShardDataModule
+from mmprefix.data.images import RandomAffine
 from mmprefix.errors import InputError
 from mmprefix.modeling import MMPrefixForConditionalGeneration
 from mmprefix.processing import MMPrefixProcessor
@@ -16,6 +20,7 @@ from mmprefix.vision import (
     VisionSpec,
     build_connector,
     resolve_vision,
+    tile_grid,
 )
 from tests.conftest import make_model
 
@@ -218,3 +223,70 @@ def test_position_embeddings_are_interpolated_on_request(tmp_path):
     correlation = torch.corrcoef(torch.stack([found.flatten(), averaged.flatten()]))[0, 1]
     assert correlation > 0.9, "interpolated, not started anew"
     assert torch.equal(encoder.model.blocks[0].attn.qkv.weight, small.blocks[0].attn.qkv.weight)
+
+
+# Tiles
+
+
+@pytest.mark.parametrize(
+    ("size", "max_tiles", "expected"),
+    [
+        ((100, 80), 6, (1, 1)),  # shown whole by one
+        ((101, 80), 6, (1, 2)),
+        ((300, 100), 6, (1, 3)),
+        ((100, 300), 6, (3, 1)),
+        ((2000, 2000), 6, (2, 2)),
+        ((2000, 1400), 6, (2, 3)),
+        ((2000, 10), 6, (1, 6)),
+        ((2000, 1400), 1, (1, 1)),
+        ((1, 1), 12, (1, 1)),
+    ],
+)
+def test_the_grid_shows_most_pixels_with_fewest_tiles(size, max_tiles, expected):
+    assert tile_grid(size, (100, 100), max_tiles) == expected
+
+
+def test_tiles_are_the_image_in_its_own_aspect_ratio():
+    """A picture of exactly 3 x 2 tiles: nothing is resized, and the tiles are its parts, row by row."""
+    transform = ImageTransform((20, 30), (0.5, 0.25, 0.75), (0.5, 0.5, 0.5), resize_mode="tiles", max_tiles=6)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8)
+    views = transform.views(Image.fromarray(pixels))
+    assert views.shape == (7, 3, 20, 30)
+    parts = [pixels[r : r + 20, c : c + 30] for r in (0, 20) for c in (0, 30, 60)]
+    for view, part in zip(views[1:], parts, strict=True):
+        assert torch.equal(view, transform.to_tensor(Image.fromarray(part)))
+    padded = replace(transform, resize_mode="pad")
+    assert torch.equal(views[0], padded(Image.fromarray(pixels))), "the whole comes first"
+    small = Image.fromarray(pixels[:10, :10])
+    assert torch.equal(transform.views(small), padded.views(small)), "one tile would show it as well"
+    tall = transform.views(Image.fromarray(pixels[:, :5]))  # 40 x 5: two rows, the sides filled up
+    assert tall.shape[0] == 3
+    corner = transform.to_tensor(Image.new("RGB", (1, 1), (128, 64, 191)))[:, 0, 0]
+    assert torch.equal(tall[1, :, 0, 0], corner)
+
+
+def test_a_model_answers_from_tiles_and_refuses_what_cannot_have_them(photos, tmp_path):
+    vision = VisionArgs("test_vit", image_size=32, resize="tiles", max_tiles=4)
+    model, processor = make_model(vision=vision)
+    assert model.config.vision_spec.max_views == 5
+    large, long = photos[0], photos[2].crop((0, 0, 90, 30))
+    inputs = processor([large, long], ["what is this?", "and this?"])
+    views = [len(processor.transform.views(photo)) for photo in (large, long)]
+    assert views == [5, 4], "2 x 2, and 1 x 3 of the long one"
+    assert inputs["pixel_values"].shape[0] == 9
+    placeholders = (inputs["input_ids"] == model.config.image_token_id).sum(1)
+    assert placeholders.tolist() == [number * model.num_image_tokens for number in views]
+    together = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    for n, (photo, text) in enumerate(((large, "what is this?"), (long, "and this?"))):
+        alone = processor(photo, text)
+        answer = model.generate(**alone, max_new_tokens=4, do_sample=False)[:, alone["input_ids"].shape[1] :]
+        assert processor.decode_generated(answer) == processor.decode_generated(together[n : n + 1])
+    processor.save_pretrained(tmp_path)
+    again = MMPrefixProcessor.from_pretrained(tmp_path)
+    assert again.transform == processor.transform
+    with pytest.raises(InputError, match="model.vision.max_tiles: expected at least 1, got 0"):
+        resolve_vision(replace(vision, max_tiles=0))
+    for setting, value in (("augmentation", RandomAffine(degrees=3)), ("max_tokens", 100)):
+        data = ShardDataModule(processor, train="unread", **{setting: value})
+        with pytest.raises(InputError, match=rf"data.{setting}: expected .*squash, crop or pad, got tiles"):
+            data.train_dataloader()

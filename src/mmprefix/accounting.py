@@ -383,14 +383,15 @@ class MemoryEstimate:
     def _batch(self, size: int) -> PackedBatch:
         record, config = self.record, self._model.config
         layout = PromptLayout(image=config.image_token_id, bos=0, separator=(0,), eos=0)
+        views = config.vision_spec.max_views
         sequence = TokenSequence.build(
-            layout, self._model.num_image_tokens, [0] * record.instruction_tokens,
+            layout, views * self._model.num_image_tokens, [0] * record.instruction_tokens,
             [[0] * record.target_tokens] * record.targets,
         )  # fmt: skip
-        pixels = torch.empty(size, 3, *config.vision_spec.image_size, device="meta")
+        pixels = torch.empty(size * views, 3, *config.vision_spec.image_size, device="meta")
         return collate(
-            [sequence] * size, range(size), pixels, pad_id=0, visibility=config.prefix_visibility,
-            packed=config.mask_free,
+            [sequence] * size, [range(n * views, (n + 1) * views) for n in range(size)], pixels, pad_id=0,
+            visibility=config.prefix_visibility, packed=config.mask_free,
         )  # fmt: skip
 
     def step_peak(self, batch_size: int) -> dict[str, float]:

@@ -64,6 +64,7 @@ def cache_features(module: MMPrefixModule, data: ShardDataModule, options: Names
         InputError: a split without shards, a folder that holds something else, an image that must not be skipped.
     """
     started = time.monotonic()
+    data.check_tiles("cache-features")
     data.prepare_data()
     splits = options.splits or [split for split in SPLITS[:3] if data.has(split)]
     collections = [data.shards(split) for split in dict.fromkeys(splits)]

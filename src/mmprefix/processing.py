@@ -119,6 +119,7 @@ class MMPrefixImageProcessor(BaseImageProcessor):
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
         interpolation: str = "bicubic",
         resize_mode: ResizeMode = "squash",
+        max_tiles: int = 4,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -127,24 +128,26 @@ class MMPrefixImageProcessor(BaseImageProcessor):
         self.image_std = list(image_std)
         self.interpolation = interpolation
         self.resize_mode: ResizeMode = resize_mode
+        self.max_tiles = max_tiles
 
     @classmethod
     def from_spec(cls, spec: VisionSpec) -> MMPrefixImageProcessor:
         """The processor of an encoder."""
-        return cls(spec.image_size, spec.mean, spec.std, spec.interpolation, spec.resize)
+        return cls(spec.image_size, spec.mean, spec.std, spec.interpolation, spec.resize, spec.max_tiles)
 
     @property
     def transform(self) -> ImageTransform:
         """The transform behind it."""
         height, width = self.size
         return ImageTransform(
-            (height, width), tuple(self.image_mean), tuple(self.image_std), self.interpolation, self.resize_mode
-        )
+            (height, width), tuple(self.image_mean), tuple(self.image_std), self.interpolation, self.resize_mode,
+            self.max_tiles,
+        )  # fmt: skip
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
-        """One RGB image or a list of them -> ``pixel_values``, float32 ``[I, 3, H, W]``."""
+        """One RGB image or a list of them -> ``pixel_values``, float32 ``[I, 3, H, W]``, of all views."""
         images = [images] if isinstance(images, Image.Image) else images
-        return BatchFeature({"pixel_values": torch.stack([self.transform(image) for image in images])})
+        return BatchFeature({"pixel_values": torch.cat([self.transform.views(image) for image in images])})
 
 
 class MMPrefixProcessor(ProcessorMixin):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mmprefix.errors import InputError
 
-ResizeMode = Literal["squash", "crop", "pad"]
+ResizeMode = Literal["squash", "crop", "pad", "tiles"]
 ConnectorKind = Literal["linear", "mlp", "pixel_shuffle"]
 
 
@@ -38,7 +38,8 @@ class VisionArgs:
         pretrained: true for timm's weights, or the path of a local weights file; false starts from random weights.
         image_size: side of the square input in pixels; by default what timm's data config says.
         resize: how an image comes to that size: `squash` it; `crop` the middle of what is too long, after scaling; `pad` what
-            is too short with the mean colour.
+            is too short with the mean colour; `tiles`: the padded image, and where it is larger than that, tiles of it.
+        max_tiles: of an image under `tiles`; each costs as many image tokens as the whole.
         interpolate_position_embeddings: allow another size than the pretrained weights were made for, where their
             position embeddings have to be interpolated to it.
         kwargs: passed on to `timm.create_model`, for other depths, widths or patch sizes.
@@ -48,6 +49,7 @@ class VisionArgs:
     pretrained: bool | str = False
     image_size: int | None = None
     resize: ResizeMode = "squash"
+    max_tiles: int = 4
     interpolate_position_embeddings: bool = False
     kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -79,7 +81,8 @@ class VisionSpec:
         num_tokens: N.
         width: D.
         unused: names of parameters that the image tokens do not depend on (heads, poolers).
-        resize: `squash`, `crop` or `pad`.
+        resize: `squash`, `crop`, `pad` or `tiles`.
+        max_tiles: of an image, under `tiles`.
     """
 
     name: str
@@ -93,6 +96,12 @@ class VisionSpec:
     width: int
     unused: tuple[str, ...] = ()
     resize: ResizeMode = "squash"
+    max_tiles: int = 4
+
+    @property
+    def max_views(self) -> int:
+        """How many views of one image the encoder gets at most."""
+        return 1 + self.max_tiles if self.resize == "tiles" and self.max_tiles > 1 else 1
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VisionSpec:
@@ -111,6 +120,8 @@ def resolve_vision(args: VisionArgs) -> VisionSpec:
     Raises:
         InputError: an unknown name, arguments or an image size that the encoder does not take.
     """
+    if args.max_tiles < 1:
+        raise InputError(f"model.vision.max_tiles: expected at least 1, got {args.max_tiles}")
     if args.name is None:
         raise InputError("model.vision.name: expected a timm model, got none")
     kwargs = dict(args.kwargs)
@@ -149,11 +160,31 @@ def resolve_vision(args: VisionArgs) -> VisionSpec:
         std=tuple(data_config["std"]),
         interpolation=data_config["interpolation"],
         resize=args.resize,
+        max_tiles=args.max_tiles,
         grid=grid,
         num_tokens=tokens.shape[1],
         width=tokens.shape[2],
         unused=_unused_parameters(model, tokens),
     )
+
+
+def tile_grid(size: tuple[int, int], tile: tuple[int, int], max_tiles: int) -> tuple[int, int]:
+    """Rows and columns of tiles that show most pixels of an image, scaled with its aspect ratio to fit into them; of those
+    that show as many, the smallest. As LLaVA-NeXT chooses its grids.
+
+    Args:
+        size: width and height of the image.
+        tile: width and height of a tile.
+        max_tiles: in all.
+    """
+    width, height = size
+
+    def rank(grid: tuple[int, int]) -> tuple[int, int]:
+        rows, columns = grid
+        scale = min(columns * tile[0] / width, rows * tile[1] / height, 1.0)
+        return round(scale * width) * round(scale * height), -rows * columns
+
+    return max(((r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1)), key=rank)
 
 
 def _check_size(args: VisionArgs, model: nn.Module, pretrained_cfg: Any, height: int, width: int) -> None:
@@ -315,7 +346,9 @@ class ImageTransform:
         mean, std: per channel, for pixels in [0, 1].
         interpolation: name of a Pillow resampling filter, in lower case.
         resize_mode: `squash` changes the aspect ratio; `crop` fills the size and loses what is too long, evenly on both
-            sides; `pad` loses nothing and fills up with the mean colour, evenly on both sides.
+            sides; `pad` loses nothing and fills up with the mean colour, evenly on both sides; `tiles` pads, too, and adds
+            tiles of a larger image.
+        max_tiles: of an image.
     """
 
     size: tuple[int, int]
@@ -323,11 +356,12 @@ class ImageTransform:
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     resize_mode: ResizeMode = "squash"
+    max_tiles: int = 4
 
     @classmethod
     def from_spec(cls, spec: VisionSpec) -> ImageTransform:
         """The transform of an encoder."""
-        return cls(spec.image_size, spec.mean, spec.std, spec.interpolation, spec.resize)
+        return cls(spec.image_size, spec.mean, spec.std, spec.interpolation, spec.resize, spec.max_tiles)
 
     def resize(self, image: Image.Image) -> Image.Image:
         """RGB image of any size -> RGB image of `size`."""
@@ -337,9 +371,23 @@ class ImageTransform:
         method = Image.Resampling[self.interpolation.upper()]
         if self.resize_mode == "crop":
             return ImageOps.fit(image, size, method)
-        if self.resize_mode == "pad":
-            return ImageOps.pad(image, size, method, color=tuple(round(255 * value) for value in self.mean))
+        if self.resize_mode in ("pad", "tiles"):
+            return self._padded(image, size)
         return image.resize(size, method)
+
+    def _padded(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+        method = Image.Resampling[self.interpolation.upper()]
+        return ImageOps.pad(image, size, method, color=tuple(round(255 * value) for value in self.mean))
+
+    def _tiles(self, image: Image.Image) -> list[Image.Image]:
+        """Row by row; none of an image that one tile shows as well."""
+        height, width = self.size
+        rows, columns = tile_grid(image.size, (width, height), self.max_tiles)
+        if rows * columns == 1:
+            return []
+        whole = self._padded(image if image.mode == "RGB" else image.convert("RGB"), (columns * width, rows * height))
+        corners = ((left * width, top * height) for top in range(rows) for left in range(columns))
+        return [whole.crop((left, top, left + width, top + height)) for left, top in corners]
 
     @cached_property
     def _levels(self) -> tuple[Tensor, Tensor]:
@@ -361,4 +409,5 @@ class ImageTransform:
 
     def views(self, image: Image.Image) -> Tensor:
         """RGB image of any size -> what the encoder gets of it, normalised float32 ``[V, 3, H, W]``."""
-        return self(image).unsqueeze(0)
+        tiles = self._tiles(image) if self.resize_mode == "tiles" else []
+        return torch.stack([self(image), *map(self.to_tensor, tiles)])

@@ -228,7 +228,13 @@ class ShardDataModule(pl.LightningDataModule):
         for split in needed:
             self.shards(split)
 
+    def check_tiles(self, setting: str) -> None:
+        """Raises InputError where images are cut into tiles, so many that each image has to be looked at to know."""
+        if self.processor is not None and self.processor.transform.resize_mode == "tiles":
+            raise InputError(f"{setting}: expected model.vision.resize squash, crop or pad, got tiles")
+
     def _check_features(self, folder: str, splits: tuple[str, ...]) -> None:
+        self.check_tiles("data.feature_cache")
         if self.augmentation is not None:
             raise InputError(
                 "data.feature_cache: expected data.augmentation: null, got augmentation: "
@@ -420,6 +426,9 @@ class ShardDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of one epoch, shuffled by (seed, epoch)."""
+        for setting, value in (("data.augmentation", self.augmentation), ("data.max_tokens", self.max_tokens)):
+            if value is not None:
+                self.check_tiles(setting)
         order = self.epoch_order
         names = self.set_names("train")
         if len(names) > 1:

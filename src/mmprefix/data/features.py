@@ -81,7 +81,8 @@ class FeatureKey:
         parts = {
             "encoder": {"name": spec.name, "kwargs": spec.kwargs},
             "weights": digest.hexdigest(),
-            "transform": asdict(transform),
+            # Tiles are never cached: what they depend on is no part of the key.
+            "transform": {name: value for name, value in asdict(transform).items() if name != "max_tiles"},
             "format": FORMAT,
         }
         return cls(**json.loads(json.dumps(parts)))  # tuples as lists, as they come back from the index

@@ -321,6 +321,8 @@ def export_paligemma(
         raise InputError(refuse.format("a linear connector", config.connector["kind"]))
     if config.prefix_visibility != "full":
         raise InputError(refuse.format("prefix_visibility full", config.prefix_visibility))
+    if processor.prompt != "plain":
+        raise InputError(refuse.format("the plain prompt", processor.prompt))
     if processor.separator != SEPARATOR:
         raise InputError(refuse.format("a newline as separator", repr(processor.separator)))
     if processor.transform.resize_mode != "squash":
