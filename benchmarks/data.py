@@ -50,6 +50,7 @@ from mmprefix.processing import (
     TokenizerArgs,
     load_tokenizer,
 )
+from mmprefix.vision import as_levels
 
 PROCESSES = 2
 SIDE = 224
@@ -172,7 +173,8 @@ def loader(size: Size, work: Path, repeats: int) -> Iterator[Measured]:
     assert len(shards) == len(paths) == size.photos
     for n in range(0, len(paths), max(1, len(paths) // 10)):
         pixels = dataset[0, n].images[0].pixels  # type: ignore[union-attr]
-        assert torch.equal(pixels[0], processor.transform.to_tensor(Image.fromarray(decode_and_resize(paths[n]))))
+        bare = processor.transform.normalise(as_levels(Image.fromarray(decode_and_resize(paths[n]))))
+        assert (pixels[0] - bare).abs().max() < 1.01 * 2 / 255, "more than a level apart"  # normalised to [-1, 1]
 
     def ours() -> dict[str, float]:
         start = time.perf_counter()

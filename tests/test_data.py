@@ -11,7 +11,7 @@ from PIL import Image
 
 from mmprefix.data import digits
 from mmprefix.data.datamodule import ShardDataModule
-from mmprefix.data.images import RandomAffine, UndecodableImageError, decode_image
+from mmprefix.data.images import RandomAffine, UndecodableImageError, decode_image, decode_levels
 from mmprefix.data.loading import (
     Collator,
     EncodedRecord,
@@ -27,6 +27,7 @@ from mmprefix.data.samples import parse_record
 from mmprefix.data.shards import ShardCollection, expand_shards, write_shard
 from mmprefix.errors import InputError
 from mmprefix.packing import BadSample, first_fit
+from mmprefix.vision import as_levels
 from tests.conftest import colour_record, make_model, png
 
 NO_LIMITS = TextLimits(None, None, "none")
@@ -206,6 +207,34 @@ def test_decoding_real_and_odd_images(photos):
         assert (image.mode, image.size) == ("RGB", photos[2].size)
 
 
+def test_decoded_levels_match_the_decoded_image(photos, monkeypatch):
+    """Every kind of JPEG, and what is no common JPEG; the ordinary ones never pass through a picture of Pillow's."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    kinds = {
+        "plain": ("RGB", "JPEG", {}),
+        "progressive": ("RGB", "JPEG", {"progressive": True, "quality": 60}),
+        "unsampled": ("RGB", "JPEG", {"subsampling": 0}),
+        "grey": ("L", "JPEG", {}),
+        "as RGB": ("RGB", "JPEG", {"keep_rgb": True}),
+        "turned": ("RGB", "JPEG", {"exif": turned}),
+        "CMYK": ("CMYK", "JPEG", {}),
+        "palette": ("P", "PNG", {}),
+        "alpha": ("RGBA", "WEBP", {"lossless": True}),
+    }
+    from_pillow = []
+    monkeypatch.setattr("mmprefix.data.images.as_levels", lambda image: from_pillow.append(kind) or as_levels(image))
+    for photo in photos:
+        for kind, (mode, form, settings) in kinds.items():
+            buffer = io.BytesIO()
+            photo.convert(mode).save(buffer, form, **settings)
+            levels = decode_levels(buffer.getvalue())
+            assert levels.dtype == torch.uint8
+            apart = (levels.int() - as_levels(decode_image(buffer.getvalue())).int()).abs()
+            assert apart.max() <= 1, kind
+    assert set(from_pillow) == {"turned", "CMYK", "palette", "alpha"}
+
+
 def test_16_bit_images_keep_their_range():
     ramp = (np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64)
     buffer = io.BytesIO()
@@ -225,14 +254,18 @@ def test_exif_orientation_is_applied(photos):
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
 def test_undecodable_bytes(content):
-    with pytest.raises(UndecodableImageError, match=f"image of {len(content)} bytes cannot be decoded"):
-        decode_image(content)
+    for decode in (decode_image, decode_levels):
+        with pytest.raises(UndecodableImageError, match=f"image of {len(content)} bytes cannot be decoded"):
+            decode(content)
 
 
 def test_truncated_image(photos):
-    whole = png(photos[0])
-    with pytest.raises(UndecodableImageError):
-        decode_image(whole[: len(whole) // 2])
+    jpeg = io.BytesIO()
+    photos[0].save(jpeg, "JPEG")
+    for whole in (png(photos[0]), jpeg.getvalue()):
+        for decode in (decode_image, decode_levels):
+            with pytest.raises(UndecodableImageError, match="truncated"):
+                decode(whole[: len(whole) // 2])
 
 
 def test_affine_without_range_changes_nothing_and_shifts_as_told(photos):

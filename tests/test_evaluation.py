@@ -8,7 +8,7 @@ from mmprefix.evaluation.pictures import Answer, Cell, draw_cells, to_image
 from mmprefix.evaluation.report import accuracy_table, write_predictions
 from mmprefix.metrics import ExactMatch, exact_match
 from mmprefix.packing import Reference
-from mmprefix.vision import ImageTransform
+from mmprefix.vision import ImageTransform, as_levels
 
 PREDICTIONS = [
     (Reference("a", "1", "colour", "which?", ("red",), (0, 0)), "red"),
@@ -68,4 +68,4 @@ def test_picture_has_a_cell_for_each_image():
 def test_pixels_are_shown_as_the_encoder_saw_them(photos):
     transform = ImageTransform((32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     shown = to_image(transform(photos[0]), transform)
-    assert np.array_equal(np.asarray(shown), np.asarray(transform.resize(photos[0])))
+    assert torch.equal(as_levels(shown), transform.resize(photos[0]))

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 import tarfile
 import time
 import zlib
@@ -10,12 +11,13 @@ import zlib
 import pytest
 from PIL import Image
 
-from mmprefix.data.images import UndecodableImageError, decode_image
+from mmprefix.data.images import UndecodableImageError, decode_image, decode_levels
 from mmprefix.data.index import write_split
 from mmprefix.data.loading import EncodedRecord, RecordDataset, TextLimits
 from mmprefix.data.shards import ShardCollection
 from mmprefix.errors import InputError
 from mmprefix.packing import BadSample
+from mmprefix.vision import as_levels
 from tests.conftest import make_model
 
 NUM_RECORDS = 4
@@ -194,9 +196,15 @@ def test_decoding_takes_no_picture_for_what_it_is_not(photos):
             if chosen.random() < 0.3:
                 del content[chosen.randrange(len(content)) :]
             try:
-                assert decode_image(bytes(content)).mode == "RGB"
+                picture = decode_image(bytes(content))
+                assert picture.mode == "RGB"
             except UndecodableImageError as error:
                 failed += 1
                 lines.add(str(error).count("\n"))
+                with pytest.raises(UndecodableImageError, match=re.escape(str(error))):
+                    decode_levels(bytes(content))
+            else:
+                apart = decode_levels(bytes(content)).int() - as_levels(picture).int()
+                assert apart.abs().max() <= 1, "what can be guessed of a harmed picture is guessed alike"
         assert lines <= {0}
         assert failed > 5, f"{form}: nothing was harmed"

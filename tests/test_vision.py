@@ -1,10 +1,11 @@
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mmprefix.data.datamodule import ShardDataModule
 from mmprefix.data.images import RandomAffine
@@ -18,7 +19,10 @@ from mmprefix.vision import (
     VisionArgs,
     VisionEncoder,
     VisionSpec,
+    as_levels,
+    as_picture,
     build_connector,
+    resample,
     resolve_vision,
     tile_grid,
 )
@@ -147,11 +151,51 @@ def test_connectors_give_the_tokens_they_promise(kind, num_tokens):
 def test_transform_squashes_and_normalises(photos):
     transform = ImageTransform((32, 48), (0.5, 0.4, 0.3), (0.2, 0.25, 0.5), "bilinear")
     pixels = transform(photos[0])
-    resized = np.asarray(photos[0].resize((48, 32), Image.Resampling.BILINEAR), dtype=np.float32) / 255
+    resized = transform.resize(photos[0]).permute(1, 2, 0).numpy() / 255
     expected = (resized - np.array([0.5, 0.4, 0.3])) / np.array([0.2, 0.25, 0.5])
     assert pixels.dtype == torch.float32
     np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), expected, atol=1e-5)
     assert transform(photos[2].convert("L")).shape == (3, 32, 48)
+
+
+def passes(levels, size, method):
+    """Pillow's resize, along rows first, as all its versions before 13 do it."""
+    picture = as_picture(levels).resize((size[1], levels.shape[1]), method)
+    return as_levels(picture.resize((size[1], size[0]), method))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos", "nearest"])
+def test_resampling_matches_pillow_within_a_level(interpolation, photos):
+    """Portraits and landscapes, lines, enlarged and reduced; noise of black and white, where rounding adds up most."""
+    rng, method = np.random.default_rng(0), Image.Resampling[interpolation.upper()]
+    sizes = [(300, 400), (400, 300), (31, 20), (20, 31), (640, 13), (2, 3000), (3000, 2), (1, 1), (5, 224)]
+    pictures = [torch.from_numpy(rng.choice([0, 255], (*size, 3)).astype(np.uint8)).permute(2, 0, 1) for size in sizes]
+    pictures += [torch.from_numpy(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).permute(2, 0, 1) for size in sizes]
+    pictures += [as_levels(photo) for photo in photos]
+    pictures += [as_levels(photo).contiguous() for photo in photos]
+    differences = []
+    for levels in pictures:
+        for size in ((224, 224), (16, 500), (97, 31)):
+            seen = resample(levels, size, interpolation)
+            assert (seen.dtype, seen.shape) == (torch.uint8, (3, *size))
+            differences.append((seen.int() - passes(levels, size, method).int()).abs().flatten())
+    apart = torch.cat(differences)
+    assert apart.max() <= 2
+    assert (apart > 1).float().mean() < 5e-5
+    assert interpolation in ("bicubic", "bilinear") or apart.max() == 0
+
+
+@pytest.mark.parametrize("size", [(40, 40), (33, 57), (80, 20), (7, 300)])
+def test_padded_and_cut_pictures_match_pillow(size):
+    """Where nothing is interpolated the pixels are the same; elsewhere they stand in the same place."""
+    rng = np.random.default_rng(1)
+    picture = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+    for mode, make in (("pad", partial(ImageOps.pad, color=(128, 64, 191))), ("crop", ImageOps.fit)):
+        for method in ("nearest", "bilinear"):
+            transform = ImageTransform((40, 48), (0.5, 0.25, 0.75), (1, 1, 1), method, mode)
+            expected = as_levels(make(picture, (48, 40), Image.Resampling[method.upper()]))
+            apart = (transform.resize(picture).int() - expected.int()).abs().max()
+            assert apart <= (method == "bilinear" and mode == "pad")
 
 
 def test_resize_modes_keep_all_the_middle_or_the_aspect_ratio():
@@ -160,7 +204,9 @@ def test_resize_modes_keep_all_the_middle_or_the_aspect_ratio():
     stripes.paste((0, 255, 0), (20, 0, 60, 40))
     stripes.paste((0, 0, 255), (60, 0, 80, 40))
     seen = {
-        mode: np.asarray(ImageTransform((20, 20), (0.5, 0.25, 0.75), (1, 1, 1), "nearest", mode).resize(stripes))
+        mode: np.asarray(
+            as_picture(ImageTransform((20, 20), (0.5, 0.25, 0.75), (1, 1, 1), "nearest", mode).resize(stripes))
+        )
         for mode in ("squash", "crop", "pad")
     }
     assert [picture.shape for picture in seen.values()] == [(20, 20, 3)] * 3
@@ -174,7 +220,7 @@ def test_resize_modes_keep_all_the_middle_or_the_aspect_ratio():
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (1, 1)])
 def test_pictures_of_any_shape_come_to_the_size(mode, size):
     transform = ImageTransform((20, 32), (0, 0, 0), (1, 1, 1), resize_mode=mode)
-    assert transform.resize(Image.new("RGB", size)).size == (32, 20)
+    assert transform.resize(Image.new("RGB", size)).shape == (3, 20, 32)
 
 
 @pytest.mark.parametrize("mode", ["squash", "crop", "pad"])
@@ -254,14 +300,14 @@ def test_tiles_are_the_image_in_its_own_aspect_ratio():
     assert views.shape == (7, 3, 20, 30)
     parts = [pixels[r : r + 20, c : c + 30] for r in (0, 20) for c in (0, 30, 60)]
     for view, part in zip(views[1:], parts, strict=True):
-        assert torch.equal(view, transform.to_tensor(Image.fromarray(part)))
+        assert torch.equal(view, transform.normalise(torch.from_numpy(part).permute(2, 0, 1)))
     padded = replace(transform, resize_mode="pad")
     assert torch.equal(views[0], padded(Image.fromarray(pixels))), "the whole comes first"
     small = Image.fromarray(pixels[:10, :10])
     assert torch.equal(transform.views(small), padded.views(small)), "one tile would show it as well"
     tall = transform.views(Image.fromarray(pixels[:, :5]))  # 40 x 5: two rows, the sides filled up
     assert tall.shape[0] == 3
-    corner = transform.to_tensor(Image.new("RGB", (1, 1), (128, 64, 191)))[:, 0, 0]
+    corner = transform.normalise(as_levels(Image.new("RGB", (1, 1), (128, 64, 191))))[:, 0, 0]
     assert torch.equal(tall[1, :, 0, 0], corner)
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from mmprefix.arguments import CommandParser, available_cores
 from mmprefix.data.features import image_digest
-from mmprefix.data.images import UndecodableImageError, decode_image
+from mmprefix.data.images import UndecodableImageError, decode_levels
 from mmprefix.data.index import read_index
 from mmprefix.data.loading import TextLimits
 from mmprefix.data.samples import Sample
@@ -86,7 +86,8 @@ class _Records(Dataset[Finding]):
             for number in range(self.shards.num_images(index)):
                 content = self.shards.image_bytes(index, number)
                 found.digests.append(image_digest(content))
-                found.sizes.append(decode_image(content).size)
+                _, height, width = decode_levels(content).shape
+                found.sizes.append((width, height))
         except (UndecodableImageError, InputError, OSError) as error:
             found.problems.append(str(error))
         try:
@@ -496,13 +497,13 @@ def _cards(shards: ShardCollection, processor: MMPrefixProcessor, limits: TextLi
         try:
             pictures, sizes, views = [], [], []
             for number in range(shards.num_images(index)):
-                original = decode_image(shards.image_bytes(index, number))
+                original = decode_levels(shards.image_bytes(index, number))
                 tensors = processor.transform.views(original)
                 views.append(len(tensors))
                 seen = side_by_side([to_image(tensor, processor.transform) for tensor in tensors])
                 alt = html.escape(f"image {shards.key(index)}")
                 pictures.append(f'<img loading="lazy" alt="{alt}" src="{_embedded(seen)}">')
-                sizes.append(f"{original.width} x {original.height}, seen as {_seen_as(tensors)}")
+                sizes.append(f"{original.shape[2]} x {original.shape[1]}, seen as {_seen_as(tensors)}")
             picture, size = "".join(pictures), "; ".join(sizes) or "no image"
         except (UndecodableImageError, InputError, OSError) as error:
             picture, size = f'<p class="bad">{html.escape(str(error))}</p>', ""

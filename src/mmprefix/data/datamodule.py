@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from mmprefix.data import digits
 from mmprefix.data.features import FeatureCache, FeatureKey
-from mmprefix.data.images import RandomAffine, decode_image
+from mmprefix.data.images import RandomAffine, decode_levels
 from mmprefix.data.loading import (
     Collator,
     EpochBatchSampler,
@@ -30,6 +30,7 @@ from mmprefix.data.mixture import EpochOrder, MixtureArgs, SetArgs, parse_sets, 
 from mmprefix.data.shards import ShardCollection
 from mmprefix.errors import InputError
 from mmprefix.packing import EvaluationBatch, PackedBatch, PromptBatch, map_tensors
+from mmprefix.vision import as_picture
 
 Shards = str | list[str] | dict[str, Any] | None
 
@@ -265,7 +266,7 @@ class ShardDataModule(pl.LightningDataModule):
     def picture(self, split: str, record: int) -> Image.Image:
         """The image of a record of ``split`` as the encoder takes it, RGB: for reports on batches without pixels."""
         assert self.processor is not None
-        return self.processor.transform.resize(decode_image(self.shards(split).image_bytes(record)))
+        return as_picture(self.processor.transform.resize(decode_levels(self.shards(split).image_bytes(record))))
 
     def _open(self, split: str) -> ShardCollection:
         pattern = self.patterns[split]

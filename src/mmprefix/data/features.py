@@ -31,7 +31,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmprefix.data.images import UndecodableImageError, decode_image
+from mmprefix.data.images import UndecodableImageError, decode_levels
 from mmprefix.data.shards import ShardCollection
 from mmprefix.errors import InputError
 from mmprefix.files import replacing
@@ -425,6 +425,6 @@ class EncoderInputs(Dataset[EncoderInput | BadSample]):
         if digest in self.stored:
             return EncoderInput(digest, shard, key)
         try:
-            return EncoderInput(digest, shard, key, self.transform(decode_image(content)))
+            return EncoderInput(digest, shard, key, self.transform(decode_levels(content)))
         except UndecodableImageError as error:
             return EncoderInput(digest, shard, key, undecodable=str(error))

@@ -1,4 +1,8 @@
-"""Encoded bytes -> RGB image, and the random affine augmentation for training from scratch."""
+"""Encoded bytes -> RGB pixels, and the random affine augmentation for training from scratch.
+
+`decode_image` is Pillow's decoder. `decode_levels`, which training uses, gives the same pixels and has the common kind
+of JPEG decoded by torchvision, without the copies between Pillow's image and a tensor.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,12 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
-from torch import Generator, rand
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Generator, Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from mmprefix.vision import as_levels
 
 
 class UndecodableImageError(ValueError):
@@ -23,15 +31,45 @@ def decode_image(content: bytes) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies every image, turned or not
-            if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip to 255, that is to white
-                return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8)).convert("RGB")
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")  # which copies, also to the same mode
+            return _upright_rgb(image)
     # Pillow's decoders raise much besides OSError on hostile bytes: SyntaxError, struct.error, zlib.error, ...
     except Exception as error:
-        message = " ".join(str(error).split()).split(" <_io.BytesIO")[0] or type(error).__name__
-        raise UndecodableImageError(f"image of {len(content)} bytes cannot be decoded: {message}") from error
+        raise _undecodable(content, error) from error
+
+
+def decode_levels(content: bytes) -> Tensor:
+    """Encoded image -> RGB, upright by its EXIF orientation, uint8 ``[3, height, width]``: `decode_image` as a tensor.
+
+    Raises:
+        UndecodableImageError: with the decoder's reason.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:  # reads no more than the header, and refuses gigantic ones
+            if image.format == "JPEG" and image.mode in ("RGB", "L") and image.getexif().get(_ORIENTATION, 1) == 1:
+                try:
+                    # Both are libjpeg-turbo. torchvision's prints what it corrects ("Corrupt JPEG data: ...") to stderr.
+                    return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+                except RuntimeError:
+                    pass  # Pillow may still take it, and has the better reason if not
+            return as_levels(_upright_rgb(image))
+    except Exception as error:
+        raise _undecodable(content, error) from error
+
+
+_ORIENTATION = ExifTags.Base.Orientation
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies every image, turned or not
+    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip to 255, that is to white
+        return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8)).convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")  # which copies, also to the same mode
+
+
+def _undecodable(content: bytes, error: Exception) -> UndecodableImageError:
+    message = " ".join(str(error).split()).split(" <_io.BytesIO")[0] or type(error).__name__
+    return UndecodableImageError(f"image of {len(content)} bytes cannot be decoded: {message}")
 
 
 @dataclass
@@ -52,7 +90,7 @@ class RandomAffine:
 
     def __call__(self, image: Image.Image, generator: Generator) -> Image.Image:
         """Same size and mode out; all randomness comes from the generator."""
-        angle, dx, dy, zoom, shear = (2 * rand(5, generator=generator) - 1).tolist()
+        angle, dx, dy, zoom, shear = (2 * torch.rand(5, generator=generator) - 1).tolist()
         angle, shear = math.radians(self.degrees * angle), math.tan(math.radians(self.shear * shear))
         zoom = 1.0 / (1.0 + self.scale * zoom)
         cos, sin = math.cos(angle) * zoom, math.sin(angle) * zoom

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmprefix.data.features import FeatureCache, image_digest
-from mmprefix.data.images import RandomAffine, UndecodableImageError, decode_image
+from mmprefix.data.images import RandomAffine, UndecodableImageError, decode_levels
 from mmprefix.data.mixture import EpochOrder, SetArgs, instructed
 from mmprefix.data.samples import Sample
 from mmprefix.data.shards import ShardCollection
@@ -37,7 +37,7 @@ from mmprefix.packing import (
     group_by_length,
 )
 from mmprefix.sequence import TokenSequence
-from mmprefix.vision import ImageTransform
+from mmprefix.vision import ImageTransform, as_levels, as_picture
 
 Group = TypeVar("Group", bound=Hashable)
 EpochIndex = tuple[int, int]
@@ -201,12 +201,12 @@ class RecordDataset(Dataset[EncodedRecord | BadSample]):
         if self.features is not None:
             return EncodedImage(digest, features=self._features(self.features, digest).unsqueeze(0))
         if self.augment is None:
-            return EncodedImage(digest, transform.views(decode_image(content)))
-        image = transform.resize(decode_image(content))
+            return EncodedImage(digest, transform.views(decode_levels(content)))
+        picture = as_picture(transform.resize(decode_levels(content)))
         # The first image of a record draws as a record's only one does.
         seed = _mix(self.seed, epoch, index, *([number] if number else []))
-        image = self.augment(image, torch.Generator().manual_seed(seed))
-        return EncodedImage(f"{digest}-{index}-{number}", transform.to_tensor(image).unsqueeze(0))
+        moved = as_levels(self.augment(picture, torch.Generator().manual_seed(seed)))
+        return EncodedImage(f"{digest}-{index}-{number}", transform.normalise(moved).unsqueeze(0))
 
     @staticmethod
     def _features(cache: FeatureCache, digest: str) -> Tensor:
