@@ -11,6 +11,26 @@ from mmprefix.modeling import MMPrefixForConditionalGeneration
 from mmprefix.sequence import PREFIX_BRANCH, PromptLayout, Region, TokenSequence
 
 
+def sequence_by_loops(image: int, prefix: list[int], targets: list[list[int]], end: list[int]) -> dict[str, list[int]]:
+    """The columns of `TokenSequence.from_ids`, token by token."""
+    columns: dict[str, list[int]] = {name: [] for name in TokenSequence.__dataclass_fields__}
+
+    def add(token: int, region: Region, branch: int, position: int) -> None:
+        values = {"ids": token, "regions": region, "branches": branch, "questions": 0, "positions": position}
+        for name, value in values.items():
+            columns[name].append(int(value))
+
+    for position, token in enumerate(prefix):
+        add(token, Region.IMAGE if token == image else Region.INSTRUCTION, PREFIX_BRANCH, position)
+    for branch, target in enumerate(targets):
+        for n, token in enumerate([*target, *end]):
+            columns["label_positions"].append(len(columns["ids"]) - 1 if n else len(prefix) - 1)
+            columns["labels"].append(token)
+            columns["target_lengths"].append(len(target) + len(end))
+            add(token, Region.TARGET, branch, len(prefix) + n)
+    return columns
+
+
 def may_see(q: dict[str, int], k: dict[str, int], visibility: str) -> bool:
     """The rule in words, for one query and one key."""
     if q["segment"] == PADDING_SEGMENT or q["segment"] != k["segment"]:

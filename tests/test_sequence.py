@@ -3,6 +3,7 @@ import torch
 
 from mmprefix.errors import InputError
 from mmprefix.sequence import PromptLayout, Region, TokenSequence
+from tests.reference import sequence_by_loops
 
 LAYOUT = PromptLayout(image=99, bos=1, separator=(7,), eos=2)
 IMG, INS, TGT = (int(r) for r in (Region.IMAGE, Region.INSTRUCTION, Region.TARGET))
@@ -37,6 +38,17 @@ def test_without_bos_and_separator():
     assert s.ids.tolist() == [10, 20, 2]
     assert s.labels.tolist() == [20, 2]
     assert s.label_positions.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("targets", [[], [[7]], [[7, 8, 9], [8], [9, 9]]])
+@pytest.mark.parametrize("end", [[], [2], [3, 2]])
+def test_a_sequence_of_ids_matches_loops(targets, end):
+    prefix = [0, 0, 5, 0, 6, 6, 0]
+    sequence = TokenSequence.from_ids(0, prefix, targets, end)
+    expected = sequence_by_loops(0, prefix, targets, end)
+    for name, column in expected.items():
+        assert getattr(sequence, name).dtype == torch.int64
+        assert getattr(sequence, name).tolist() == column, name
 
 
 def test_split_gives_what_each_target_builds_alone():

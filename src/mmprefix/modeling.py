@@ -249,7 +249,7 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             module.reset_parameters()
 
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """float ``[I, 3, H, W]`` -> image tokens in the decoder's width, float ``[I, N, W]``."""
+        """What `VisionEncoder` takes, ``[I, 3, H, W]`` -> image tokens in the decoder's width, float ``[I, N, W]``."""
         tokens: Tensor = self.connector(self.vision(pixel_values))
         return tokens
 
@@ -286,7 +286,7 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
 
         Args:
             input_ids: int64 ``[B, T]``, `image_token_id` at image positions.
-            pixel_values: float ``[I, 3, H, W]``.
+            pixel_values: float ``[I, 3, H, W]``, normalised, or uint8, which is normalised here.
             attention_mask: int64 ``[B, T]`` (with a cache, ``[B, past + T]``), 0 on padding.
             position_ids: int64 ``[B, T]``; by default counted from `attention_mask`.
             token_type_ids: int64 ``[B, T]``, 0 on the prefix, 1 on the target. Without it everything is prefix.

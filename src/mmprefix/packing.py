@@ -182,7 +182,7 @@ class PackedBatch:
         plan: who sees whom, and the index maps.
         labels: int64 ``[M]``.
         target_lengths: int64 ``[M]``.
-        pixel_values: float32 ``[I, 3, H, W]``; None in a batch without images.
+        pixel_values: uint8 ``[I, 3, H, W]``, or float, normalised; None in a batch without images.
         image_of: int64 ``[S, K]``, the images of each sequence, in order, -1 where it has fewer than others.
         references: one for each sequence.
         bad: samples that were left out of this batch, and why.
@@ -226,7 +226,7 @@ class PromptBatch:
     Attributes:
         input_ids: int64 ``[S, T]``.
         attention_mask: int64 ``[S, T]``.
-        pixel_values: float32 ``[I, 3, H, W]``.
+        pixel_values: uint8 ``[I, 3, H, W]``, or float, normalised.
         image_of: int64 ``[S, K]``, the images of each prompt, in order, -1 where it has fewer than others.
         image_features: bfloat16 ``[I, N, D]``, what the encoder gives for the images, in place of ``pixel_values``.
     """
@@ -278,7 +278,7 @@ def collate(
         sequences: the S sequences; may be empty, for a batch whose samples were all bad.
         image_of: indices of each sequence's images in ``pixel_values``, in the order of their placeholders; a number
             stands for one image.
-        pixel_values: float ``[I, 3, H, W]`` or None.
+        pixel_values: uint8 ``[I, 3, H, W]``, or float, normalised; or None.
         pad_id: id that fills the rows.
         visibility: how prefix tokens see each other.
         references: one for each sample.

@@ -147,7 +147,9 @@ class MMPrefixImageProcessor(BaseImageProcessor):
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
         """One RGB image or a list of them -> ``pixel_values``, float32 ``[I, 3, H, W]``, of all views."""
         images = [images] if isinstance(images, Image.Image) else images
-        return BatchFeature({"pixel_values": torch.cat([self.transform.views(image) for image in images])})
+        return BatchFeature(
+            {"pixel_values": torch.cat([self.transform.normalise(self.transform.views(image)) for image in images])}
+        )
 
 
 class MMPrefixProcessor(ProcessorMixin):
@@ -290,7 +292,7 @@ class MMPrefixProcessor(ProcessorMixin):
         suffixes = [suffix] if isinstance(suffix, str) else suffix
         views, all_views = [], []
         for of_text in of_texts:
-            tensors = [self.transform.views(image) for image in of_text]
+            tensors = [self.transform.normalise(self.transform.views(image)) for image in of_text]
             views.append([len(tensor) for tensor in tensors])
             all_views += tensors
         pixels = {"pixel_values": torch.cat(all_views)} if all_views else {}

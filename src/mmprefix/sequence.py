@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,14 +133,6 @@ class TokenSequence:
         """
         if not prefix:
             raise InputError("expected a prefix of at least one token, got no image, no instruction, no BOS")
-        prefix_length = len(prefix)
-        ids = list(prefix)
-        regions = [Region.IMAGE if i == image else Region.INSTRUCTION for i in ids]
-        branches = [PREFIX_BRANCH] * prefix_length
-        positions = list(range(prefix_length))
-        label_positions: list[int] = []
-        labels: list[int] = []
-        target_lengths: list[int] = []
         for branch, target in enumerate(targets):
             if len(target) == 0:
                 raise InputError(f"target {branch}: expected at least one token, got an empty target")
@@ -148,18 +141,27 @@ class TokenSequence:
                     f"target {branch}: expected text without the image placeholder (token {image}), "
                     f"got it at token {list(target).index(image)}"
                 )
-            scored = [*target, *end]
-            start, length = len(ids), len(scored)
-            ids += scored
-            regions += [Region.TARGET] * length
-            branches += [branch] * length
-            positions += range(prefix_length, prefix_length + length)
-            label_positions += [prefix_length - 1, *range(start, start + length - 1)]
-            labels += scored
-            target_lengths += [length] * length
-        return cls(*(torch.tensor(column, dtype=torch.long) for column in (
-            ids, regions, branches, [0] * len(ids), positions, label_positions, labels, target_lengths,
-        )))  # fmt: skip
+        # Arrays: in lists a prefix of 1,024 image tokens takes as long as decoding a small picture.
+        first = len(prefix)
+        ids = np.array([*prefix, *(i for target in targets for i in (*target, *end))], dtype=np.int64)
+        lengths = np.array([len(target) + len(end) for target in targets], dtype=np.int64)
+        starts = first + np.cumsum(lengths) - lengths
+        in_prefix = np.where(ids[:first] == image, int(Region.IMAGE), int(Region.INSTRUCTION))
+        positions = np.arange(len(ids))
+        label_positions = positions[first:] - 1
+        label_positions[starts - first] = first - 1
+        positions[first:] -= np.repeat(starts - first, lengths)
+        columns = (
+            ids,
+            np.concatenate([in_prefix, np.full(len(ids) - first, int(Region.TARGET))]),
+            np.repeat(np.arange(PREFIX_BRANCH, len(targets)), [first, *lengths]),
+            np.zeros_like(ids),
+            positions,
+            label_positions,
+            ids[first:].copy(),
+            np.repeat(lengths, lengths),
+        )
+        return cls(*map(torch.from_numpy, columns))
 
     @classmethod
     def on_one_image(cls, sequences: Sequence[TokenSequence]) -> TokenSequence:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -264,12 +263,18 @@ class VisionEncoder(nn.Module):
         if isinstance(pretrained, str):
             _load_weights(self.model, spec, pretrained, interpolate_position_embeddings)
         self.num_tokens = spec.num_tokens
+        self.mean, self.std = spec.mean, spec.std
         for name in spec.unused:
             self.model.get_parameter(name).requires_grad_(False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """float ``[I, 3, H, W]``, normalised -> image tokens, float ``[I, N, D]``."""
-        # Pixels come as float32, weights perhaps in half precision.
+        """uint8 ``[I, 3, H, W]``, or float, normalised -> image tokens, float ``[I, N, D]``.
+
+        Batches of the data hold uint8, a quarter of what would have to be made, moved between processes and sent.
+        """
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalise(pixel_values, self.mean, self.std)
+        # Pixels are float32, weights perhaps in half precision.
         pixel_values = pixel_values.to(next(self.model.parameters()).dtype)
         tokens, _ = _to_tokens(self.model, self.model.forward_features(pixel_values))
         return tokens
@@ -373,6 +378,20 @@ def resample(levels: Tensor, size: tuple[int, int], interpolation: str) -> Tenso
     return as_levels(as_picture(levels).resize((size[1], levels.shape[1]), method).resize((size[1], size[0]), method))
 
 
+def normalise(levels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Levels -> float32 of the same shape, standardised for each channel.
+
+    Args:
+        levels: uint8 ``[..., 3, H, W]``.
+        mean, std: per channel, for pixels in [0, 1].
+    """
+    # Numbers, not tensors: those would have to be sent to the device, which waits for it.
+    pixels = torch.empty(levels.shape, dtype=torch.float32, device=levels.device).copy_(levels)
+    for channel, centre, spread in zip(pixels.unbind(-3), mean, std, strict=True):
+        channel.sub_(255 * centre).div_(255 * spread)
+    return pixels
+
+
 @dataclass(frozen=True)
 class ImageTransform:
     """Pixels as the encoder expects them.
@@ -440,25 +459,16 @@ class ImageTransform:
         whole = self._padded(levels, (rows * height, columns * width))
         return [tile for row in whole.split(height, 1) for tile in row.split(width, 2)]
 
-    @cached_property
-    def _levels(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of levels 0..255, float32 ``[3, 1, 1]``."""
-        mean, std = (torch.from_numpy(np.array(v, dtype=np.float32) * 255).view(3, 1, 1) for v in (self.mean, self.std))
-        return mean, std
-
     def normalise(self, levels: Tensor) -> Tensor:
-        """uint8 ``[3, H, W]`` -> normalised float32 ``[3, H, W]``."""
-        mean, std = self._levels
-        # Converted and transposed in one pass, then in place: four times as fast as passes over new arrays.
-        pixels = torch.empty(levels.shape, dtype=torch.float32).copy_(levels)
-        return pixels.sub_(mean).div_(std)
+        """uint8 ``[..., 3, H, W]`` -> normalised float32 of the same shape."""
+        return normalise(levels, self.mean, self.std)
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         """Image of any size, as in `resize` -> normalised float32 ``[3, H, W]``."""
         return self.normalise(self.resize(image))
 
     def views(self, image: Image.Image | Tensor) -> Tensor:
-        """Image of any size, as in `resize` -> what the encoder gets of it, normalised float32 ``[V, 3, H, W]``."""
+        """Image of any size, as in `resize` -> what the encoder gets of it, uint8 ``[V, 3, H, W]``."""
         levels = as_levels(image)
         tiles = self._tiles(levels) if self.resize_mode == "tiles" else []
-        return torch.stack([self(levels), *map(self.normalise, tiles)])
+        return torch.stack([self.resize(levels), *tiles])

@@ -379,7 +379,7 @@ class FeatureWriter:
 
 @dataclass(frozen=True, eq=False)
 class EncoderInput:
-    """One record's image: float32 ``[3, H, W]`` pixels, or none where they are not needed or cannot be had."""
+    """One record's image: uint8 ``[3, H, W]``, or none where they are not needed or cannot be had."""
 
     digest: str
     shard: str
@@ -425,6 +425,6 @@ class EncoderInputs(Dataset[EncoderInput | BadSample]):
         if digest in self.stored:
             return EncoderInput(digest, shard, key)
         try:
-            return EncoderInput(digest, shard, key, self.transform(decode_levels(content)))
+            return EncoderInput(digest, shard, key, self.transform.resize(decode_levels(content)))
         except UndecodableImageError as error:
             return EncoderInput(digest, shard, key, undecodable=str(error))

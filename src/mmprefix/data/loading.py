@@ -88,7 +88,7 @@ class EncodedImage:
     Attributes:
         digest: SHA-256 of the encoded image, in hex; augmented images have one for each record. Records of a batch
             that share it share the image.
-        pixels: float32 ``[V, 3, H, W]``, the views that the encoder gets of it; None where ``features`` stand for them.
+        pixels: uint8 ``[V, 3, H, W]``, the views that the encoder gets of it; None where ``features`` stand for them.
         features: bfloat16 ``[1, N, D]``, the encoder's output from a cache.
     """
 
@@ -206,7 +206,7 @@ class RecordDataset(Dataset[EncodedRecord | BadSample]):
         # The first image of a record draws as a record's only one does.
         seed = _mix(self.seed, epoch, index, *([number] if number else []))
         moved = as_levels(self.augment(picture, torch.Generator().manual_seed(seed)))
-        return EncodedImage(f"{digest}-{index}-{number}", transform.normalise(moved).unsqueeze(0))
+        return EncodedImage(f"{digest}-{index}-{number}", moved.unsqueeze(0))
 
     @staticmethod
     def _features(cache: FeatureCache, digest: str) -> Tensor:

@@ -6,10 +6,11 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from mmprefix.vision import ImageTransform
+from mmprefix.vision import ImageTransform, as_picture
 
 _IMAGE_SIDE = 144
 _CELL_WIDTH = 208
@@ -39,10 +40,12 @@ class Cell:
 
 
 def to_image(pixels: Tensor, transform: ImageTransform) -> Image.Image:
-    """Normalised float ``[3, H, W]`` -> the RGB image that the encoder saw."""
+    """uint8 ``[3, H, W]``, or float, normalised -> the RGB image that the encoder saw."""
+    if pixels.dtype == torch.uint8:
+        return as_picture(pixels.cpu())
     mean, std = (pixels.new_tensor(v).view(-1, 1, 1) for v in (transform.mean, transform.std))
     levels = ((pixels * std + mean).clamp(0, 1) * 255).round().byte()
-    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+    return as_picture(levels.cpu())
 
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:

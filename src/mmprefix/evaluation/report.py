@@ -125,7 +125,7 @@ class _Gallery:
             elif pixels is None:
                 shown = [picture(first.order[0])]
             else:
-                shown = [to_image(pixels[image].float(), transform) for image in images[:_SHOWN_IMAGES]]
+                shown = [to_image(pixels[image], transform) for image in images[:_SHOWN_IMAGES]]
             group.append(Cell(f"image {first.image_id}" if images else first.id, side_by_side(shown), answers))
 
     def cells(self) -> list[Cell]:
