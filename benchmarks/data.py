@@ -40,7 +40,7 @@ from side_by_side import Row, compare, print_header, print_row, take_turns, writ
 from sklearn.datasets import load_sample_images
 
 from mmprefix.data.index import write_split
-from mmprefix.data.loading import Collator, EpochBatchSampler, LazyDataLoader, RecordDataset, TextLimits
+from mmprefix.data.loading import BatchLoader, Collator, EpochBatchSampler, Parcelled, RecordDataset, TextLimits
 from mmprefix.data.mixture import EpochOrder
 from mmprefix.data.shards import ShardCollection
 from mmprefix.processing import (
@@ -178,8 +178,8 @@ def loader(size: Size, work: Path, repeats: int) -> Iterator[Measured]:
     def ours() -> dict[str, float]:
         start = time.perf_counter()
         sampler = EpochBatchSampler(EpochOrder.of(len(shards)), 16)
-        collate = Collator(processor.pad_id, "full", packed=True).train
-        batches = LazyDataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=PROCESSES)
+        collate = Parcelled(Collator(processor.pad_id, "full", packed=True).train)
+        batches = BatchLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=PROCESSES)
         count = sum(batch.pixel_values.shape[0] for batch in batches)
         assert count == len(paths)
         return {"images_per_s": count / (time.perf_counter() - start)}

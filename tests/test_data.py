@@ -13,11 +13,12 @@ from mmprefix.data import digits
 from mmprefix.data.datamodule import ShardDataModule
 from mmprefix.data.images import RandomAffine, UndecodableImageError, decode_image, decode_levels
 from mmprefix.data.loading import (
+    BatchLoader,
     Collator,
     EncodedRecord,
     EpochBatchSampler,
     EvaluationBatchSampler,
-    LazyDataLoader,
+    Parcelled,
     RecordDataset,
     TextLimits,
     TokenBudgetSampler,
@@ -378,8 +379,11 @@ def test_loaders_give_every_sample_once_in_an_order_of_seed_and_epoch_only(
     for rank in range(num_ranks):
         sampler = EpochBatchSampler(EpochOrder.of(len(shards), 1), 2, rank, num_ranks)
         sampler.set_epoch(2)
-        loader = LazyDataLoader(
-            dataset, batch_sampler=sampler, collate_fn=Collator(processor.pad_id, "full").train, num_workers=num_workers
+        loader = BatchLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=Parcelled(Collator(processor.pad_id, "full").train),
+            num_workers=num_workers,
         )
         steps.append([[reference.id for reference in batch.references] for batch in loader])
     assert len({len(of_rank) for of_rank in steps}) == 1

@@ -1,8 +1,20 @@
+import pickle
+
 import pytest
 import torch
 
+from mmprefix.data.parcel import Parcel
 from mmprefix.masks import PADDING_SEGMENT, dense_mask
-from mmprefix.packing import PrefixPlan, collate, collate_prompts, first_fit, group_by_length, map_tensors
+from mmprefix.packing import (
+    EvaluationBatch,
+    PrefixPlan,
+    Reference,
+    collate,
+    collate_prompts,
+    first_fit,
+    group_by_length,
+    map_tensors,
+)
 from mmprefix.sequence import IGNORE_INDEX, PREFIX_BRANCH, PromptLayout, Region, TokenSequence
 
 LAYOUT = PromptLayout(image=99, bos=1, separator=(7,), eos=2)
@@ -180,6 +192,36 @@ def test_empty_batch(sequences):
     assert batch.num_samples == 0
     assert batch.labels.numel() == 0
     assert batch.padding_share == 1.0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_parcel_holds_the_batch_in_one_tensor(sequences, packed):
+    """Odd shapes and dtypes, an empty one, a transposed one, and a batch within a batch."""
+    pixels = torch.arange(2 * 3 * 5 * 7, dtype=torch.uint8).view(2, 3, 7, 5).transpose(2, 3)
+    targets = collate(sequences, [0, 1], None, pad_id=0, packed=packed)
+    targets.image_features = torch.randn(1, 3, 3).bfloat16()
+    targets.label_datasets = torch.zeros(0, dtype=torch.int64)
+    prompts = collate_prompts(sequences, [(0,), (1,)], pixels, pad_id=0)
+    batch = EvaluationBatch(prompts, targets, tuple(Reference(str(n), "", "", "", (), (0, n)) for n in range(2)))
+    parcel = pickle.loads(pickle.dumps(Parcel.of(batch)))
+    opened = parcel.opened()
+
+    def columns(batch):
+        plan = [vars(call) for call in batch.targets.plan.calls] + [vars(batch.targets.plan)]
+        return [pair for part in (vars(batch.prompts), vars(batch.targets), *plan) for pair in part.items()]
+
+    count = 0
+    for (name, expected), (same, found) in zip(columns(batch), columns(opened), strict=True):
+        assert name == same
+        if isinstance(expected, torch.Tensor):
+            assert found.dtype == expected.dtype
+            assert torch.equal(found, expected), name
+            assert found.untyped_storage().data_ptr() == parcel.content.untyped_storage().data_ptr()
+            count += 1
+        elif name not in ("plan", "calls"):
+            assert found == expected
+    assert count == (26 if packed else 20)
+    assert opened.references == batch.references
 
 
 def test_map_tensors_reaches_every_tensor(sequences):

@@ -214,10 +214,6 @@ class PackedBatch:
         """Share of the batch's tokens that are padding, in [0, 1]."""
         return 1.0 - self.num_tokens / max(1, self.input_ids.numel())
 
-    def pin_memory(self) -> PackedBatch:
-        """The batch in page-locked memory; called by the DataLoader."""
-        return map_tensors(self, Tensor.pin_memory)
-
 
 @dataclass(eq=False)
 class PromptBatch:
@@ -249,10 +245,6 @@ class EvaluationBatch:
     targets: PackedBatch | None
     references: tuple[Reference, ...]
     bad: tuple[BadSample, ...] = ()
-
-    def pin_memory(self) -> EvaluationBatch:
-        """The batch in page-locked memory; called by the DataLoader."""
-        return map_tensors(self, Tensor.pin_memory)
 
 
 _ROUND_MAX = 64
@@ -564,15 +556,21 @@ def collate_prompts(
     return PromptBatch(input_ids, attention_mask, pixel_values, _image_table(_as_tuples(image_of)))
 
 
-def map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
-    """Applies ``function`` to every tensor of a (nested) batch dataclass and returns the new batch."""
+def map_tensors(batch: Batch, function: Callable[[Any], Any], kind: type = Tensor) -> Batch:
+    """Applies ``function`` to every tensor of a (nested) batch dataclass and returns the new batch.
+
+    Args:
+        batch: with tensors.
+        function: of one.
+        kind: what it is applied to, where something else stands in place of tensors.
+    """
     changes: dict[str, Any] = {}
     for f in fields(batch):
         value = getattr(batch, f.name)
-        if isinstance(value, Tensor):
+        if isinstance(value, kind):
             changes[f.name] = function(value)
         elif isinstance(value, PrefixPlan | PromptBatch | PackedBatch):
-            changes[f.name] = map_tensors(value, function)
+            changes[f.name] = map_tensors(value, function, kind)
         elif f.name == "calls":
-            changes[f.name] = tuple(map_tensors(call, function) for call in value)
+            changes[f.name] = tuple(map_tensors(call, function, kind) for call in value)
     return replace(batch, **changes)

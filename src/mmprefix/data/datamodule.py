@@ -17,10 +17,11 @@ from mmprefix.data import digits
 from mmprefix.data.features import FeatureCache, FeatureKey
 from mmprefix.data.images import RandomAffine, decode_levels
 from mmprefix.data.loading import (
+    BatchLoader,
     Collator,
     EpochBatchSampler,
     EvaluationBatchSampler,
-    LazyDataLoader,
+    Parcelled,
     RecordDataset,
     SampleProcessor,
     TextLimits,
@@ -318,10 +319,10 @@ class ShardDataModule(pl.LightningDataModule):
         )
 
     def _loader(self, split: str, sampler: Any, collate: Callable[..., Any]) -> DataLoader[Any]:
-        return LazyDataLoader(
+        return BatchLoader(
             self._dataset(split),
             batch_sampler=sampler,
-            collate_fn=collate,
+            collate_fn=Parcelled(collate),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             # A loader makes a base seed from torch's global generator; with one of its own, it leaves that alone.

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mmprefix.data.features import FeatureCache, image_digest
 from mmprefix.data.images import RandomAffine, UndecodableImageError, decode_levels
 from mmprefix.data.mixture import EpochOrder, SetArgs, instructed
+from mmprefix.data.parcel import Parcel
 from mmprefix.data.samples import Sample
 from mmprefix.data.shards import ShardCollection
 from mmprefix.errors import InputError
@@ -368,15 +369,26 @@ class EvaluationBatchSampler(Sampler[list[EpochIndex]]):
             yield [(0, index) for index in mine[start : start + self.batch_size]]
 
 
-class LazyDataLoader(DataLoader[Any]):
-    """A DataLoader that asks its sampler for nothing before the first batch is wanted.
+@dataclass(frozen=True)
+class Parcelled:
+    """A collator whose batches travel in one piece."""
 
-    With workers, the stock loader prefetches as soon as it is iterated. Lightning iterates a loader before it has
-    restored the epoch of a resumed run and told the sampler: the first batches would be those of epoch 0.
+    collate: Callable[[Any], Any]
+
+    def __call__(self, items: Any) -> Parcel[Any]:
+        return Parcel.of(self.collate(items))
+
+
+class BatchLoader(DataLoader[Any]):
+    """A DataLoader that opens what comes from its workers (`Parcelled`), and asks its sampler for nothing too early.
+
+    With workers, the stock loader prefetches as soon as it is iterated. Lightning iterates a loader before it has restored
+    the epoch of a resumed run and told the sampler: the first batches would be those of epoch 0.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        yield from super().__iter__()
+        for item in super().__iter__():
+            yield item.opened() if isinstance(item, Parcel) else item
 
 
 @dataclass(frozen=True)
