@@ -172,7 +172,7 @@ def loader(size: Size, work: Path, repeats: int) -> Iterator[Measured]:
     assert len(shards) == len(paths) == size.photos
     for n in range(0, len(paths), max(1, len(paths) // 10)):
         pixels = dataset[0, n].images[0].pixels  # type: ignore[union-attr]
-        bare = torch.from_numpy(decode_and_resize(paths[n])).permute(2, 0, 1)
+        bare = torch.tensor(decode_and_resize(paths[n])).permute(2, 0, 1)
         assert (pixels[0].int() - bare.int()).abs().max() <= 1, "more than a level apart"
 
     def ours() -> dict[str, float]:
