@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from mmprefix.data.shards import write_shard
 from mmprefix.decoder import DecoderArgs
 from mmprefix.modeling import MMPrefixForConditionalGeneration
 from mmprefix.packing import PackedBatch, collate
+from mmprefix.prepare import run as prepare
 from mmprefix.processing import (
     IMAGE_TOKEN,
     MMPrefixImageProcessor,
@@ -139,3 +141,19 @@ def colour_shards(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, photos: list[Image.Image]) -> Iterator[tuple[str, str]]:
+    """A folder of two shards, and the same in a bucket; `(local folder, remote folder)`."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for n in range(5):
+        (pictures / f"{n}.png").write_bytes(png(photos[2].rotate(n)))
+        (pictures / f"{n}.txt").write_text(f"number {n}")
+    assert prepare(["folder", "--images", str(pictures), "--out", str(tmp_path / "set"), "--shard-size", "3"]) == 0
+    filesystem = fsspec.filesystem("memory")
+    for path in (tmp_path / "set").iterdir():
+        filesystem.pipe_file(f"/bucket/set/{path.name}", path.read_bytes())
+    yield str(tmp_path / "set"), "memory://bucket/set"
+    filesystem.rm("/bucket", recursive=True)

@@ -11,8 +11,7 @@ from mmprefix.data import storage
 from mmprefix.data.loading import EncodedRecord, RecordDataset, TextLimits
 from mmprefix.data.shards import ShardCollection
 from mmprefix.errors import InputError
-from mmprefix.prepare import run as prepare
-from tests.conftest import make_model, png
+from tests.conftest import make_model
 
 
 class FlakyFileSystem(MemoryFileSystem):
@@ -30,22 +29,6 @@ class FlakyFileSystem(MemoryFileSystem):
             FlakyFileSystem.left -= 1
             raise ConnectionResetError("reset by\npeer")
         return super().cat_file(*args, **kwargs)
-
-
-@pytest.fixture
-def bucket(tmp_path, photos):
-    """A folder of two shards, and the same in a bucket; `(local folder, remote folder)`."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for n in range(5):
-        (pictures / f"{n}.png").write_bytes(png(photos[2].rotate(n)))
-        (pictures / f"{n}.txt").write_text(f"number {n}")
-    assert prepare(["folder", "--images", str(pictures), "--out", str(tmp_path / "set"), "--shard-size", "3"]) == 0
-    filesystem = fsspec.filesystem("memory")
-    for path in (tmp_path / "set").iterdir():
-        filesystem.pipe_file(f"/bucket/set/{path.name}", path.read_bytes())
-    yield str(tmp_path / "set"), "memory://bucket/set"
-    filesystem.rm("/bucket", recursive=True)
 
 
 @pytest.mark.parametrize("form", ["{}", "{}/train-*.tar", "{}/train-{{000000..000001}}.tar", "{}/"])

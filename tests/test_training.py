@@ -643,3 +643,22 @@ def test_a_whole_model_is_the_start(tmp_path):
         MMPrefixModule(
             decoder=DecoderArgs(config={"model_type": "llama", "num_hidden_layers": 1}), tokenizer=TokenizerArgs("byte")
         )
+
+
+def test_a_run_on_copies_of_shards_is_the_run_on_the_shards(fit, tmp_path):
+    shards, cache = tmp_path / "shards", tmp_path / "cache"
+    sources = {
+        "data__train": f"pipe:cat {shards}/train-{{000,001}}.tar", "data__val": f"{shards}/val-*.tar", "data__test": shards,
+    }  # fmt: skip
+    status, text, plain = fit("plain", trainer__max_epochs=1)
+    assert status == 0, text
+    status, text, _ = fit("early", data__shard_cache=cache, data__train="pipe:exit 1")
+    assert status == 2
+    assert "pipe:exit 1: expected a shard, the command ended with status 1: no message" in text
+    assert "Traceback" not in text
+    status, text, _ = fit("only", command="validate", data__shard_cache=cache, **sources)
+    assert [path.name for path in cache.rglob("*.tar")] == ["val-000.tar"], text
+    status, text, copied = fit("copied", trainer__max_epochs=1, data__shard_cache=cache, **sources)
+    assert status == 0, text
+    assert_same(weights(plain), weights(copied))
+    assert len(list(cache.rglob("*.tar"))) == 5, "two outputs of commands, and three files"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,10 +28,14 @@ from mmprefix.data.loading import (
     TokenBudgetSampler,
 )
 from mmprefix.data.mixture import EpochOrder, MixtureArgs, SetArgs, parse_sets, quotas
-from mmprefix.data.shards import ShardCollection
+from mmprefix.data.shard_cache import ShardCache
+from mmprefix.data.shards import ShardCollection, expand_shards
 from mmprefix.errors import InputError
 from mmprefix.packing import EvaluationBatch, PackedBatch, PromptBatch, map_tensors
 from mmprefix.vision import as_picture
+
+_NEEDED = {"fit": ("train", "val", "test"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+"""Splits that a stage reads, if they are there; `fit` scores the test split at its end."""
 
 Shards = str | list[str] | dict[str, Any] | None
 
@@ -104,6 +108,7 @@ class ShardDataModule(pl.LightningDataModule):
         mixture: MixtureArgs = MixtureArgs(),  # noqa: B008  (never mutated; jsonargparse shows it as default)
         resampled: bool = False,
         on_bad_sample: Literal["skip", "error"] = "skip",
+        shard_cache: str | None = None,
         feature_cache: str | None = None,
         feature_key: Any = None,
         seed: int = 0,
@@ -136,6 +141,8 @@ class ShardDataModule(pl.LightningDataModule):
             resampled: training draws with replacement: an epoch is as many records as there are, some of them several
                 times and some not at all. By default each comes once.
             on_bad_sample: what happens to an image that cannot be decoded: `skip` counts and reports it.
+            shard_cache: folder on a disk of this machine: each node copies the shards there before the first epoch, and
+                reads the copies. For object storage, slow network folders and ``pipe:COMMAND``.
             feature_cache: folder written by `cache-features`: a frozen encoder's features are read from it, and no
                 image is decoded.
             feature_key: a function without arguments that gives the key those features must have; the command line
@@ -181,6 +188,7 @@ class ShardDataModule(pl.LightningDataModule):
             raise InputError(
                 "data.resampled: expected data.max_tokens: null, got a budget, whose batches hold each record once"
             )
+        self.shard_cache = None if shard_cache is None else ShardCache(shard_cache)
         self.undecodable_is_fatal = on_bad_sample == "error"
         self.seed = seed
         self.packed = False
@@ -212,9 +220,17 @@ class ShardDataModule(pl.LightningDataModule):
         return digits.BASELINE_NAME, digits.baseline(split)
 
     def prepare_data(self) -> None:
-        """Writes the shards of a built-in set, on one process of each node."""
+        """Writes the shards of a built-in set and copies shards to this machine, on one process of each node.
+
+        Raises:
+            InputError: what can't be copied.
+        """
         if self.builtin is not None:
             digits.write_digits(self.dataset_folder)
+        if self.trainer is not None and self.trainer.state.fn is not None:
+            for split in _NEEDED[self.trainer.state.fn.value]:
+                if self.has(split):
+                    self._fetch(split)
 
     def setup(self, stage: str) -> None:
         """Indexes the shards that the stage needs.
@@ -222,7 +238,7 @@ class ShardDataModule(pl.LightningDataModule):
         Raises:
             InputError: missing, broken or incomplete shards, or a feature cache that is not theirs or the encoder's.
         """
-        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}[stage]
+        needed = tuple(split for split in _NEEDED[stage] if stage != "fit" or split != "test")
         if self.feature_cache is not None:
             if stage == "fit" and self.has("test"):  # scored at the end: what is missing must not show only then
                 needed = (*needed, "test")
@@ -276,12 +292,27 @@ class ShardDataModule(pl.LightningDataModule):
                 f"data.{split}: expected shards, for example --data.{split} 'mine/{split}-*.tar', got none"
             )
         collections = []
-        for one in self._sets[split]:
-            where = f"data.{split}.{one.name}" if one.name else f"data.{split}"
-            collections.append(ShardCollection(one.shards, where, needs_target=split != "predict"))
+        if self.trainer is None:  # else `prepare_data` has, on one process of this machine
+            self._fetch(split)
+        for where, one in self._named_sets(split):
+            shards: str | Sequence[str] = one.shards
+            if self.shard_cache is not None:
+                shards = self.shard_cache.paths(expand_shards(shards, where, pipes=True), where)
+            collections.append(ShardCollection(shards, where, needs_target=split != "predict"))
             of_set = f" {one.name}" if one.name else ""
             rank_zero_info(f"{split}{of_set}: {collections[-1].describe()}")
         return ShardCollection.joined(collections)
+
+    def _named_sets(self, split: str) -> Iterator[tuple[str, SetArgs]]:
+        """The split's sets, each with the setting that it came from."""
+        for one in self._sets[split]:
+            yield f"data.{split}.{one.name}" if one.name else f"data.{split}", one
+
+    def _fetch(self, split: str) -> None:
+        """Copies the split's shards to this machine, if asked to."""
+        if self.shard_cache is not None:
+            for where, one in self._named_sets(split):
+                self.shard_cache.fetch(expand_shards(one.shards, where, pipes=True), where)
 
     def set_names(self, split: str) -> tuple[str, ...]:
         """Names of a split's sets; none where it is a single one without a name."""

@@ -27,6 +27,7 @@ from webdataset.tariterators import base_plus_ext
 from mmprefix.data import storage
 from mmprefix.data.index import INDEX_NAME, read_index
 from mmprefix.data.samples import MAX_IMAGE_BYTES, MAX_JSON_BYTES, Sample, parse_record
+from mmprefix.data.shard_cache import PIPE
 from mmprefix.errors import InputError
 from mmprefix.files import replacing
 
@@ -44,13 +45,14 @@ class Member:
     size: int
 
 
-def expand_shards(pattern: str | Sequence[str], what: str) -> list[str]:
+def expand_shards(pattern: str | Sequence[str], what: str, *, pipes: bool = False) -> list[str]:
     """Paths of the shards that a pattern names, sorted.
 
     Args:
         pattern: a path, glob (``train-*.tar``), brace range (``train-{000..009}.tar``) or folder, or a list of them; on
             this machine or, with a protocol, wherever fsspec reads.
         what: setting the pattern came from, for messages.
+        pipes: whether ``pipe:COMMAND`` may stand among them.
 
     Raises:
         InputError: a folder or file that is missing, or a pattern without a match.
@@ -59,10 +61,14 @@ def expand_shards(pattern: str | Sequence[str], what: str) -> list[str]:
     paths: list[str] = []
     for entry in patterns:
         for expanded in braceexpand.braceexpand(entry):
-            if expanded.startswith("pipe:"):
-                raise InputError(
-                    f"{what}: expected shards that can be read by position, got {expanded}: a pipe can't be"
-                )
+            if expanded.startswith(PIPE):
+                if not pipes:
+                    raise InputError(
+                        f"{what}: expected shards that can be read by position, got {expanded}: a pipe can't be; "
+                        "name a folder on this machine for its output with --data.shard_cache"
+                    )
+                paths.append(expanded)
+                continue
             candidate = storage.join(expanded, "*.tar") if storage.is_folder(expanded) else expanded
             matches = storage.find(candidate)
             if not matches:

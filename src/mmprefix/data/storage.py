@@ -56,7 +56,7 @@ def is_folder(path: str) -> bool:
     if not is_remote(path):
         return os.path.isdir(path)
     filesystem, inside = _filesystem(path)
-    return bool(_attempt(path, lambda: filesystem.isdir(inside)))
+    return bool(attempt(path, lambda: filesystem.isdir(inside)))
 
 
 def find(pattern: str) -> list[str]:
@@ -65,8 +65,8 @@ def find(pattern: str) -> list[str]:
         return sorted(glob.glob(pattern))
     filesystem, inside = _filesystem(pattern)
     if not glob.has_magic(inside):
-        return [pattern] if _attempt(pattern, lambda: filesystem.isfile(inside)) else []
-    return sorted(map(str, map(filesystem.unstrip_protocol, _attempt(pattern, lambda: filesystem.glob(inside)))))
+        return [pattern] if attempt(pattern, lambda: filesystem.isfile(inside)) else []
+    return sorted(map(str, map(filesystem.unstrip_protocol, attempt(pattern, lambda: filesystem.glob(inside)))))
 
 
 def size_of(path: str) -> int:
@@ -74,7 +74,7 @@ def size_of(path: str) -> int:
     if not is_remote(path):
         return os.path.getsize(path)
     filesystem, inside = _filesystem(path)
-    return int(_attempt(path, lambda: filesystem.size(inside)))
+    return int(attempt(path, lambda: filesystem.size(inside)))
 
 
 def read_whole(path: str) -> bytes:
@@ -87,7 +87,7 @@ def read_whole(path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     filesystem, inside = _filesystem(path)
-    return bytes(_attempt(path, lambda: filesystem.cat_file(inside)))
+    return bytes(attempt(path, lambda: filesystem.cat_file(inside)))
 
 
 def open_file(path: str) -> BinaryIO:
@@ -95,11 +95,11 @@ def open_file(path: str) -> BinaryIO:
     if not is_remote(path):
         return open(path, "rb")
     filesystem, inside = _filesystem(path)
-    opened: BinaryIO = _attempt(path, lambda: filesystem.open(inside, "rb"))
+    opened: BinaryIO = attempt(path, lambda: filesystem.open(inside, "rb"))
     return opened
 
 
-def _attempt(path: str, read: Callable[[], Result], forget: Callable[[], None] = lambda: None) -> Result:
+def attempt(path: str, read: Callable[[], Result], forget: Callable[[], None] = lambda: None) -> Result:
     """Tries again after errors that may pass, with a warning for each; the last one is raised as an `OSError`.
 
     Args:
@@ -145,8 +145,8 @@ class Reader:
         """
         path = self.paths[number]
         if is_remote(path):
-            return _attempt(path, lambda: self._fetch(number, size, offset), lambda: self._close(number))
-        return _attempt(path, lambda: os.pread(self._descriptor(number), size, offset), lambda: self._close(number))
+            return attempt(path, lambda: self._fetch(number, size, offset), lambda: self._close(number))
+        return attempt(path, lambda: os.pread(self._descriptor(number), size, offset), lambda: self._close(number))
 
     def _fetch(self, number: int, size: int, offset: int) -> bytes:
         process, found = self._open.get(number, (-1, None))
