@@ -656,9 +656,11 @@ def test_a_run_on_copies_of_shards_is_the_run_on_the_shards(fit, tmp_path):
     assert status == 2
     assert "pipe:exit 1: expected a shard, the command ended with status 1: no message" in text
     assert "Traceback" not in text
-    status, text, _ = fit("only", command="validate", data__shard_cache=cache, **sources)
-    assert [path.name for path in cache.rglob("*.tar")] == ["val-000.tar"], text
     status, text, copied = fit("copied", trainer__max_epochs=1, data__shard_cache=cache, **sources)
     assert status == 0, text
     assert_same(weights(plain), weights(copied))
     assert len(list(cache.rglob("*.tar"))) == 5, "two outputs of commands, and three files"
+    settings = {**sources, "ckpt_path": checkpoints.newest_checkpoint(copied), "data__shard_cache": tmp_path / "others"}
+    status, text, _ = fit("only", command="validate", **settings)
+    assert status == 0, text
+    assert [path.name for path in (tmp_path / "others").rglob("*.tar")] == ["val-000.tar"], "training data stays away"
