@@ -3,8 +3,11 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import fsspec
 import pytest
@@ -124,3 +127,27 @@ def test_what_killed_processes_left_is_removed(sources, tmp_path):
 def test_paths_that_were_never_copied_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"data.val: expected a copy of s3://b/x.tar at .*x.tar, found none"):
         ShardCache(tmp_path).paths(["s3://b/x.tar"], "data.val")
+
+
+def test_an_interrupt_ends_commands_at_once(tmp_path):
+    """And leaves no process and no part of a copy behind."""
+    cache = ShardCache(tmp_path / "cache")
+    mark = tmp_path / "began"
+    command = f"pipe:echo $$ > {mark}; cat /dev/zero | head -c 9000000; sleep 300 & wait"
+
+    def interrupt():
+        while not (mark.is_file() and mark.read_text()):
+            time.sleep(0.01)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread, start = threading.Thread(target=interrupt), time.monotonic()
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        cache.fetch([command, f"{command} # another"], "data.train")
+    thread.join()
+    assert time.monotonic() - start < 30
+    assert not list(cache.folder.rglob("*.part"))
+    assert not list(cache.folder.rglob("*.tar"))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)

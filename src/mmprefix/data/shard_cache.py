@@ -15,10 +15,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -105,7 +105,7 @@ class ShardCache:
                 f"data.shard_cache: expected room for {wanted / 1e9:.1f} GB of {what} in {self.folder}, "
                 f"got {free / 1e9:.1f} GB"
             )
-        stopped = threading.Event()
+        copying = _Copying()
         # In a log file each refresh is a line of its own.
         refresh = 0.1 if sys.stderr.isatty() else 30.0
         with (
@@ -113,11 +113,10 @@ class ShardCache:
             ThreadPoolExecutor(_THREADS) as pool,
         ):  # fmt: skip
             try:
-                copying = [pool.submit(_copy, copy, bar.update, stopped) for copy in missing]
-                for future in copying:
+                for future in [pool.submit(copying.copy, copy, bar.update) for copy in missing]:
                     future.result()
             except BaseException:
-                stopped.set()  # else Ctrl-C would wait for shards of gigabytes
+                copying.stop()  # else Ctrl-C would wait for shards of gigabytes
                 pool.shutdown(cancel_futures=True)
                 raise
         return len(missing)
@@ -180,31 +179,79 @@ def _runs(process: int) -> bool:
     return True
 
 
-def _copy(copy: _Copy, advance: Callable[[int], Any], stopped: threading.Event) -> None:
-    storage.attempt(copy.source, lambda: _copy_once(copy, advance, stopped))
+class _Copying:
+    """Copies shards in several threads, until told to stop."""
+
+    def __init__(self) -> None:
+        self._stopped = False
+        self._commands: set[int] = set()  # process groups
+
+    def stop(self) -> None:
+        """Ends commands at once, and whatever else is copied at its next block."""
+        self._stopped = True
+        for group in tuple(self._commands):
+            _kill(group)
+
+    def copy(self, copy: _Copy, advance: Callable[[int], Any]) -> None:
+        """Copies a shard; reads that fail are tried again."""
+        storage.attempt(copy.source, lambda: self._once(copy, advance))
+
+    def _once(self, copy: _Copy, advance: Callable[[int], Any]) -> None:
+        digest, size = hashlib.sha256(), 0
+        try:
+            with replacing(copy.path) as temporary:
+                with self._opened(copy.source) as source, temporary.open("wb") as target:
+                    while block := source.read(_BLOCK):
+                        if self._stopped:
+                            raise InputError(f"{copy.source}: stopped")
+                        _write(target, block, copy.path)
+                        digest.update(block)
+                        size += len(block)
+                        advance(len(block))
+                if copy.size not in (None, size):
+                    raise InputError(f"{copy.source}: expected {copy.size} bytes, got {size}")
+                if copy.sha256 and digest.hexdigest() != copy.sha256:
+                    raise InputError(
+                        f"{copy.source}: expected SHA-256 {copy.sha256} as in {INDEX_NAME}, got {digest.hexdigest()}"
+                    )
+        except BaseException:
+            advance(-size)
+            raise
+
+    @contextmanager
+    def _opened(self, source: str) -> Iterator[BinaryIO]:
+        if not source.startswith(PIPE):
+            with storage.open_file(source) as file:
+                yield file
+            return
+        # The command is the user's own, from the config, as webdataset runs it. What it says may be more than a pipe holds.
+        with (
+            tempfile.TemporaryFile() as said,
+            subprocess.Popen(
+                source.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE, stderr=said, start_new_session=True
+            ) as process,
+        ):
+            assert process.stdout is not None
+            self._commands.add(process.pid)
+            if self._stopped:  # in the meantime
+                _kill(process.pid)
+            try:
+                yield process.stdout  # type: ignore[misc]
+            except BaseException:
+                _kill(process.pid)  # with what the shell has started
+                raise
+            finally:
+                self._commands.discard(process.pid)
+            if process.wait():
+                said.seek(0)
+                lines = said.read().decode(errors="replace").strip().splitlines() or ["no message"]
+                status = f"the command ended with status {process.returncode}"
+                raise InputError(f"{source}: expected a shard, {status}: {lines[-1][:200]}")
 
 
-def _copy_once(copy: _Copy, advance: Callable[[int], Any], stopped: threading.Event) -> None:
-    digest, size = hashlib.sha256(), 0
-    try:
-        with replacing(copy.path) as temporary:
-            with _opened(copy.source) as source, temporary.open("wb") as target:
-                while block := source.read(_BLOCK):
-                    if stopped.is_set():
-                        raise KeyboardInterrupt
-                    _write(target, block, copy.path)
-                    digest.update(block)
-                    size += len(block)
-                    advance(len(block))
-            if copy.size not in (None, size):
-                raise InputError(f"{copy.source}: expected {copy.size} bytes, got {size}")
-            if copy.sha256 and digest.hexdigest() != copy.sha256:
-                raise InputError(
-                    f"{copy.source}: expected SHA-256 {copy.sha256} as in {INDEX_NAME}, got {digest.hexdigest()}"
-                )
-    except BaseException:
-        advance(-size)
-        raise
+def _kill(group: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 def _write(file: BinaryIO, block: bytes, path: Path) -> None:
@@ -212,32 +259,3 @@ def _write(file: BinaryIO, block: bytes, path: Path) -> None:
         file.write(block)
     except OSError as error:  # a full disk: no matter of the source, and not to be tried again
         raise InputError(f"data.shard_cache: cannot write {path}: {error.strerror}") from error
-
-
-@contextmanager
-def _opened(source: str) -> Iterator[BinaryIO]:
-    if not source.startswith(PIPE):
-        with storage.open_file(source) as file:
-            yield file
-        return
-    command = source.removeprefix(PIPE)
-    # The command is the user's own, from the config, as webdataset runs it.
-    with subprocess.Popen(
-        command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        said: list[bytes] = []
-        listener = threading.Thread(target=lambda: said.append(process.stderr.read()), daemon=True)  # type: ignore[union-attr]
-        listener.start()
-        try:
-            yield process.stdout  # type: ignore[misc]
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)  # with what the shell has started
-            raise
-        listener.join()
-        if process.wait():
-            lines = b"".join(said).decode(errors="replace").strip().splitlines() or ["no message"]
-            raise InputError(
-                f"{source}: expected a shard, the command ended with status {process.returncode}: {lines[-1][:200]}"
-            )
