@@ -17,6 +17,7 @@ from mmprefix.data.datamodule import ShardDataModule
 from mmprefix.data.loading import EpochBatchSampler
 from mmprefix.data.shards import write_shard
 from mmprefix.errors import InputError
+from mmprefix.packing import first_fit
 from tests.conftest import colour_record
 from tests.test_cli import ENVIRONMENT
 
@@ -105,7 +106,7 @@ def test_a_run_that_was_resumed_is_resumed_again():
     assert sorted(i for step in everything for i in step) == list(range(NUM_RECORDS))
 
 
-def test_other_data_and_budgets_for_other_ranks_are_refused():
+def test_other_data_and_other_budgets_are_refused():
     checkpoint = checkpoint_of(data_of(2, 4), 3)
     with pytest.raises(
         InputError, match="data.train: expected the 103 records that the checkpoint's epoch was begun with, got 99"
@@ -114,9 +115,69 @@ def test_other_data_and_budgets_for_other_ranks_are_refused():
     with pytest.raises(InputError, match="data.max_tokens: expected max_tokens None as in the checkpoint, got 64"):
         data_of(2, 4, max_tokens=64).resume(checkpoint)
     budgeted = checkpoint_of(data_of(2, 4, max_tokens=64), 3)
-    with pytest.raises(InputError, match="data.max_tokens: expected num_ranks 2 as in the checkpoint, got 1"):
-        data_of(1, 4, max_tokens=64).resume(budgeted)
+    with pytest.raises(InputError, match="data.max_tokens: expected max_tokens 64 as in the checkpoint, got 65"):
+        data_of(1, 4, max_tokens=65).resume(budgeted)
     data_of(2, 4, max_tokens=64).resume(budgeted)
+
+
+LENGTHS = np.random.default_rng(0).integers(3, 40, NUM_RECORDS).tolist()
+
+
+class Budgeted:
+    """A run with a budget of tokens on so many ranks, as far as its data module and the trainer's counts go."""
+
+    def __init__(self, num_ranks, checkpoint=None):
+        self.data = data_of(num_ranks, 8, max_tokens=100)
+        self.data._make_budget = lambda max_tokens: (first_fit(LENGTHS, max_tokens, 8), LENGTHS)
+        if checkpoint is not None:
+            self.data.resume(checkpoint)
+        self.begun = 0 if checkpoint is None else self.progress(checkpoint)["processed"]
+
+    @staticmethod
+    def progress(checkpoint):
+        return checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+
+    def steps(self, epoch=1):
+        """Of all ranks, from where it began to the epoch's end."""
+        num_ranks, of_ranks = self.data.trainer.world_size, []
+        for rank in range(num_ranks):
+            count = SimpleNamespace(ready=self.begun if epoch == 1 else 0)
+            loop = SimpleNamespace(batch_progress=SimpleNamespace(current=count))
+            self.data.trainer = SimpleNamespace(
+                global_rank=rank, world_size=num_ranks, current_epoch=epoch, fit_loop=SimpleNamespace(epoch_loop=loop)
+            )
+            sampler = self.data._budget_sampler()
+            sampler.set_epoch(epoch)
+            of_ranks.append(list(sampler))
+            assert len(sampler) - count.ready == len(of_ranks[-1]), "as many as the trainer expects"
+        return [[i for batch in step for _, i in batch] for step in zip(*of_ranks, strict=True)]
+
+    def stopped_after(self, steps):
+        """What it had seen, and its checkpoint."""
+        seen = self.steps()[:steps]
+        return [i for step in seen for i in step], checkpoint_of(self.data, self.begun + len(seen))
+
+
+@pytest.mark.parametrize("ranks", [(1, 2), (2, 1), (4, 3), (3, 3), (2, 7), (4, 3, 3, 1), (1, 8, 2, 2, 5)])
+@pytest.mark.parametrize("done", [1, 2])
+def test_each_remaining_record_of_a_budgeted_epoch_comes_once(ranks, done):
+    everything, checkpoint = [], None
+    for num_ranks in ranks:
+        run = Budgeted(num_ranks, checkpoint)
+        seen, checkpoint = run.stopped_after(done)
+        everything += seen
+        steps = run.steps(epoch=2)
+        assert steps == Budgeted(num_ranks).steps(epoch=2), "the next epoch is whole"
+    rest = run.steps()[done:]
+    again = Budgeted(ranks[-1], checkpoint)
+    assert again.steps() == rest, "the same ranks go on as if nothing had been"
+    assert sorted(everything + [i for step in rest for i in step]) == list(range(NUM_RECORDS))
+    assert max(sum(LENGTHS[i] for i in step) for step in rest or [[]]) <= 100 * ranks[-1]
+    seen, checkpoint = again.stopped_after(len(rest))
+    assert sorted(everything + seen) == list(range(NUM_RECORDS))
+    other = Budgeted(2, checkpoint)
+    if ranks[-1] != 2:
+        assert other.begun == len(other.steps(epoch=2)), "complete: the trainer is about to begin the next"
 
 
 def test_after_a_complete_epoch_the_next_is_whole():

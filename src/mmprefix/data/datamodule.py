@@ -48,11 +48,13 @@ class _Position:
         epoch: the epoch that it began in the middle of; -1 for none.
         seen: records of the epoch that were seen before, on all ranks.
         batches: what the trainer counted as done by then.
+        earlier: with a budget of tokens: for each run before, its number of ranks and its batches of each.
     """
 
     epoch: int = -1
     seen: int = 0
     batches: int = 0
+    earlier: tuple[tuple[int, int], ...] = ()
 
 
 def _set_done(progress: dict[str, int], batches: int) -> None:
@@ -197,6 +199,7 @@ class ShardDataModule(pl.LightningDataModule):
         """What the lengths of a packed row's parts are rounded up to."""
         self._shards: dict[str, ShardCollection] = {}
         self._position = _Position()
+        self._budget: tuple[Any, tuple[list[list[int]], list[tuple[int, ...]]]] | None = None
 
     @property
     def max_new_tokens(self) -> int:
@@ -403,7 +406,7 @@ class ShardDataModule(pl.LightningDataModule):
             checkpoint: the whole of it, changed in place before the trainer reads its own part.
 
         Raises:
-            InputError: other training data, or another number of ranks with a budget of tokens.
+            InputError: other training data, or another budget of tokens.
         """
         before, loops = checkpoint.get(type(self).__qualname__), checkpoint.get("loops", {}).get("fit_loop")
         if not before or not loops or "train" not in self._shards:
@@ -432,17 +435,14 @@ class ShardDataModule(pl.LightningDataModule):
                 f"epoch was begun with, got {sets}; go on from a checkpoint of an epoch's end"
             )
         if self.max_tokens is not None or before["max_tokens"] is not None:
-            for name, now in (
-                ("num_ranks", num_ranks),
-                ("batch_size", self.batch_size),
-                ("max_tokens", self.max_tokens),
-            ):
+            for name, now in (("batch_size", self.batch_size), ("max_tokens", self.max_tokens)):
                 if before[name] != now:
                     raise InputError(
                         f"data.max_tokens: expected {name} {before[name]} as in the checkpoint, got {now}: batches of a "
-                        "budget are made for both; go on from a checkpoint of an epoch's end"
+                        "budget are made for it; go on from a checkpoint of an epoch's end"
                     )
-            return  # as many batches as before: the trainer's count says it all
+            self._resume_budget(before, epoch, progress)
+            return
         seen = before["seen"] + (done - before["batches"]) * before["batch_size"] * before["num_ranks"]
         seen = min(seen, num_records)
         batches = -(-num_records // step) - -(-(num_records - seen) // step)
@@ -450,12 +450,32 @@ class ShardDataModule(pl.LightningDataModule):
             self._position = _Position(epoch, seen, batches)
         _set_done(progress, batches)
 
+    def _resume_budget(self, before: dict[str, Any], epoch: int, progress: dict[str, int]) -> None:
+        """What was left of an epoch goes on, among as many ranks as there are now."""
+        begun, earlier = before["batches"], tuple((n, done) for n, done in before.get("earlier", ()))
+        num_ranks = self._ranks()["num_ranks"]
+        if num_ranks != before["num_ranks"]:
+            earlier = (*earlier, (before["num_ranks"], progress["processed"] - begun))
+            sampler = self._budget_sampler()
+            rest = len(sampler.dealt(epoch, earlier)) // num_ranks
+            begun = sampler.num_batches - rest
+            _set_done(progress, begun)
+            if not rest:  # the epoch was complete, and the trainer is about to begin the next
+                return
+        self._position = _Position(epoch, batches=begun, earlier=earlier)
+
+    def _earlier(self, epoch: int) -> tuple[tuple[int, int], ...]:
+        return self._position.earlier if epoch == self._position.epoch else ()
+
     def _seen(self, epoch: int) -> int:
         return self._position.seen if epoch == self._position.epoch else 0
 
     def _batches_done(self) -> int:
-        """Batches of the current epoch that a run resumed in its middle has behind it; 0 at the start of an epoch."""
-        return 0 if self.trainer is None else int(self.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+        """Batches of the current epoch, of those dealt among as many ranks, that a run resumed in its middle has behind it."""
+        if self.trainer is None:
+            return 0
+        done = int(self.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+        return done - self._position.batches if self.trainer.current_epoch == self._position.epoch else done
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of one epoch, shuffled by (seed, epoch)."""
@@ -470,11 +490,20 @@ class ShardDataModule(pl.LightningDataModule):
         if self.max_tokens is None:
             sampler: Any = EpochBatchSampler(order, self.batch_size, **self._ranks(), seen=self._seen)
         else:
-            bins, shapes = self._budget(self.max_tokens)
-            sampler = TokenBudgetSampler(bins, shapes, self.seed, **self._ranks(), batches_done=self._batches_done)
+            sampler = self._budget_sampler()
         return self._loader("train", sampler, self._collator("train").train)
 
-    def _budget(self, max_tokens: int) -> tuple[list[list[int]], list[tuple[int, ...]]]:
+    def _budget_sampler(self) -> TokenBudgetSampler:
+        assert self.max_tokens is not None
+        made_for = self.max_tokens, self.batch_size, self.packed, self.bucket
+        if self._budget is None or self._budget[0] != made_for:  # tokenizes everything
+            self._budget = made_for, self._make_budget(self.max_tokens)
+        bins, shapes = self._budget[1]
+        return TokenBudgetSampler(
+            bins, shapes, self.seed, **self._ranks(), batches_done=self._batches_done, earlier=self._earlier
+        )
+
+    def _make_budget(self, max_tokens: int) -> tuple[list[list[int]], list[tuple[int, ...]]]:
         """The training records by batches of at most so many tokens, and their shapes."""
         shards, dataset = self._shards["train"], self._dataset("train")
         records = []

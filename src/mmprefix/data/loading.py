@@ -293,6 +293,8 @@ class TokenBudgetSampler(Sampler[list[EpochIndex]]):
     such records have, and the batches among steps and ranks: batches fit and steps are as many in every epoch, while
     what meets what is drawn anew. Both depend on seed and epoch only.
 
+    A run that goes on with another number of ranks in the middle of an epoch deals the batches that are left among those.
+
     Attributes:
         num_batches: of the epoch, of this rank.
     """
@@ -305,6 +307,7 @@ class TokenBudgetSampler(Sampler[list[EpochIndex]]):
         rank: int = 0,
         num_ranks: int = 1,
         batches_done: Callable[[], int] = lambda: 0,
+        earlier: Callable[[int], Sequence[tuple[int, int]]] = lambda epoch: (),
     ) -> None:
         """Makes the pattern of all epochs.
 
@@ -315,18 +318,16 @@ class TokenBudgetSampler(Sampler[list[EpochIndex]]):
             rank, num_ranks: every rank gets the same number of batches: the fullest are halved until they do. Where all
                 hold a single record, some ranks get an empty one.
             batches_done: how many batches of the epoch a resumed run has behind it, asked when the epoch begins.
-
+            earlier: what runs with other numbers of ranks did of an epoch before that: for each, one after the other, its
+                number of ranks and its batches of each.
         """
-        pattern = [list(one) for one in bins]
-        while len(pattern) % num_ranks:
-            fullest = max(pattern, key=len)
-            pattern.append([fullest.pop() for _ in range(len(fullest) // 2)])
-        self._pattern = pattern
+        self._bins = bins
         self._of_shape: dict[Any, list[int]] = {}
         for record in range(len(shapes)):
             self._of_shape.setdefault(shapes[record], []).append(record)
-        self.seed, self.rank, self.num_ranks, self.batches_done = seed, rank, num_ranks, batches_done
-        self.num_batches = len(pattern) // num_ranks
+        self.seed, self.rank, self.num_ranks = seed, rank, num_ranks
+        self.batches_done, self.earlier = batches_done, earlier
+        self.num_batches = len(_for_ranks(bins, num_ranks)) // num_ranks
         self.epoch = 0
 
     @property
@@ -342,13 +343,32 @@ class TokenBudgetSampler(Sampler[list[EpochIndex]]):
         return self.num_batches
 
     def __iter__(self) -> Iterator[list[EpochIndex]]:
-        generator = np.random.default_rng((self.seed, self.epoch))
+        for batch in self.dealt(self.epoch, self.earlier(self.epoch))[self.rank :: self.num_ranks][
+            self.batches_done() :
+        ]:
+            yield [(self.epoch, record) for record in batch]
+
+    def dealt(self, epoch: int, earlier: Sequence[tuple[int, int]] = ()) -> list[list[int]]:
+        """The batches of all ranks, step by step, that earlier runs with other numbers of ranks have left of an epoch."""
+        generator = np.random.default_rng((self.seed, epoch))
         stands_for: dict[int, int] = {}
         for records in self._of_shape.values():
             stands_for.update(zip(records, generator.permutation(records).tolist(), strict=True))
-        order = generator.permutation(len(self._pattern))[self.rank :: self.num_ranks]
-        for number in order[self.batches_done() :]:
-            yield [(self.epoch, stands_for[record]) for record in self._pattern[number]]
+        ranks = [*(num_ranks for num_ranks, _ in earlier), self.num_ranks]
+        pattern = _for_ranks(self._bins, ranks[0])
+        batches = [[stands_for[record] for record in pattern[n]] for n in generator.permutation(len(pattern))]
+        for (num_ranks, done), following in zip(earlier, ranks[1:], strict=True):
+            batches = _for_ranks(batches[done * num_ranks :], following)
+        return batches
+
+
+def _for_ranks(batches: Sequence[Sequence[int]], num_ranks: int) -> list[list[int]]:
+    """So many batches that each rank gets as many: the fullest are halved until they are."""
+    pattern = [list(one) for one in batches]
+    while len(pattern) % num_ranks:
+        fullest = max(pattern, key=len)
+        pattern.append([fullest.pop() for _ in range(len(fullest) // 2)])
+    return pattern
 
 
 @dataclass
