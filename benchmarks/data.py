@@ -9,7 +9,7 @@
 Cases:
     convert   `prepare coco` of many small images with five captions each, against `tar` of the same files. Counted with
               everything: Python's start, reading the annotations, checking each picture, JSON, checksums, index.
-              `peak_memory` is that of the main process, and of a conversion of a quarter as many images beside it.
+              Small images, then photographs. `peak_memory` is that of the main process, and of a conversion of a quarter as many images beside it.
     loader    images per second of our loader with two processes (decode, resize, normalise, tokenize, collate), against
               two processes that decode and resize the same files with Pillow and do nothing else
     resume    seconds from nothing to the first batch's records behind sample 1,000,000, on an index of 2,000 shards;
@@ -111,6 +111,14 @@ def write_small(folder: Path, number: int) -> Path:
     return path
 
 
+def write_photos(folder: Path, number: int) -> None:
+    """So many photographs, each another one: what is the same is encoded once."""
+    folder.mkdir(parents=True)
+    photos = [Image.fromarray(image) for image in load_sample_images().images]
+    for n in range(number):
+        photos[n % 2].rotate(n / 50, resample=Image.Resampling.BICUBIC).save(folder / f"{n:05d}.jpg", quality=90)
+
+
 def convert(size: Size, work: Path, repeats: int) -> Iterator[Measured]:
     """Against `tar`."""
 
@@ -131,9 +139,15 @@ def convert(size: Size, work: Path, repeats: int) -> Iterator[Measured]:
         (sample,) = shards.samples(index)
         assert len(sample.targets) == 5
         assert shards.image_bytes(index) == (many / "images" / f"{int(sample.image_id):012d}.jpg").read_bytes()
-    tar = ["tar", "-cf", str(work / "plain.tar"), "-C", str(many), "images"]
-    values = take_turns({"tar": partial(timed, tar), "mmprefix": partial(prepare, many)}, repeats)
-    yield "tar", "seconds", values["tar"]["seconds"], values["mmprefix"]["seconds"]
+    photos = work / "photos"
+    write_photos(photos / "images", size.photos)
+    captions = [{"image_id": n, "caption": f"photograph {n}, {k}"} for n in range(size.photos) for k in range(5)]
+    images = [{"id": n, "file_name": f"{n:05d}.jpg"} for n in range(size.photos)]
+    (photos / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    for folder, peer in ((many, "tar"), (photos, "tar, photographs")):
+        tar = ["tar", "-cf", str(work / "plain.tar"), "-C", str(folder), "images"]
+        values = take_turns({"tar": partial(timed, tar), "mmprefix": partial(prepare, folder)}, repeats)
+        yield peer, "seconds", values["tar"]["seconds"], values["mmprefix"]["seconds"]
     yield "a quarter of the images", "peak_memory", [memory[0]], [memory[1]]
 
 
@@ -153,11 +167,8 @@ def _only_decode(paths: list[str]) -> int:
 def loader(size: Size, work: Path, repeats: int) -> Iterator[Measured]:
     """Against Pillow alone."""
     folder = work / "photos"
-    folder.mkdir()
-    photos = [Image.fromarray(image) for image in load_sample_images().images]
+    write_photos(folder, size.photos)
     for n in range(size.photos):
-        # Each another one: what is the same is encoded once.
-        photos[n % 2].rotate(n / 50, resample=Image.Resampling.BICUBIC).save(folder / f"{n:05d}.jpg", quality=90)
         (folder / f"{n:05d}.txt").write_text(f"a photograph of a temple or a flower, number {n}")
     subprocess.run(
         [sys.executable, "-m", "mmprefix", "prepare", "folder", "--images", str(folder), "--out", str(work / "loader")],

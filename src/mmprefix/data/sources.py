@@ -618,12 +618,13 @@ READERS: dict[str, Callable[[SourceOptions, Staging], Any]] = {
 
 def staged_records(images: Path, staging: Staging) -> Iterator[SourceRecord]:
     """The records of everything that was staged. Names that lead out of ``images`` are refused."""
+    folder = str(images)  # `Path` takes longer for a name than all else here
     for names, called, samples in staging:
-        outside = [name for name in names if os.path.isabs(name) or ".." in Path(name).parts or "\0" in name]
+        outside = [name for name in names if os.path.isabs(name) or ".." in name.split(os.sep) or "\0" in name]
         if outside:
             staging.refuse(outside[0], "image outside of --images")
         else:
-            yield SourceRecord(tuple(str(images / name) for name in names), called, tuple(samples))
+            yield SourceRecord(tuple([os.path.join(folder, name) for name in names]), called, tuple(samples))
 
 
 def _exists(options: SourceOptions, name: str) -> bool:

@@ -69,10 +69,12 @@ class Staging:
         self._db.close()
         self._file.close()
 
-    def _put(self, table: str, *row: Any) -> None:
+    def _put(self, table: str, *row: str | None) -> None:
         rows = self._waiting[table]
         # Half of a surrogate pair, from JSON or from a file's name, is no text to SQLite. A payload is escaped already.
-        rows.append(tuple(v.encode("utf-8", "backslashreplace").decode() if isinstance(v, str) else v for v in row))
+        rows.append(
+            tuple([v if v is None or v.isascii() else v.encode("utf-8", "backslashreplace").decode() for v in row])
+        )
         if len(rows) == _AT_ONCE:
             self._flush(table)
 
@@ -163,8 +165,17 @@ class Staging:
             yield (
                 images,
                 name.strip(_BETWEEN).replace(_BETWEEN, ", "),
-                _merged([json.loads(a) | (json.loads(b) if b else {}) for _, _, a, b in of_image]),
+                _merged(_loaded([(a, b) for _, _, a, b in of_image])),
             )
+
+
+def _loaded(payloads: list[tuple[str, str | None]]) -> list[dict[str, Any]]:
+    """Samples with the answers to them; parsed in one call, which takes half the time."""
+    samples: list[dict[str, Any]] = json.loads(f"[{','.join([sample for sample, _ in payloads])}]")
+    return [
+        sample if answers is None else sample | json.loads(answers)
+        for sample, (_, answers) in zip(samples, payloads, strict=True)
+    ]
 
 
 def _merged(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
