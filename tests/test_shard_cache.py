@@ -49,7 +49,7 @@ def test_a_run_reads_copies_and_copies_once(bucket, tmp_path, indexed, monkeypat
         filesystem.pipe_file(f"/bucket/set/{name}", b"")
     assert contents(found) == expected, "nothing is read from elsewhere"
     assert {path.name for path in found_files(data.shard_cache)} == {
-        "train-000000.tar", "train-000001.tar", *(["index.json"] if indexed else []),
+        ".lock", "train-000000.tar", "train-000001.tar", *(["index.json"] if indexed else []),
     }  # fmt: skip
 
 
@@ -127,6 +127,19 @@ def test_what_killed_processes_left_is_removed(sources, tmp_path):
 def test_paths_that_were_never_copied_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"data.val: expected a copy of s3://b/x.tar at .*x.tar, found none"):
         ShardCache(tmp_path).paths(["s3://b/x.tar"], "data.val")
+
+
+def test_processes_that_come_at_once_copy_once(bucket, tmp_path):
+    mark = tmp_path / "mark"
+    command = f"pipe:echo one >> {mark}; sleep 1; cat {bucket[0]}/train-000000.tar"
+    program = (
+        "import sys; from mmprefix.data.shard_cache import ShardCache; "
+        "print(ShardCache(sys.argv[1]).fetch([sys.argv[2]], 'data.train'))"
+    )
+    arguments = [sys.executable, "-c", program, str(tmp_path / "cache"), command]
+    processes = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert sorted(process.communicate(timeout=60)[0].strip() for process in processes) == ["0", "1"]
+    assert mark.read_text() == "one\n"
 
 
 def test_an_interrupt_ends_commands_at_once(tmp_path):

@@ -1,13 +1,14 @@
 """Shards copied to a disk of this machine before they are read, complete or absent.
 
 For shards in object storage or on a slow network folder that are read for many epochs, and the only way to read
-``pipe:COMMAND``, which can't be read by position. One process of each node copies what is missing; a copy is checked
+``pipe:COMMAND``, which can't be read by position. One process of a machine at a time copies what is missing; a copy is checked
 against the size and the SHA-256 in `index.json` where its folder has one, against the size of the file elsewhere, and is
 made anew where that changed.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -93,11 +94,17 @@ class ShardCache:
             InputError: no room, a command that fails, a copy that is not what the index says.
             OSError: a source that stays unreadable.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # The processes of a node, and other runs on it, come here at the same time: one copies, the others find it done.
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return self._fetch(sources, what)
+
+    def _fetch(self, sources: Sequence[str], what: str) -> int:
         copies = self._copies(dict.fromkeys(sources))
         missing = [c for c in copies if not c.path.is_file() or c.size not in (None, c.path.stat().st_size)]
         if not missing:
             return 0
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
         wanted, free = sum(copy.size or 0 for copy in missing), shutil.disk_usage(self.folder).free
         if wanted > free:
