@@ -9,7 +9,8 @@
 Cases:
     convert   `prepare coco` of many small images with five captions each, against `tar` of the same files. Counted with
               everything: Python's start, reading the annotations, checking each picture, JSON, checksums, index.
-              Small images, then photographs. `peak_memory` is that of the main process, and of a conversion of a quarter as many images beside it.
+              Small images, then photographs. `peak_memory` is that of the main process, and of a conversion of a quarter
+              as many images beside it.
     loader    images per second of our loader with two processes (decode, resize, normalise, tokenize, collate), against
               two processes that decode and resize the same files with Pillow and do nothing else
     resume    seconds from nothing to the first batch's records behind sample 1,000,000, on an index of 2,000 shards;
