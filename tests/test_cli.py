@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from fsspec.implementations.memory import MemoryFileSystem
 
 from mmprefix.cli import run
+from mmprefix.data import storage
 from mmprefix.data.shards import write_shard
 from mmprefix.training import checkpoints
 from tests.conftest import colour_record
@@ -152,6 +154,17 @@ def test_tokenizer_without_pad_or_eos_is_refused_and_can_be_told(config, capfd, 
     assert "has no pad_token; name one of its tokens with --model.tokenizer.pad_token" in line
     both = ["--model.tokenizer.eos_token", "</s>", "--model.tokenizer.pad_token", "</s>"]
     assert run([str(a) for a in ("fit", "--config", config, *name, *both)]) == 0
+
+
+def test_a_place_that_stays_unreadable_is_one_line(config, capfd, monkeypatch):
+    def unreachable(*arguments):
+        raise ConnectionResetError("reset by\npeer")
+
+    monkeypatch.setattr(storage, "_PAUSES", (0.0,))
+    monkeypatch.setattr(MemoryFileSystem, "isdir", unreachable)
+    with pytest.warns(UserWarning, match="reading again"):
+        status, line = error_of(capfd, "fit", "--config", config, "--data.train", "memory://bucket/x.tar")
+    assert (status, line) == (1, "error: memory://bucket/x.tar: reset by peer")
 
 
 def test_missing_config_file(capfd):

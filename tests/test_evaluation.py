@@ -5,9 +5,9 @@ import torch
 from PIL import Image
 
 from mmprefix.evaluation.pictures import Answer, Cell, draw_cells, to_image
-from mmprefix.evaluation.report import accuracy_table, write_predictions
+from mmprefix.evaluation.report import _Gallery, accuracy_table, write_predictions
 from mmprefix.metrics import ExactMatch, exact_match
-from mmprefix.packing import Reference
+from mmprefix.packing import EvaluationBatch, PromptBatch, Reference
 from mmprefix.vision import ImageTransform, as_levels
 
 PREDICTIONS = [
@@ -69,3 +69,18 @@ def test_pixels_are_shown_as_the_encoder_saw_them(photos):
     transform = ImageTransform((32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     shown = to_image(transform(photos[0]), transform)
     assert torch.equal(as_levels(shown), transform.resize(photos[0]))
+
+
+def test_text_only_samples_of_a_batch_are_cells_of_their_own():
+    """Questions on the same image share one."""
+    references = tuple(Reference(f"q{n}", "i", "", f"{n}?", ("yes",), (n, 0)) for n in range(5))
+    image_of = torch.tensor([[-1], [0], [-1], [0], [-1]])
+    ids = torch.zeros(5, 2, dtype=torch.int64)
+    prompts = PromptBatch(ids, ids, torch.zeros(1, 3, 4, 4, dtype=torch.uint8), image_of)
+    gallery = _Gallery(10)
+    predictions = [(reference, "yes" if n != 2 else "no") for n, reference in enumerate(references)]
+    transform = ImageTransform((4, 4), (0.5,) * 3, (0.5,) * 3)
+    gallery.add(EvaluationBatch(prompts, None, references), predictions, transform, lambda record: None)
+    assert [(cell.title, len(cell.answers)) for cell in gallery.cells()] == [
+        ("q2", 1), ("q0", 1), ("image i", 2), ("q4", 1),
+    ]  # fmt: skip

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -49,7 +50,8 @@ def test_a_run_reads_copies_and_copies_once(bucket, tmp_path, indexed, monkeypat
         filesystem.pipe_file(f"/bucket/set/{name}", b"")
     assert contents(found) == expected, "nothing is read from elsewhere"
     assert {path.name for path in found_files(data.shard_cache)} == {
-        ".lock", "train-000000.tar", "train-000001.tar", *(["index.json"] if indexed else []),
+        ".lock", *(["index.json"] if indexed else []),
+        *(name for n in range(2) for name in (f"train-00000{n}.tar", f".train-00000{n}.tar.source")),
     }  # fmt: skip
 
 
@@ -78,11 +80,40 @@ def test_only_what_changed_is_copied_anew(bucket, sources, tmp_path):
     filesystem.pipe_file("/bucket/set/index.json", json.dumps(index).encode())
     assert cache.fetch(sources, "data.train") == 1
     assert copies(cache)["train-000000.tar"] == content
-    # Without an index, the size tells.
+    # Without an index, size and time tell.
     filesystem.rm("/bucket/set/index.json")
     assert cache.fetch(sources, "data.train") == 2, "made by an index that is no more"
-    filesystem.pipe_file("/bucket/set/train-000001.tar", before + bytes(512))
+    assert not list(cache.folder.rglob("index.json"))
+    assert cache.fetch(sources, "data.train") == 0
+    filesystem.pipe_file("/bucket/set/train-000001.tar", bytes(len(before)))
     assert cache.fetch(sources, "data.train") == 1
+    assert copies(cache)["train-000001.tar"] == bytes(len(before))
+
+
+def test_a_file_of_the_same_size_is_another_file(bucket, tmp_path):
+    cache, path = ShardCache(tmp_path / "cache"), tmp_path / "mine.tar"
+    content = Path(bucket[0], "train-000000.tar").read_bytes()
+    for written in (content, content[::-1]):
+        path.write_bytes(written)
+        # The same shard, spelled in two ways.
+        assert cache.fetch([str(path), f"{tmp_path}/../{tmp_path.name}/mine.tar"], "data.train") == 1
+        assert copies(cache) == {"mine.tar": written}
+
+
+def test_a_complete_cache_is_read_without_a_right_to_write(sources, tmp_path, monkeypatch):
+    cache = ShardCache(tmp_path / "cache")
+    cache.fetch(sources, "data.train")
+
+    def only_read(path, mode="r", *arguments, **kwargs):
+        assert "r" in mode
+        return open(path, mode, *arguments, **kwargs)
+
+    with monkeypatch.context() as patched:  # whoever runs the tests may have all rights
+        patched.setattr(Path, "open", only_read)
+        assert cache.fetch(sources, "data.train") == 0
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"data.shard_cache: cannot write in .*/file: (File exists|Not a directory)"):
+        ShardCache(tmp_path / "file").fetch(sources, "data.train")
 
 
 def test_output_of_commands(bucket, tmp_path):
@@ -96,17 +127,30 @@ def test_output_of_commands(bucket, tmp_path):
         (f"cat {local}/train-000000.tar; echo no more >&2; exit 3", "ended with status 3: no more"),
         ("nosuchcommand", "ended with status 127: .*not found"),
         ("exit 4", "ended with status 4: no message"),
+        ("exec >&-; sleep 0.1; exit 5", "ended with status 5: no message"),
     ):
         with pytest.raises(InputError, match=f"^pipe:.*: expected a shard, the command {message}"):
             cache.fetch([f"pipe:{command}"], "data.train")
         assert not cache.path_of(f"pipe:{command}").exists()
+    for command, size in (("true", 0), ("echo hi", 3), (f"head -c 3000 {local}/train-000000.tar", 3000)):
+        with pytest.raises(
+            InputError, match=f"pipe:{command}: expected a tar, got {size} bytes without its end-of-archive"
+        ):
+            cache.fetch([f"pipe:{command}"], "data.train")
+    assert len(copies(cache)) == 1, "both outputs from above have the same name"
+    assert expand_shards(r"pipe:cat a\ b.tar", "data.train", pipes=True) == [r"pipe:cat a\ b.tar"]
+    for pattern in ("x/{a", "pipe:cat {a"):
+        with pytest.raises(InputError, match="data.train: expected braces in pairs, got"):
+            expand_shards(pattern, "data.train", pipes=True)
     assert not list(cache.folder.rglob("*.part"))
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_copied(sources, tmp_path, monkeypatch):
     cache = ShardCache(tmp_path / "cache")
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    with pytest.raises(InputError, match=r"data.shard_cache: expected room for 0.0 GB of data.train in .*, got 0.0 GB"):
+    with pytest.raises(
+        InputError, match=r"data.shard_cache: expected room for [0-9,]+ bytes of data.train in .*, got 1,000"
+    ):
         cache.fetch(sources, "data.train")
     assert not copies(cache)
 

@@ -158,6 +158,15 @@ def test_transform_squashes_and_normalises(photos):
     assert transform(photos[2].convert("L")).shape == (3, 32, 48)
 
 
+@pytest.mark.parametrize(
+    "picture", [torch.rand(3, 8, 8), torch.zeros(8, 8, 3, dtype=torch.uint8), torch.zeros(1, 3, 8, 8)]
+)
+def test_other_tensors_than_levels_are_refused(picture):
+    transform = ImageTransform((4, 4), (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(ValueError, match=r"expected a picture or uint8 \[3, H, W\], got torch\.\w+ \["):
+        transform(picture)
+
+
 def passes(levels, size, method):
     """Pillow's resize, along rows first, as all its versions before 13 do it."""
     picture = as_picture(levels).resize((size[1], levels.shape[1]), method)

@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from mmprefix import __version__, caching
 from mmprefix.commands import COMMANDS, estimate_command
 from mmprefix.data.datamodule import ShardDataModule
-from mmprefix.errors import InputError
+from mmprefix.errors import InputError, UnreadableError
 from mmprefix.evaluation.report import PredictionReport
 from mmprefix.files import replacing, set_aside
 from mmprefix.inspection import inspect_command
@@ -279,7 +279,7 @@ def run(arguments: list[str]) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except OSError as error:
-        if error.errno is None:
+        if error.errno is None and not isinstance(error, UnreadableError):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1

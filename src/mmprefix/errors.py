@@ -7,3 +7,7 @@ ours and keeps its traceback.
 
 class InputError(ValueError):
     """Bad input. The message is one line that says what was expected, what came and where (file, key, shard)."""
+
+
+class UnreadableError(OSError):
+    """What stayed unreadable after all attempts; the message names it, in one line."""

@@ -344,8 +344,14 @@ def build_connector(args: ConnectorArgs, spec: VisionSpec, decoder_width: int) -
 
 
 def as_levels(image: Image.Image | Tensor) -> Tensor:
-    """Picture -> RGB, uint8 ``[3, height, width]``, the channels of a pixel side by side in memory; a tensor as it is."""
+    """Picture -> RGB, uint8 ``[3, height, width]``, the channels of a pixel side by side in memory; a tensor as it is.
+
+    Raises:
+        ValueError: a tensor of another dtype or shape.
+    """
     if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+            raise ValueError(f"expected a picture or uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
         return image
     return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB"))).permute(2, 0, 1)
 

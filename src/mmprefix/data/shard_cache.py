@@ -2,8 +2,8 @@
 
 For shards in object storage or on a slow network folder that are read for many epochs, and the only way to read
 ``pipe:COMMAND``, which can't be read by position. One process of a machine at a time copies what is missing; a copy is checked
-against the size and the SHA-256 in `index.json` where its folder has one, against the size of the file elsewhere, and is
-made anew where that changed.
+against the size and the SHA-256 in `index.json` where its folder has one. A file beside it says what it was copied from: it is
+made anew where that changed, which elsewhere the size and the time of the last change tell, or what a bucket has for it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -44,14 +44,32 @@ class _Copy:
     Attributes:
         source: path, or ``pipe:COMMAND``.
         path: of the copy.
+        stamp: changes when the source does.
         size: in bytes; None where only reading tells.
         sha256: in hex, where an index has it.
     """
 
     source: str
     path: Path
-    size: int | None
-    sha256: str | None
+    stamp: str
+    size: int | None = None
+    sha256: str | None = None
+
+    @property
+    def note(self) -> Path:
+        """Where `stamp` stands when the copy is complete."""
+        return self.path.with_name(f".{self.path.name}.source")
+
+    def is_current(self) -> bool:
+        """Whether there is a copy of the source as it is now."""
+        return self.path.is_file() and _read(self.note) == self.stamp.encode()
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 class ShardCache:
@@ -94,23 +112,36 @@ class ShardCache:
             InputError: no room, a command that fails, a copy that is not what the index says.
             OSError: a source that stays unreadable.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        copies, indices = self._known({self.path_of(source): source for source in sources})
+        if all(c.is_current() for c in copies) and all(_read(path) == content for path, content in indices.items()):
+            return 0  # nothing is written: the folder may be another user's
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise InputError(f"data.shard_cache: cannot write in {self.folder}: {error.strerror}") from error
         # The processes of a node, and other runs on it, come here at the same time: one copies, the others find it done.
-        with (self.folder / ".lock").open("w") as lock:
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            return self._fetch(sources, what)
+            return self._fetch(copies, indices, what)
 
-    def _fetch(self, sources: Sequence[str], what: str) -> int:
-        copies = self._copies(dict.fromkeys(sources))
-        missing = [c for c in copies if not c.path.is_file() or c.size not in (None, c.path.stat().st_size)]
+    def _fetch(self, copies: list[_Copy], indices: dict[Path, bytes | None], what: str) -> int:
+        self._remove_leftovers()
+        for path, content in indices.items():
+            if content is None:
+                path.unlink(missing_ok=True)
+            elif _read(path) != content:
+                with replacing(path) as temporary:
+                    temporary.write_bytes(content)
+        missing = [copy for copy in copies if not copy.is_current()]
         if not missing:
             return 0
-        self._remove_leftovers()
+        for copy in missing:  # what is there is of something else
+            copy.path.unlink(missing_ok=True)
         wanted, free = sum(copy.size or 0 for copy in missing), shutil.disk_usage(self.folder).free
         if wanted > free:
             raise InputError(
-                f"data.shard_cache: expected room for {wanted / 1e9:.1f} GB of {what} in {self.folder}, "
-                f"got {free / 1e9:.1f} GB"
+                f"data.shard_cache: expected room for {wanted:,} bytes of {what} in {self.folder}, got {free:,}"
             )
         copying = _Copying()
         # In a log file each refresh is a line of its own.
@@ -128,40 +159,26 @@ class ShardCache:
                 raise
         return len(missing)
 
-    def _copies(self, sources: Iterable[str]) -> list[_Copy]:
-        """What is known of shards; copies of what changed are removed, and so is what was made of their index."""
-        copies, indices = [], dict[str, dict[str, Any]]()
-        for source in sources:
-            path = self.path_of(source)
+    def _known(self, sources: dict[Path, str]) -> tuple[list[_Copy], dict[Path, bytes | None]]:
+        """What is known of shards, and the index of each place that they come from, by the path of its copy."""
+        copies, indices, entries = [], dict[Path, bytes | None](), dict[str, dict[str, Any]]()
+        for path, source in sources.items():
             if source.startswith(PIPE):
-                copies.append(_Copy(source, path, None, None))
+                copies.append(_Copy(source, path, PIPE))
                 continue
             folder, name = storage.split(source)
-            if folder not in indices:
-                indices[folder] = self._copy_index(folder or ".", path.parent)
-            entry = indices[folder].get(name)
-            if entry is None:
-                copies.append(_Copy(source, path, storage.size_of(source), None))
+            if folder not in entries:
+                splits = read_index(folder or ".").values()
+                entries[folder] = {shard["name"]: shard for entry in splits for shard in entry["shards"]}
+                index = storage.join(folder, INDEX_NAME)
+                indices[path.with_name(INDEX_NAME)] = storage.read_whole(index) if splits else None
+            entry = entries[folder].get(name, {})
+            if entry.get("sha256"):
+                copies.append(_Copy(source, path, f"sha256 {entry['sha256']}", entry["bytes"], entry["sha256"]))
             else:
-                copies.append(_Copy(source, path, entry["bytes"], entry.get("sha256")))
-        return copies
-
-    def _copy_index(self, source: str, folder: Path) -> dict[str, Any]:
-        """The entries of a folder's index by shard, the index being copied, too."""
-        now, before = _entries(source), _entries(str(folder))
-        if now == before:
-            return now
-        for path in folder.glob("*.tar"):
-            entry = now.get(path.name, {})
-            if not entry.get("sha256") or entry["sha256"] != before.get(path.name, {}).get("sha256"):
-                path.unlink()
-        index = folder / INDEX_NAME
-        if now:
-            with replacing(index) as temporary:
-                temporary.write_bytes(storage.read_whole(storage.join(source, INDEX_NAME)))
-        else:
-            index.unlink(missing_ok=True)
-        return now
+                size, stamp = storage.state_of(source)
+                copies.append(_Copy(source, path, stamp, size))
+        return copies, indices
 
     def _remove_leftovers(self) -> None:
         """Of processes of this machine that were killed."""
@@ -169,11 +186,6 @@ class ShardCache:
             found = _PART.fullmatch(path.name)
             if found and not _runs(int(found[1])):
                 path.unlink(missing_ok=True)
-
-
-def _entries(folder: str) -> dict[str, Any]:
-    """Of an index, by shard."""
-    return {shard["name"]: shard for entry in read_index(folder).values() for shard in entry["shards"]}
 
 
 def _runs(process: int) -> bool:
@@ -205,6 +217,7 @@ class _Copying:
 
     def _once(self, copy: _Copy, advance: Callable[[int], Any]) -> None:
         digest, size = hashlib.sha256(), 0
+        copy.note.unlink(missing_ok=True)
         try:
             with replacing(copy.path) as temporary:
                 with self._opened(copy.source) as source, temporary.open("wb") as target:
@@ -221,9 +234,13 @@ class _Copying:
                     raise InputError(
                         f"{copy.source}: expected SHA-256 {copy.sha256} as in {INDEX_NAME}, got {digest.hexdigest()}"
                     )
+                if copy.size is None and not _ends_as_tar(temporary):
+                    raise InputError(f"{copy.source}: expected a tar, got {size} bytes without its end-of-archive mark")
         except BaseException:
             advance(-size)
             raise
+        with replacing(copy.note) as temporary:
+            temporary.write_text(copy.stamp)
 
     @contextmanager
     def _opened(self, source: str) -> Iterator[BinaryIO]:
@@ -244,16 +261,26 @@ class _Copying:
                 _kill(process.pid)
             try:
                 yield process.stdout  # type: ignore[misc]
+                process.wait()
             except BaseException:
                 _kill(process.pid)  # with what the shell has started
                 raise
             finally:
                 self._commands.discard(process.pid)
-            if process.wait():
-                said.seek(0)
+            if process.returncode:
+                said.seek(-min(said.seek(0, os.SEEK_END), 4096), os.SEEK_END)
                 lines = said.read().decode(errors="replace").strip().splitlines() or ["no message"]
                 status = f"the command ended with status {process.returncode}"
                 raise InputError(f"{source}: expected a shard, {status}: {lines[-1][:200]}")
+
+
+def _ends_as_tar(path: Path) -> bool:
+    """Whether a file ends with a tar's two blocks of zeros: a command may succeed with half of one, or with nothing."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) < 1024:
+            return False
+        file.seek(-1024, os.SEEK_END)
+        return not any(file.read())
 
 
 def _kill(group: int) -> None:

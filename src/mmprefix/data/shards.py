@@ -60,7 +60,12 @@ def expand_shards(pattern: str | Sequence[str], what: str, *, pipes: bool = Fals
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     paths: list[str] = []
     for entry in patterns:
-        for expanded in braceexpand.braceexpand(entry):
+        try:
+            # A command keeps its backslashes.
+            alternatives = list(braceexpand.braceexpand(entry, escape=not entry.startswith(PIPE)))
+        except ValueError as error:
+            raise InputError(f"{what}: expected braces in pairs, got {entry}") from error
+        for expanded in alternatives:
             if expanded.startswith(PIPE):
                 if not pipes:
                     raise InputError(

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, TypeVar
 
-from mmprefix.errors import InputError
+from mmprefix.errors import InputError, UnreadableError
 
 _MAX_OPEN = 256  # each process may open 1,024 files on many systems
 _PAUSES = (0.1, 0.5, 2.0, 5.0)
@@ -77,6 +77,17 @@ def size_of(path: str) -> int:
     return int(attempt(path, lambda: filesystem.size(inside)))
 
 
+def state_of(path: str) -> tuple[int, str]:
+    """Size in bytes, and text that changes when the file does: with its time, or with what a bucket has for it."""
+    if not is_remote(path):
+        found = os.stat(path)
+        return found.st_size, f"{found.st_size} bytes, {found.st_mtime_ns}"
+    filesystem, inside = _filesystem(path)
+    info = attempt(path, lambda: filesystem.info(inside))
+    names = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "updated", "mtime", "created")
+    return int(info["size"]), ", ".join([f"{info['size']} bytes", *(str(info[name]) for name in names if name in info)])
+
+
 def read_whole(path: str) -> bytes:
     """All of a file.
 
@@ -100,7 +111,7 @@ def open_file(path: str) -> BinaryIO:
 
 
 def attempt(path: str, read: Callable[[], Result], forget: Callable[[], None] = lambda: None) -> Result:
-    """Tries again after errors that may pass, with a warning for each; the last one is raised as an `OSError`.
+    """Tries again after errors that may pass, with a warning for each; the last one is raised as an `UnreadableError`.
 
     Args:
         path: for messages.
@@ -118,7 +129,7 @@ def attempt(path: str, read: Callable[[], Result], forget: Callable[[], None] = 
                 raise
             message = " ".join(str(getattr(error, "strerror", None) or error).split())[:200] or type(error).__name__
             if pause is None:
-                raise OSError(f"{path}: {message}") from error
+                raise UnreadableError(f"{path}: {message}") from error
             warnings.warn(f"{path}: {message}; reading again in {pause} s", stacklevel=2)
             time.sleep(pause)
     raise AssertionError("the last pause is None")

@@ -104,9 +104,11 @@ class _Gallery:
     ) -> None:
         """``picture`` gives a record's image, for batches that hold features in place of pixels."""
         of_images: dict[tuple[int, ...], list[Prediction]] = {}
-        for images, prediction in zip(batch.prompts.image_of.tolist(), predictions, strict=True):
-            of_images.setdefault(tuple(i for i in images if i >= 0), []).append(prediction)
-        for images, members in of_images.items():
+        for number, (images, prediction) in enumerate(zip(batch.prompts.image_of.tolist(), predictions, strict=True)):
+            # Samples without an image have nothing in common.
+            of_images.setdefault(tuple(i for i in images if i >= 0) or (-1 - number,), []).append(prediction)
+        for key, members in of_images.items():
+            images = [image for image in key if image >= 0]
             answers = tuple(
                 Answer(
                     r.instruction,
