@@ -33,7 +33,8 @@ class LogIds(pl.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         entry = {"epoch": trainer.current_epoch, "step": trainer.global_step, "rank": trainer.global_rank,
-                 "ids": [reference.id for reference in batch.references]}  # fmt: skip
+                 "ids": [reference.id for reference in batch.references],
+                 "loss": float(trainer.callback_metrics.get("train/loss", "nan"))}  # fmt: skip
         with open(self.path, "a") as file:
             file.write(json.dumps(entry) + "\n")
 

@@ -46,6 +46,7 @@ from mmprefix.training.checkpoints import (
     read_checkpoint,
     set_aside_newer,
 )
+from mmprefix.training.fsdp import FullyShardedStrategy
 from mmprefix.training.module import MMPrefixModule
 
 EXIT_BAD_INPUT = 2
@@ -174,10 +175,13 @@ class MMPrefixCLI(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         else:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        strategy: Any = self.trainer.strategy
+        sharded = isinstance(strategy, FullyShardedStrategy)
+        weights = strategy.whole_state(self.model.model) if sharded else None
         if self.trainer.is_global_zero:
             folder = Path(self.trainer.default_root_dir)
             with replacing(folder / "model") as temporary:
-                self.model.model.save_pretrained(temporary)
+                self.model.model.save_pretrained(temporary, state_dict=weights)
                 self.model.processor.save_pretrained(temporary)
             print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 

@@ -169,7 +169,7 @@ def estimate_command(arguments: list[str], read_settings: Callable[[list[str]], 
     record = Record(options.instruction_tokens, options.target_tokens, options.targets)
     precision = Precision.from_name(options.precision or trainer["precision"])
     strategy: Literal["ddp", "fsdp"] = options.strategy or (
-        "fsdp" if str(trainer["strategy"]).startswith("fsdp") else "ddp"
+        "fsdp" if any(name in str(trainer["strategy"]) for name in ("fsdp", "FullySharded")) else "ddp"
     )
     model = configured_model(model_settings)
     lines = _parameter_lines(model)

@@ -397,6 +397,7 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         image_tokens: Tensor | None = None,
         reduction: Reduction = "sum",
         of_labels: list[Tensor] | None = None,
+        blank_image: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of the batch's targets and the count to divide it by, float32 scalars.
 
@@ -408,7 +409,14 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             image_tokens: float ``[I, N, W]`` from `get_image_tokens`, where they are known already.
             reduction: `mean` for the mean in place of the sum, which is cheaper than to divide it.
             of_labels: where given, each label's own loss, float ``[M]`` without gradient, is appended to it.
+            blank_image: also run the encoder, on an image that nobody sees: processes that share its layers run them together.
         """
+        if blank_image:
+            height, width = self.config.vision_spec.image_size
+            image = torch.zeros(1, 3, height, width, dtype=torch.uint8, device=batch.input_ids.device)
+            nothing = self.get_image_tokens(image).sum() * 0.0
+            loss, count = self.target_loss(batch, normalization, image_tokens, reduction, of_labels)
+            return loss + nothing, count
         output_layer = self._plain_output_layer()
         if output_layer is None:
             logits = self.target_logits(batch, image_tokens)

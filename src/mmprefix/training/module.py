@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ import torch
 import torch.distributed
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mmprefix.accounting import PARTS
 from mmprefix.attention import MASK_FREE_IMPLEMENTATION
@@ -33,7 +34,7 @@ from mmprefix.loss import LossNormalization, label_weights
 from mmprefix.masks import PrefixVisibility
 from mmprefix.metrics import ExactMatch
 from mmprefix.modeling import MMPrefixForConditionalGeneration
-from mmprefix.packing import EvaluationBatch, PackedBatch, PromptBatch, Reference
+from mmprefix.packing import EvaluationBatch, PackedBatch, PromptBatch, Reference, collate, map_tensors
 from mmprefix.probe import mask_free_refusal, probe
 from mmprefix.processing import (
     IMAGE_TOKEN,
@@ -44,7 +45,9 @@ from mmprefix.processing import (
     text_vocab_size,
 )
 from mmprefix.prompts import prompt_end
+from mmprefix.sequence import TokenSequence
 from mmprefix.training.checkpoints import CONTENT_KEY, load_model
+from mmprefix.training.fsdp import FullyShardedStrategy
 from mmprefix.training.optim import OptimizerArgs, PartArgs, build_optimizer
 from mmprefix.varlen import MAX_HEAD_SIZE
 from mmprefix.vision import ConnectorArgs, VisionArgs
@@ -64,6 +67,8 @@ class _Window:
     losses: list[Tensor] = field(default_factory=list)
     counts: list[Tensor] = field(default_factory=list)
     ids: list[tuple[str, ...]] = field(default_factory=list)
+    with_images: int = 0
+    """How many of them have an image."""
     of_sets: list[Tensor] = field(default_factory=list)
     """Float ``[sets, 2]`` each: loss and count of each set of a mixture."""
 
@@ -207,14 +212,19 @@ class MMPrefixModule(pl.LightningModule):
         self.seed = seed
         self.attention = attention
         self._attention_line = ""
+        self._packed = False
         self._exact_buffers: dict[str, Tensor] = {}
+        self._gathered = ExitStack()
         self._compiled = compile
         self._window = self._last_window = _Window()
         self._exact_match: dict[tuple[str, str], ExactMatch] = {}
         self._evaluation_loss: list[Tensor] = []
         """Float ``[1 + sets, 2]`` of each batch: loss and count of all and of each set."""
         # What later unfreezing may switch on again; the rest (unused heads) never learns.
-        self._trainable = {name: [p for p in self.part(name).parameters() if p.requires_grad] for name in PARTS}
+        self._learnable = {
+            name: {n for n, p in self.part(name).named_parameters() if p.requires_grad} for name in PARTS
+        }
+        self._trainable = {name: self._of_part(name) for name in PARTS}
         self._set_freezing(step=0)
         if gradient_checkpointing:
             checkpoint_activations(self.model)
@@ -226,12 +236,16 @@ class MMPrefixModule(pl.LightningModule):
         part: nn.Module = getattr(self.model, name)
         return part
 
+    def _of_part(self, name: str) -> list[nn.Parameter]:
+        """What may learn of a part."""
+        return [p for n, p in self.part(name).named_parameters() if n in self._learnable[name]]
+
     # Attention
 
     def setup(self, stage: str) -> None:
         """Chooses how to attend, says so, and tells the data module how to lay out its batches."""
         reason = self._dense_reason()
-        packed = reason is None
+        packed = self._packed = reason is None
         if packed:
             device = self.trainer.strategy.root_device.type
             kernel = "flash attention over runs of equal length" if device == "cpu" else "varlen flash attention"
@@ -252,21 +266,53 @@ class MMPrefixModule(pl.LightningModule):
             if name.endswith("inv_freq") and buffer.dtype == torch.float32
         }
 
+    def configure_model(self) -> None:
+        """Shards the model, where the strategy does."""
+        if self._sharding is not None:
+            self._sharding.shard(self.model)
+            # Parameters are others now.
+            self._trainable = {name: self._of_part(name) for name in PARTS}
+
+    @property
+    def _sharding(self) -> FullyShardedStrategy | None:
+        strategy = self.trainer.strategy
+        return strategy if isinstance(strategy, FullyShardedStrategy) else None
+
     def on_fit_start(self) -> None:
         """See `_restore_buffers`."""
         self._restore_buffers()
 
     def on_validation_start(self) -> None:
-        """See `_restore_buffers`."""
+        """See `_restore_buffers` and `_gather`."""
         self._restore_buffers()
+        self._gather()
+
+    def on_validation_end(self) -> None:
+        """See `_gather`."""
+        self._gathered.close()
 
     def on_test_start(self) -> None:
-        """See `_restore_buffers`."""
+        """See `_restore_buffers` and `_gather`."""
         self._restore_buffers()
+        self._gather()
+
+    def on_test_end(self) -> None:
+        """See `_gather`."""
+        self._gathered.close()
 
     def on_predict_start(self) -> None:
-        """See `_restore_buffers`."""
+        """See `_restore_buffers` and `_gather`."""
         self._restore_buffers()
+        self._gather()
+
+    def on_predict_end(self) -> None:
+        """See `_gather`."""
+        self._gathered.close()
+
+    def _gather(self) -> None:
+        """Evaluation has the whole model on each process: batches and texts differ in number and length among them."""
+        if self._sharding is not None:
+            self._gathered.enter_context(self._sharding.gathered(self.model))
 
     def _restore_buffers(self) -> None:
         """Frequencies of rotary embeddings stay in float32, as transformers keeps them in half-precision models.
@@ -405,20 +451,36 @@ class MMPrefixModule(pl.LightningModule):
             if self.trainer.world_size == 1:
                 return None
             # The other ranks reduce gradients with this one: it takes part, with zeros.
-            loss_sum = _zero_through(self)
-            count = loss_sum.new_zeros(())
+            loss_sum = _zero_through(self) if self._sharding is None else self._zero_pass()
+            count = loss_sum.detach().new_zeros(())
         else:
             of_labels: list[Tensor] | None = None if batch.label_datasets is None else []
-            loss_sum, count = self.model.target_loss(batch, self.loss_normalization, of_labels=of_labels)
+            text_only = batch.pixel_values is None and batch.image_features is None and self.trainer.world_size > 1
+            loss_sum, count = self.model.target_loss(
+                batch, self.loss_normalization, of_labels=of_labels,
+                blank_image=text_only and self._sharding is not None,
+            )  # fmt: skip
             if of_labels:
                 self._window.of_sets.append(self._by_set(batch, of_labels[0], len(self._set_names("train"))))
-            if batch.pixel_values is None and batch.image_features is None and self.trainer.world_size > 1:
+            if text_only and self._sharding is None:
                 # Text only: the others would wait for the encoder's gradients.
                 loss_sum = loss_sum + _zero_through(self.model.vision, self.model.connector)
+        self._window.with_images += batch.pixel_values is not None or batch.image_features is not None
         self._window.losses.append(loss_sum.detach())
         self._window.counts.append(count)
         self._window.ids.append(tuple(reference.id for reference in batch.references))
         return loss_sum
+
+    def _zero_pass(self) -> Tensor:
+        """0, with a gradient of zeros, from a pass through all of the model: the others gather its layers with this rank."""
+        image = self.processor.layout.image
+        sequence = TokenSequence.from_ids(image, [self.processor.layout.eos], [[self.processor.layout.eos]])
+        filler = map_tensors(
+            collate([sequence], [()], None, pad_id=self.processor.pad_id, visibility=self.processor.prefix_visibility,
+                    packed=self._packed), lambda tensor: tensor.to(self.device),
+        )  # fmt: skip
+        loss, _ = self.model.target_loss(filler, self.loss_normalization, blank_image=True)
+        return loss * 0.0
 
     def _set_names(self, split: str) -> tuple[str, ...]:
         names = getattr(getattr(self.trainer, "datamodule", None), "set_names", None)
@@ -442,12 +504,13 @@ class MMPrefixModule(pl.LightningModule):
         if not window.losses:
             return
         totals = torch.stack([torch.stack(window.losses).sum(), torch.stack(window.counts).sum()])
+        totals = torch.cat([totals, totals.new_tensor([window.with_images])])
         names = self._set_names("train")
         if names:  # a rank may have had none of their samples: it adds zeros
             of_sets = torch.stack([totals.new_zeros(len(names), 2), *window.of_sets]).sum(0)
             totals = torch.cat([totals, of_sets.flatten()])
         totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
-        for name, (of_set, of_count) in zip(names, totals[2:].view(-1, 2).tolist(), strict=True):
+        for name, (of_set, of_count) in zip(names, totals[3:].view(-1, 2).tolist(), strict=True):
             if of_count:
                 self.log(f"train/{name}/loss", of_set / of_count)
         count = totals[1].clamp(min=1e-6)  # 0 where no rank had a usable sample; the sum is 0 then, too
@@ -456,9 +519,18 @@ class MMPrefixModule(pl.LightningModule):
             self._refuse_step(
                 "loss", [ids for x, ids in zip(window.losses, window.ids, strict=True) if not x.isfinite()]
             )
+        if not totals[2]:
+            # No rank saw an image. What stood in for one gave zeros: they would still decay weights and age Adam's state.
+            for part in (self.model.vision, self.model.connector):
+                part.zero_grad(set_to_none=True)
         # Ranks are averaged by the strategy and micro-batches by the trainer: undo both, then divide by the count.
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches / count
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        # Of a sharded model, each rank's share.
+        gradients = [
+            p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+            for p in self.parameters()
+            if p.grad is not None
+        ]
         torch._foreach_mul_(gradients, scale)
         self.log("train/loss", loss, prog_bar=True)
         for group in optimizer.param_groups:
@@ -484,6 +556,8 @@ class MMPrefixModule(pl.LightningModule):
         by_norm = gradient_clip_algorithm in (None, "norm")
         limit = gradient_clip_val if by_norm and gradient_clip_val else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(gradients, limit)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         if not self._scales_loss and not torch.isfinite(norm):
             self._refuse_step("gradient", self._last_window.ids)
         self.log("train/grad_norm", norm)

@@ -1,0 +1,114 @@
+"""Full sharding, with real processes and gloo: what one process learns, several do."""
+
+import pytest
+import safetensors.torch
+import torch
+
+from mmprefix.errors import InputError
+from mmprefix.training.fsdp import FullyShardedStrategy, layers_of
+from mmprefix.vision import VisionArgs
+from tests.conftest import colour_record, make_model
+from tests.test_images import as_json, tar_of
+from tests.test_resume import ROOT, fit
+
+TWO = ["--data.batch_size", "1", "--trainer.devices", "2"]
+SHARDED = [*TWO, "--trainer.strategy", "fsdp2"]
+
+
+@pytest.fixture
+def records(tmp_path):
+    members = []
+    for n in range(9):
+        key, image, payload = colour_record(n)
+        if n % 3 == 0:
+            members += [(f"{key}.png", image), (f"{key}.json", payload)]
+        else:
+            members.append((f"{key}.json", as_json(images=0, instruction=f"{n} and one?", target=f"{n + 1}")))
+    tar_of(tmp_path / "a.tar", members)
+    return tmp_path
+
+
+def state(folder, step):
+    (path,) = folder.glob(f"*step={step:08d}.ckpt")
+    return torch.load(path, weights_only=True)
+
+
+def losses(lines):
+    """Of each step, one rank's."""
+    return {line["step"]: line["loss"] for line in lines if line["rank"] == 0 and line["loss"] == line["loss"]}
+
+
+def assert_losses(found, expected, after=0):
+    assert list(found) == [step for step in expected if step > after]
+    for step, loss in found.items():
+        assert abs(loss - expected[step]) <= 2e-6, f"step {step}"
+
+
+def test_two_processes_learn_what_one_does_and_go_on_for_each_other(records):
+    """Most steps have a rank with text only, some have only such, and the last has one without a record: losses, weights,
+    optimizer state and answers; and a checkpoint of either is gone on with by the other."""
+    once = ["--trainer.max_epochs", "1", "--trainer.limit_val_batches", "1.0", "--trainer.gradient_clip_val", "1.0"]
+    one = fit(records, "one", 1, "--data.batch_size", "2", *once)
+    two = fit(records, "two", 1, *SHARDED, *once)
+    assert sorted(i for line in one for i in line["ids"]) == sorted(i for line in two for i in line["ids"])
+    assert min(len(line["ids"]) for line in two) == 0, "an empty batch"
+    assert_losses(losses(two), losses(one))
+    expected, found = state(records / "one", 5), state(records / "two", 5)
+    assert found["state_dict"].keys() == expected["state_dict"].keys()
+    for name, value in expected["state_dict"].items():  # Adam divides by what is near zero
+        torch.testing.assert_close(found["state_dict"][name], value, atol=2e-5, rtol=1e-4)
+    (expected_state,), (found_state,) = expected["optimizer_states"], found["optimizer_states"]
+    assert found_state["state"].keys() == expected_state["state"].keys()
+    for number, values in expected_state["state"].items():
+        for name, value in values.items():
+            torch.testing.assert_close(found_state["state"][number][name], value, atol=2e-6, rtol=1e-3)
+    predictions = [sorted((records / f"{name}-run" / "predictions.jsonl").open()) for name in ("one", "two")]
+    assert predictions[0] == predictions[1]
+    models = [
+        safetensors.torch.load_file(records / f"{name}-run" / "model" / "model.safetensors") for name in ("one", "two")
+    ]
+    assert models[0].keys() == models[1].keys()
+    for name, arguments, source in (("back", ["--data.batch_size", "2"], "two"), ("on", SHARDED, "one")):
+        (checkpoint,) = (records / source).glob("*step=00000002.ckpt")
+        lines = fit(records, name, 0, *arguments, *once, "--ckpt_path", str(checkpoint))
+        assert_losses(losses(lines), losses(one), after=2)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_accumulated_and_recomputed_steps_are_those_of_one_process(records, frozen):
+    """By the config that lays itself over another; two copies of the shards, each of one process, or one of both."""
+    settings = [
+        "--trainer.accumulate_grad_batches", "2", "--model.gradient_checkpointing", "true", "--trainer.max_epochs", "1",
+        "--model.train_vision.freeze", str(frozen).lower(),
+    ]  # fmt: skip
+    one = fit(records, "one", 0, "--data.batch_size", "2", *settings)
+    overlay = ["--config", ROOT / "configs" / "fsdp.yaml", "--trainer.strategy.replicas", 2 if frozen else 1]
+    two = fit(records, "two", 0, *map(str, [*TWO, *overlay, *settings]))
+    assert_losses(losses(two), losses(one))
+
+
+def test_replicas_that_do_not_divide_the_processes_are_refused():
+    with pytest.raises(InputError, match="trainer.strategy.replicas: expected at least 1, got 0"):
+        FullyShardedStrategy(replicas=0)
+    strategy = FullyShardedStrategy(replicas=2)
+    strategy.parallel_devices = [torch.device("cpu")] * 3
+    with pytest.raises(InputError, match="replicas: expected a divisor of the 3 processes, got 2"):
+        strategy.setup_environment()
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "vision"),
+    [
+        ("test_vit", {"image_size": 32}, 6), ("resnet10t", {"image_size": 64}, 4), ("convnext_atto", {"image_size": 64}, 4),
+        ("swin_tiny_patch4_window7_224", {"kwargs": {"depths": [1, 1, 1, 1]}}, 4),
+    ],
+)  # fmt: skip
+def test_layers_are_found_in_any_encoder(name, kwargs, vision):
+    model, _ = make_model(vision=VisionArgs(name, **kwargs))
+    decoder = list(model.decoder.model.layers)
+    found = layers_of(model)
+    assert found[-len(decoder) :] == decoder
+    assert len(found) - len(decoder) == vision
+    assert len({id(p) for layer in found for p in layer.parameters()}) == sum(
+        1 for la in found for _ in la.parameters()
+    )
