@@ -168,6 +168,12 @@ def test_parts_of_the_memory():
     sharded, _ = estimate_of(layout=Layout(4, "fsdp"))
     assert (sharded.weights, sharded.gradients) == (estimate.weights / 4, learns / 4)
     assert 0 < sharded.communication < size
+    # Gathered in half precision, but kept as the weights are stored.
+    kept = [
+        estimate_of(layout=Layout(2, "fsdp", param_dtype=dtype))[0].step_peak(4)["gradients"]
+        for dtype in (None, torch.bfloat16)
+    ]
+    assert kept == [learns / 2] * 2
     assert sharded.total(4) < estimate.total(4)
 
 
