@@ -28,7 +28,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from mmprefix import __version__, caching
-from mmprefix.commands import COMMANDS, estimate_command
+from mmprefix.commands import COMMANDS, estimate_command, scaling_command
 from mmprefix.data.datamodule import ShardDataModule
 from mmprefix.errors import InputError, UnreadableError
 from mmprefix.evaluation.report import PredictionReport
@@ -306,6 +306,8 @@ def run(arguments: list[str]) -> int:
             return inspect_command(arguments[1:], fit_settings)
         if arguments[0] == "estimate":
             return estimate_command(arguments[1:], fit_settings)
+        if arguments[0] == "scaling":
+            return scaling_command(arguments[1:], fit_settings)
         _build(MMPrefixCLI, arguments)
     except (InputError, MisconfigurationException) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
