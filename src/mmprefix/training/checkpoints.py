@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from transformers import GenerationConfig
 
+from mmprefix.adapters import add_stored, merge
 from mmprefix.decoder import load_exactly
 from mmprefix.errors import InputError
 from mmprefix.files import replacing
@@ -97,7 +98,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_model(path: Path) -> tuple[MMPrefixForConditionalGeneration, MMPrefixProcessor]:
-    """Model and processor, ready to generate, from what a run left behind.
+    """Model and processor, ready to generate, from what a run left behind; adapters are merged.
 
     Args:
         path: a ``.ckpt`` file, a folder of `save_pretrained`, or a run folder that holds either.
@@ -116,10 +117,12 @@ def load_model(path: Path) -> tuple[MMPrefixForConditionalGeneration, MMPrefixPr
     checkpoint = read_checkpoint(path)
     content = checkpoint[CONTENT_KEY]
     model = MMPrefixForConditionalGeneration(MMPrefixConfig(**content["config"]))
+    add_stored(model, content.get("adapters", {}))
     weights = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
     # Assigned, not copied: they keep the precision they were trained in, whatever the config says.
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
+    merge(model)
     for config in (model.config, model.config.text_config, model.decoder.config):
         config.dtype = model.dtype
     if "generation_config" in content:

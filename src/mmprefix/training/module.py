@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mmprefix import adapters
 from mmprefix.accounting import PARTS
 from mmprefix.attention import MASK_FREE_IMPLEMENTATION
 from mmprefix.data.features import FeatureKey
@@ -190,6 +191,10 @@ class MMPrefixModule(pl.LightningModule):
             raise InputError(f"model.num_beams: expected at least 1, got {num_beams}")
         if isinstance(peak_tflops, float | int) and not 0 < peak_tflops < math.inf:
             raise InputError(f"model.peak_tflops: expected more than 0, or `measure`, got {peak_tflops}")
+        if decoder.load_in_4bit and train_decoder.lora is None:
+            raise InputError(
+                "model.decoder.load_in_4bit: expected model.train_decoder.lora beside it: 4 bits don't learn"
+            )
         if pretrained is not None:
             given = {"vision": vision, "decoder": decoder, "connector": connector, "tokenizer": tokenizer}
             for name, args in given.items():
@@ -207,6 +212,7 @@ class MMPrefixModule(pl.LightningModule):
         self.loss_normalization: LossNormalization = loss_normalization
         self.optimizer_args = optimizer
         self.part_args = dict(zip(PARTS, (train_vision, train_connector, train_decoder), strict=True))
+        self._add_adapters(decoder)
         self.num_beams = num_beams
         self.peak_tflops = peak_tflops
         self.seed = seed
@@ -216,6 +222,7 @@ class MMPrefixModule(pl.LightningModule):
         self._exact_buffers: dict[str, Tensor] = {}
         self._gathered = ExitStack()
         self._compiled = compile
+        self._in_4bit = decoder.load_in_4bit
         self._window = self._last_window = _Window()
         self._exact_match: dict[tuple[str, str], ExactMatch] = {}
         self._evaluation_loss: list[Tensor] = []
@@ -225,6 +232,7 @@ class MMPrefixModule(pl.LightningModule):
             name: {n for n, p in self.part(name).named_parameters() if p.requires_grad} for name in PARTS
         }
         self._trainable = {name: self._of_part(name) for name in PARTS}
+        self._adapters = {name: adapters.learning_modules(self.model, name) for name in adapters.configs_of(self.model)}
         self._set_freezing(step=0)
         if gradient_checkpointing:
             checkpoint_activations(self.model)
@@ -235,6 +243,24 @@ class MMPrefixModule(pl.LightningModule):
         """`vision`, `connector` or `decoder`."""
         part: nn.Module = getattr(self.model, name)
         return part
+
+    def _add_adapters(self, decoder: DecoderArgs) -> None:
+        for name, args in self.part_args.items():
+            if args.lora is None:
+                continue
+            if name == "connector":
+                raise InputError(
+                    "model.train_connector.lora: expected null: the connector is small and learns as a whole"
+                )
+            if args.freeze:
+                raise InputError(f"model.train_{name}: expected lora or freeze: true, got both")
+            base_name = decoder.name if name == "decoder" and decoder.pretrained else None
+            adapters.add_lora(self.model, name, args.lora, base_name)
+
+    @property
+    def lora(self) -> dict[str, adapters.LoraArgs]:
+        """Of the parts with adapters."""
+        return {name: args.lora for name, args in self.part_args.items() if args.lora is not None}
 
     def _of_part(self, name: str) -> list[nn.Parameter]:
         """What may learn of a part."""
@@ -269,6 +295,10 @@ class MMPrefixModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Shards the model, where the strategy does."""
         if self._sharding is not None:
+            if self._in_4bit:
+                raise InputError(
+                    "model.decoder.load_in_4bit: expected another strategy than FSDP2, which can't shard 4 bits"
+                )
             self._sharding.shard(self.model)
             # Parameters are others now.
             self._trainable = {name: self._of_part(name) for name in PARTS}
@@ -342,7 +372,8 @@ class MMPrefixModule(pl.LightningModule):
             name for name, value in config.to_dict().items()
             if "att" in name and "drop" in name and isinstance(value, float) and value > 0
         ]  # fmt: skip
-        if dropout and not self.part_args["decoder"].freeze:
+        learns_itself = not self.part_args["decoder"].freeze and "decoder" not in self._adapters
+        if dropout and learns_itself:
             return f"the decoder's {dropout[0]}"
         device = self.trainer.strategy.root_device
         if device.type == "cpu":
@@ -385,8 +416,10 @@ class MMPrefixModule(pl.LightningModule):
         Cached features were compared with the encoder as it was built: a checkpoint must not bring another.
 
         Raises:
-            InputError: naming the first weight that differs, or a checkpoint whose epoch can't be gone on with.
+            InputError: naming the first weight that differs, other adapters, or a checkpoint whose epoch can't be gone on
+                with.
         """
+        adapters.check_stored(self.model, checkpoint[CONTENT_KEY].get("adapters", {}))
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.trainer.training and hasattr(datamodule, "resume"):
             datamodule.resume(checkpoint)
@@ -419,7 +452,7 @@ class MMPrefixModule(pl.LightningModule):
         total_steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(total_steps):
             raise InputError("trainer: expected max_epochs or max_steps, which the schedule ends at, got neither")
-        parts = {name: (self.part(name), args) for name, args in self.part_args.items()}
+        parts = {name: (self._trainable[name], args) for name, args in self.part_args.items()}
         optimizer, schedule = build_optimizer(parts, self.optimizer_args, int(total_steps), fused=not self._scales_loss)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -432,10 +465,12 @@ class MMPrefixModule(pl.LightningModule):
         for name, args in self.part_args.items():
             frozen = args.is_frozen(step)
             part = self.part(name)
-            if frozen and part.training:
+            if (frozen or name in self._adapters) and part.training:
                 switch_off_training_mode(part)
-            elif not frozen and self.training and not part.training:
+            elif not frozen and name not in self._adapters and self.training and not part.training:
                 part.train()
+            for module in self._adapters.get(name, ()):
+                module.training = self.training and not frozen
             for parameter in self._trainable[name]:
                 parameter.requires_grad_(not frozen)
 
@@ -670,4 +705,5 @@ class MMPrefixModule(pl.LightningModule):
             "config": self.model.config.to_dict(),
             "generation_config": self.model.generation_config.to_dict(),
             "processor": self.processor.to_files(),
+            "adapters": adapters.settings_of(self.model),
         }
