@@ -414,9 +414,8 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         if blank_image:
             height, width = self.config.vision_spec.image_size
             image = torch.zeros(1, 3, height, width, dtype=torch.uint8, device=batch.input_ids.device)
-            nothing = self.get_image_tokens(image).sum() * 0.0
-            loss, count = self.target_loss(batch, normalization, image_tokens, reduction, of_labels)
-            return loss + nothing, count
+            # Placed nowhere, but part of what the decoder gets: its layers, too, have a gradient to pass on where others have.
+            image_tokens = self.get_image_tokens(image)
         output_layer = self._plain_output_layer()
         if output_layer is None:
             logits = self.target_logits(batch, image_tokens)
