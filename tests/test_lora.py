@@ -119,9 +119,8 @@ def test_convolutions_are_adapted_where_they_are_named():
     with torch.no_grad():
         torch.testing.assert_close(plain(pixels), model.vision(pixels), atol=1e-4, rtol=1e-4)
     # Standardised convolutions: what is added to the weight is not what is added to the output.
-    other = VisionArgs("resnetv2_50x1_bit", image_size=64, kwargs={"layers": [1, 1, 1, 1], "width_factor": 1})
-    with pytest.raises(InputError, match="expected names of layers that can have adapters, got 'conv2'"):
-        add_lora(make_model(vision=other)[0], "vision", LoraArgs(target_modules=["conv2"]))
+    assert adapters._kind(timm.layers.StdConv2d(8, 8, 3)) is None
+    assert adapters._kind(torch.nn.Conv2d(8, 8, 3, groups=8)) is None
 
 
 # As exact as without them
@@ -504,7 +503,7 @@ def test_step_matches_a_counted_step(photos):
             expected -= images * 2 * (spec.num_tokens * patches.numel() + tokens * (qkv.numel() + 4 * spec.width))
         else:
             expected -= images * flops.connector
-        assert counter.get_total_flops() == pytest.approx(expected, rel=2e-3), parts
+        assert counter.get_total_flops() == pytest.approx(expected, rel=1e-6), parts
         if parts == {"vision", "decoder"}:
             assert flops.step(counted, {"connector"}) < expected, "adapters that don't learn yet"
             full = ModelFlops.of(model.config).step(counted, {"vision", "connector", "decoder"})

@@ -175,6 +175,8 @@ def _inject(peft: Any, model: MMPrefixForConditionalGeneration, part: str, confi
     for _, layer in _layers(inside):
         # Weights and inputs are of one precision already, or autocast makes them so: another copy would be for nothing.
         layer.cast_input_dtype_enabled = False
+        for own in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+            own.float()  # beside weights in 4 bits, they would be in bfloat16
 
 
 def adaptable_layers(model: MMPrefixForConditionalGeneration, part: str) -> dict[str, nn.Module]:
