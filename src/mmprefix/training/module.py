@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mmprefix import adapters
 from mmprefix.accounting import PARTS
 from mmprefix.attention import MASK_FREE_IMPLEMENTATION
 from mmprefix.data.features import FeatureKey
@@ -191,6 +192,10 @@ class MMPrefixModule(pl.LightningModule):
             raise InputError(f"model.num_beams: expected at least 1, got {num_beams}")
         if isinstance(peak_tflops, float | int) and not 0 < peak_tflops < math.inf:
             raise InputError(f"model.peak_tflops: expected more than 0, or `measure`, got {peak_tflops}")
+        if decoder.load_in_4bit and train_decoder.lora is None:
+            raise InputError(
+                "model.decoder.load_in_4bit: expected model.train_decoder.lora beside it: 4 bits don't learn"
+            )
         if pretrained is not None:
             given = {"vision": vision, "decoder": decoder, "connector": connector, "tokenizer": tokenizer}
             for name, args in given.items():
@@ -208,6 +213,7 @@ class MMPrefixModule(pl.LightningModule):
         self.loss_normalization: LossNormalization = loss_normalization
         self.optimizer_args = optimizer
         self.part_args = dict(zip(PARTS, (train_vision, train_connector, train_decoder), strict=True))
+        self._add_adapters(decoder)
         self.num_beams = num_beams
         self.settings = ""
         """The run's configuration in YAML, for its checkpoints, where the command line knows it."""
@@ -220,6 +226,7 @@ class MMPrefixModule(pl.LightningModule):
         self._gathered = ExitStack()
         self._feature_key: FeatureKey | None = None
         self._compiled = compile
+        self._in_4bit = decoder.load_in_4bit
         self._window = self._last_window = _Window()
         self._exact_match: dict[tuple[str, str], ExactMatch] = {}
         self._evaluation_loss: list[Tensor] = []
@@ -229,6 +236,7 @@ class MMPrefixModule(pl.LightningModule):
             name: {n for n, p in self.part(name).named_parameters() if p.requires_grad} for name in PARTS
         }
         self._trainable = {name: self._of_part(name) for name in PARTS}
+        self._adapters = {name: adapters.learning_modules(self.model, name) for name in adapters.configs_of(self.model)}
         self._set_freezing(step=0)
         if gradient_checkpointing:
             checkpoint_activations(self.model)
@@ -239,6 +247,24 @@ class MMPrefixModule(pl.LightningModule):
         """`vision`, `connector` or `decoder`."""
         part: nn.Module = getattr(self.model, name)
         return part
+
+    def _add_adapters(self, decoder: DecoderArgs) -> None:
+        for name, args in self.part_args.items():
+            if args.lora is None:
+                continue
+            if name == "connector":
+                raise InputError(
+                    "model.train_connector.lora: expected null: the connector is small and learns as a whole"
+                )
+            if args.freeze:
+                raise InputError(f"model.train_{name}: expected lora or freeze: true, got both")
+            base_name = decoder.name if name == "decoder" and decoder.pretrained else None
+            adapters.add_lora(self.model, name, args.lora, base_name)
+
+    @property
+    def lora(self) -> dict[str, adapters.LoraArgs]:
+        """Of the parts with adapters."""
+        return {name: args.lora for name, args in self.part_args.items() if args.lora is not None}
 
     def _of_part(self, name: str) -> list[nn.Parameter]:
         """What may learn of a part."""
@@ -273,6 +299,10 @@ class MMPrefixModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Shards the model, where the strategy does."""
         if self._sharding is not None:
+            if self._in_4bit:
+                raise InputError(
+                    "model.decoder.load_in_4bit: expected another strategy than FSDP2, which can't shard 4 bits"
+                )
             self._sharding.shard(self.model)
             # Parameters are others now.
             self._trainable = {name: self._of_part(name) for name in PARTS}
@@ -346,7 +376,8 @@ class MMPrefixModule(pl.LightningModule):
             name for name, value in config.to_dict().items()
             if "att" in name and "drop" in name and isinstance(value, float) and value > 0
         ]  # fmt: skip
-        if dropout and not self.part_args["decoder"].freeze:
+        learns_itself = not self.part_args["decoder"].freeze and "decoder" not in self._adapters
+        if dropout and learns_itself:
             return f"the decoder's {dropout[0]}"
         device = self.trainer.strategy.root_device
         if device.type == "cpu":
@@ -391,8 +422,10 @@ class MMPrefixModule(pl.LightningModule):
         Cached features were compared with the encoder as it was built: a checkpoint must not bring another.
 
         Raises:
-            InputError: naming the first weight that differs, or a checkpoint whose epoch can't be gone on with.
+            InputError: naming the first weight that differs, other adapters, or a checkpoint whose epoch can't be gone on
+                with.
         """
+        adapters.check_stored(self.model, checkpoint[CONTENT_KEY].get("adapters", {}))
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.trainer.training and hasattr(datamodule, "resume"):
             datamodule.resume(checkpoint)
@@ -436,7 +469,7 @@ class MMPrefixModule(pl.LightningModule):
         total_steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(total_steps):
             raise InputError("trainer: expected max_epochs or max_steps, which the schedule ends at, got neither")
-        parts = {name: (self.part(name), args) for name, args in self.part_args.items()}
+        parts = {name: (self._trainable[name], args) for name, args in self.part_args.items()}
         optimizer, schedule = build_optimizer(parts, self.optimizer_args, int(total_steps), fused=not self._scales_loss)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -449,10 +482,12 @@ class MMPrefixModule(pl.LightningModule):
         for name, args in self.part_args.items():
             frozen = args.is_frozen(step)
             part = self.part(name)
-            if frozen and part.training:
+            if (frozen or name in self._adapters) and part.training:
                 switch_off_training_mode(part)
-            elif not frozen and self.training and not part.training:
+            elif not frozen and name not in self._adapters and self.training and not part.training:
                 part.train()
+            for module in self._adapters.get(name, ()):
+                module.training = self.training and not frozen
             for parameter in self._trainable[name]:
                 parameter.requires_grad_(not frozen)
 
@@ -473,15 +508,15 @@ class MMPrefixModule(pl.LightningModule):
         else:
             of_labels: list[Tensor] | None = None if batch.label_datasets is None else []
             text_only = batch.pixel_values is None and batch.image_features is None and self.trainer.world_size > 1
-            loss_sum, count = self.model.target_loss(
-                batch, self.loss_normalization, of_labels=of_labels,
-                blank_image=text_only and self._sharding is not None,
-            )  # fmt: skip
+            blank = self._blank if text_only else None
+            loss_sum, count = self.model.target_loss(batch, self.loss_normalization, of_labels=of_labels, blank=blank)
             if of_labels:
                 self._window.of_sets.append(self._by_set(batch, of_labels[0], len(self._set_names("train"))))
             if text_only and self._sharding is None:
                 # Text only: the others would wait for the encoder's gradients.
                 loss_sum = loss_sum + _zero_through(self.model.vision, self.model.connector)
+            elif not loss_sum.requires_grad:  # text only, and the decoder is frozen
+                loss_sum = loss_sum + _zero_through(self)
         self._window.with_images += batch.pixel_values is not None or batch.image_features is not None
         self._window.losses.append(loss_sum.detach())
         self._window.counts.append(count)
@@ -496,8 +531,15 @@ class MMPrefixModule(pl.LightningModule):
             collate([sequence], [()], None, pad_id=self.processor.pad_id, visibility=self.processor.prefix_visibility,
                     packed=self._packed), lambda tensor: tensor.to(self.device),
         )  # fmt: skip
-        loss, _ = self.model.target_loss(filler, self.loss_normalization, blank_image=True)
+        loss, _ = self.model.target_loss(filler, self.loss_normalization, blank=self._blank)
         return loss * 0.0
+
+    @property
+    def _blank(self) -> Literal["image", "features"] | None:
+        """What stands in for images where the others gather layers for theirs."""
+        if self._sharding is None:
+            return None
+        return "image" if getattr(self.trainer.datamodule, "feature_cache", None) is None else "features"  # type: ignore[attr-defined]
 
     def _set_names(self, split: str) -> tuple[str, ...]:
         names = getattr(getattr(self.trainer, "datamodule", None), "set_names", None)
@@ -548,7 +590,8 @@ class MMPrefixModule(pl.LightningModule):
             for p in self.parameters()
             if p.grad is not None
         ]
-        torch._foreach_mul_(gradients, scale)
+        if gradients:  # none, where nobody had an image and the decoder is frozen
+            torch._foreach_mul_(gradients, scale)
         self.log("train/loss", loss, prog_bar=True)
         for group in optimizer.param_groups:
             if "/" not in group["name"]:
@@ -690,6 +733,7 @@ class MMPrefixModule(pl.LightningModule):
             "processor": self.processor.to_files(),
             "versions": {name: version(name) for name in ("mmprefix", "torch", "transformers", "timm", "lightning")},
             "settings": self.settings,
+            "adapters": adapters.settings_of(self.model),
         }
         if self._feature_key is not None:
             checkpoint[CONTENT_KEY]["feature_key"] = self._feature_key.hash

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from mmprefix.adapters import LoraArgs
 from mmprefix.errors import InputError
 
 
@@ -55,11 +56,14 @@ class PartArgs:
         lr: peak learning rate, by default the optimizer's.
         freeze: never train it.
         unfreeze_at_step: frozen until this optimizer step.
+        lora: low-rank adapters learn, at this rate and from this step, in place of the part's own weights; not of the
+            connector.
     """
 
     lr: float | None = None
     freeze: bool = False
     unfreeze_at_step: int | None = None
+    lora: LoraArgs | None = None
 
     def is_frozen(self, step: int) -> bool:
         """Whether the part is frozen at this optimizer step."""
@@ -75,16 +79,20 @@ def schedule_factor(step: int, total_steps: int, warmup: float, final_lr: float)
     return final_lr + (1.0 - final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def parameter_groups(parts: Mapping[str, tuple[nn.Module, PartArgs]], args: OptimizerArgs) -> list[dict[str, Any]]:
+def parameter_groups(
+    parts: Mapping[str, tuple[Iterable[nn.Parameter], PartArgs]], args: OptimizerArgs
+) -> list[dict[str, Any]]:
     """Groups for AdamW: for each part one with decay and one without, named ``part`` and ``part/no_decay``.
 
-    Parameters that never train are left out; those that unfreeze later are in from the start.
+    Args:
+        parts: for each, what of it may learn, now or later.
+        args: of the optimizer.
     """
     groups = []
-    for name, (module, part) in parts.items():
+    for name, (parameters, part) in parts.items():
         if part.freeze:
             continue
-        trainable = [p for p in module.parameters() if p.requires_grad or part.unfreeze_at_step is not None]
+        trainable = list(parameters)
         for suffix, decay, members in (
             ("", args.weight_decay, [p for p in trainable if p.ndim >= 2]),
             ("/no_decay", 0.0, [p for p in trainable if p.ndim < 2]),
@@ -96,7 +104,11 @@ def parameter_groups(parts: Mapping[str, tuple[nn.Module, PartArgs]], args: Opti
 
 
 def build_optimizer(
-    parts: Mapping[str, tuple[nn.Module, PartArgs]], args: OptimizerArgs, total_steps: int, *, fused: bool = True
+    parts: Mapping[str, tuple[Iterable[nn.Parameter], PartArgs]],
+    args: OptimizerArgs,
+    total_steps: int,
+    *,
+    fused: bool = True,
 ) -> tuple[torch.optim.AdamW, LambdaLR]:
     """The optimizer and its schedule, to be stepped once per optimizer step.
 
