@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +50,7 @@ from mmprefix.prompts import prompt_end
 from mmprefix.sequence import TokenSequence
 from mmprefix.training.checkpoints import CONTENT_KEY, check_fits, load_model
 from mmprefix.training.fsdp import FullyShardedStrategy
-from mmprefix.training.optim import OptimizerArgs, PartArgs, build_optimizer
+from mmprefix.training.optim import Guard, GuardArgs, OptimizerArgs, PartArgs, build_optimizer
 from mmprefix.varlen import MAX_HEAD_SIZE
 from mmprefix.vision import ConnectorArgs, VisionArgs
 
@@ -149,6 +149,7 @@ class MMPrefixModule(pl.LightningModule):
         prefix_visibility: PrefixVisibility | None = None,
         loss_normalization: LossNormalization = "tokens",
         optimizer: OptimizerArgs = OptimizerArgs(),  # noqa: B008
+        guard: GuardArgs = GuardArgs(),  # noqa: B008
         train_vision: PartArgs = PartArgs(),  # noqa: B008
         train_connector: PartArgs = PartArgs(),  # noqa: B008
         train_decoder: PartArgs = PartArgs(),  # noqa: B008
@@ -174,6 +175,7 @@ class MMPrefixModule(pl.LightningModule):
             loss_normalization: `tokens`: mean over all target tokens of an optimizer step. `per_sample`: mean over
                 each target's tokens, then over targets, as PaliGemma trains.
             optimizer: AdamW and its schedule.
+            guard: what becomes of a step whose loss or gradient is not finite, or far above those before it.
             train_vision: learning rate and freezing of the encoder.
             train_connector: learning rate and freezing of the connector.
             train_decoder: learning rate and freezing of the decoder.
@@ -188,6 +190,7 @@ class MMPrefixModule(pl.LightningModule):
         """
         super().__init__()
         optimizer.check()
+        guard.check()
         if num_beams < 1:
             raise InputError(f"model.num_beams: expected at least 1, got {num_beams}")
         if isinstance(peak_tflops, float | int) and not 0 < peak_tflops < math.inf:
@@ -212,6 +215,7 @@ class MMPrefixModule(pl.LightningModule):
             self.model, self.processor = _from_parts(vision, decoder, connector, tokenizer, prefix_visibility or "full")
         self.loss_normalization: LossNormalization = loss_normalization
         self.optimizer_args = optimizer
+        self.guard_args, self._guard = guard, Guard()
         self.part_args = dict(zip(PARTS, (train_vision, train_connector, train_decoder), strict=True))
         self._add_adapters(decoder)
         self.num_beams = num_beams
@@ -427,8 +431,10 @@ class MMPrefixModule(pl.LightningModule):
         """
         adapters.check_stored(self.model, checkpoint[CONTENT_KEY].get("adapters", {}))
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self.trainer.training and hasattr(datamodule, "resume"):
-            datamodule.resume(checkpoint)
+        if self.trainer.training:
+            self._guard = Guard(**checkpoint[CONTENT_KEY].get("guard", {}))
+            if hasattr(datamodule, "resume"):
+                datamodule.resume(checkpoint)
         cached = getattr(datamodule, "feature_cache", None) is not None
         if self._sharding is not None:  # it has compared shapes, and loaded, already
             if cached and checkpoint[CONTENT_KEY].get("feature_key") != self.frozen_feature_key().hash:
@@ -458,6 +464,10 @@ class MMPrefixModule(pl.LightningModule):
         Raises:
             InputError: nothing to train, or a part that unfreezes in a multi-process run.
         """
+        if self._scales_loss and self.guard_args.spike_factor is not None:
+            raise InputError(
+                "model.guard.spike_factor: expected null under precision 16-mixed, whose scaler skips steps itself"
+            )
         if all(part.freeze for part in self.part_args.values()):
             raise InputError("model: expected a part that learns, all of vision, connector and decoder are frozen")
         late = [name for name, part in self.part_args.items() if part.unfreeze_at_step is not None and not part.freeze]
@@ -574,10 +584,11 @@ class MMPrefixModule(pl.LightningModule):
                 self.log(f"train/{name}/loss", of_set / of_count)
         count = totals[1].clamp(min=1e-6)  # 0 where no rank had a usable sample; the sum is 0 then, too
         loss = totals[0] / count
-        if not torch.isfinite(loss):
-            self._refuse_step(
-                "loss", [ids for x, ids in zip(window.losses, window.ids, strict=True) if not x.isfinite()]
-            )
+        problem = self._guard.judge(float(loss), self.guard_args.spike_factor) if totals[1] else None
+        if problem is not None:
+            pairs = list(zip(window.losses, window.ids, strict=True))
+            self._refuse_step(problem, [ids for x, ids in pairs if not x.isfinite()] or [ids for _, ids in pairs])
+            return
         if not totals[2]:
             # No rank saw an image. What stood in for one gave zeros: they would still decay weights and age Adam's state.
             for part in (self.model.vision, self.model.connector):
@@ -598,12 +609,24 @@ class MMPrefixModule(pl.LightningModule):
                 self.log(f"lr/{group['name']}", group["lr"])
 
     def _refuse_step(self, what: str, batches: list[tuple[str, ...]]) -> None:
+        """Stops before a step, or takes its gradients away: the optimizer then leaves the weights and its state as they are."""
         ids = [id_ for batch in batches for id_ in batch]
         shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
-        raise NonFiniteLossError(
-            f"step {self.global_step} (epoch {self.current_epoch}): the {what} is not finite; samples of the batch: "
-            f"{shown or 'on another rank'}; the last checkpoint is from before it"
+        line = (
+            f"step {self.global_step} (epoch {self.current_epoch}): the {what}; samples of the batch: "
+            f"{shown or 'on another rank'}"
         )
+        guard = self._guard
+        if self.guard_args.action == "stop":
+            raise NonFiniteLossError(f"{line}; the last checkpoint is from before it")
+        guard.skipped += 1
+        guard.in_a_row += 1
+        if guard.in_a_row > self.guard_args.max_in_a_row:
+            raise NonFiniteLossError(f"{line}; {guard.in_a_row - 1} steps before it were skipped, one after the other")
+        rank_zero_info(f"skipped {line}; {guard.skipped} steps skipped so far")
+        self.log("train/skipped_steps", float(guard.skipped))
+        if not self._scales_loss:  # else the scaler sees what is not finite, and skips
+            self.zero_grad(set_to_none=True)
 
     def configure_gradient_clipping(
         self,
@@ -619,7 +642,9 @@ class MMPrefixModule(pl.LightningModule):
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         if not self._scales_loss and not torch.isfinite(norm):
-            self._refuse_step("gradient", self._last_window.ids)
+            self._refuse_step("gradient is not finite", self._last_window.ids)
+        elif gradients:
+            self._guard.in_a_row = 0
         self.log("train/grad_norm", norm)
         if not by_norm:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -733,6 +758,7 @@ class MMPrefixModule(pl.LightningModule):
             "processor": self.processor.to_files(),
             "versions": {name: version(name) for name in ("mmprefix", "torch", "transformers", "timm", "lightning")},
             "settings": self.settings,
+            "guard": asdict(self._guard),
             "adapters": adapters.settings_of(self.model),
         }
         if self._feature_key is not None:

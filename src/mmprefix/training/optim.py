@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -46,6 +46,57 @@ class OptimizerArgs:
             value = getattr(self, name)
             if not 0 <= value < below:
                 raise InputError(f"model.optimizer.{name}: expected at least 0 and below {below}, got {value}")
+
+
+@dataclass
+class GuardArgs:
+    """What becomes of an optimizer step whose loss or gradient would spoil the weights.
+
+    Attributes:
+        action: `stop` the run before the step; `skip` the step, count it (train/skipped_steps) and name it.
+        spike_factor: also of a step whose loss is so many times the mean of those before it (their exponential mean, over
+            about 50 steps; the first 20 are only counted).
+        max_in_a_row: with `skip`, how many steps in a row may be skipped before the run stops.
+    """
+
+    action: Literal["stop", "skip"] = "stop"
+    spike_factor: float | None = None
+    max_in_a_row: int = 5
+
+    def check(self) -> None:
+        """Raises InputError for a value out of its range."""
+        if self.spike_factor is not None and not self.spike_factor > 1:
+            raise InputError(f"model.guard.spike_factor: expected more than 1, got {self.spike_factor}")
+        if self.max_in_a_row < 1:
+            raise InputError(f"model.guard.max_in_a_row: expected at least 1, got {self.max_in_a_row}")
+
+
+@dataclass
+class Guard:
+    """Judges the losses of a run; its fields are its state.
+
+    Attributes:
+        mean: exponential mean of the losses of the steps that were taken.
+        steps: of these, how many.
+        skipped: steps that were not taken.
+        in_a_row: of these, the last ones.
+    """
+
+    mean: float = 0.0
+    steps: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
+
+    def judge(self, loss: float, spike_factor: float | None) -> str | None:
+        """Why a step of this loss should not be taken, in words; else None, and it counts."""
+        if not math.isfinite(loss):
+            return "loss is not finite"
+        if spike_factor is not None and self.steps >= 20 and loss > spike_factor * self.mean:
+            return f"loss is {loss:.4g}, over {spike_factor:g} times the mean of {self.mean:.4g}"
+        self.steps += 1
+        weight = max(1 / self.steps, 1 / 50)
+        self.mean += weight * (loss - self.mean)
+        return None
 
 
 @dataclass
