@@ -5,6 +5,7 @@ import safetensors.torch
 import torch
 
 from mmprefix.errors import InputError
+from mmprefix.interop.consolidate import consolidate
 from mmprefix.training.checkpoints import read_checkpoint
 from mmprefix.training.fsdp import FullyShardedStrategy, layers_of
 from mmprefix.vision import VisionArgs
@@ -69,6 +70,10 @@ def test_two_processes_learn_what_one_does_and_go_on_for_each_other(records):
         safetensors.torch.load_file(records / f"{name}-run" / "model" / "model.safetensors") for name in ("one", "two")
     ]
     assert models[0].keys() == models[1].keys()
+    consolidate(next((records / "two").glob("*step=00000005.ckpt")), records / "whole")
+    whole = safetensors.torch.load_file(records / "whole" / "model.safetensors")
+    assert whole.keys() == models[1].keys()
+    assert all(torch.equal(whole[name], models[1][name]) for name in whole)
     for name, arguments, source in (("back", ["--data.batch_size", "2"], "two"), ("on", SHARDED, "one")):
         (checkpoint,) = (records / source).glob("*step=00000002.ckpt")
         lines = fit(records, name, 0, *arguments, *once, "--ckpt_path", str(checkpoint))

@@ -453,6 +453,20 @@ def test_imported_trained_and_exported_is_what_was_trained(colour_shards, tmp_pa
         expected = theirs.generate(**inputs, **settings)
         inputs.pop("token_type_ids")
         assert torch.equal(again.generate(**inputs, **settings), expected)
+    # Straight from the checkpoint's file: the same folder, in pieces.
+    for source, size in ((checkpoint, "5GB"), (tmp_path / "run", "100KB")):
+        pieces = tmp_path / f"pieces-{size}"
+        arguments = ["consolidate", "--checkpoint", str(source), "--out", str(pieces), "--max_shard_size", size]
+        assert run(arguments) == 0
+        assert (
+            len(list(pieces.glob("*.safetensors"))) == 1
+            if size == "5GB"
+            else len(list(pieces.glob("*.safetensors"))) > 3
+        )
+        again, _ = load_model(pieces)
+        assert all(torch.equal(v, trained[k]) for k, v in again.state_dict().items())
+        for file in (tmp_path / "transformers-0").glob("*.json"):
+            assert (pieces / file.name).read_text() == file.read_text(), file.name
     out = tmp_path / "half"
     assert (
         run(

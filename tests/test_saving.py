@@ -11,7 +11,14 @@ from torch import multiprocessing
 
 from mmprefix.errors import InputError
 from mmprefix.training import saving, sharded
-from mmprefix.training.checkpoints import CONTENT_KEY, TIED, check_fits, newest_checkpoint, read_checkpoint
+from mmprefix.training.checkpoints import (
+    CONTENT_KEY,
+    TIED,
+    check_fits,
+    newest_checkpoint,
+    read_checkpoint,
+    remove_leftovers,
+)
 from mmprefix.training.saving import AtomicCheckpointIO, CheckpointArgs
 
 
@@ -178,6 +185,8 @@ def test_processes_save_a_folder_and_one_reads_it(tmp_path):
         processes(folder, _die_before_the_name, port=29612)
     assert (folder / ".step=00000003.ckpt.part").is_dir()
     assert newest_checkpoint(tmp_path).name == "step=00000002.ckpt"
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["expected.pt", "step=00000001.ckpt", "step=00000002.ckpt"]
     # A file that was lost: what is left is not taken for all.
     lost = sorted((folder / "step=00000002.ckpt").glob("*.safetensors"))[0]
     lost.unlink()

@@ -25,6 +25,7 @@ commands:
   scaling    a step on 8 to 512 devices, on paper    scaling --config C --devices 8,64,512 --tflops X --bandwidth Y
   import-paligemma                                   import-paligemma --from NAME_OR_FOLDER --out DIR
   export     for transformers, or as a PaliGemma     export --checkpoint runs/X --format transformers --out DIR
+  consolidate                                        consolidate --checkpoint runs/X --out DIR (in little memory)
 
 Every setting of a config can be given on the command line (--data.batch_size 16). To see them all:
   python -m mmprefix fit --help                      all settings, with what they mean
@@ -38,7 +39,7 @@ options:
 
 COMMANDS = (
     "fit", "validate", "test", "predict", "prepare", "inspect", "cache-features", "generate", "probe", "estimate",
-    "scaling", "import-paligemma", "export",
+    "scaling", "import-paligemma", "export", "consolidate",
 )  # fmt: skip
 
 

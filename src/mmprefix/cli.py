@@ -45,6 +45,7 @@ from mmprefix.training.checkpoints import (
     FOLDER,
     newest_checkpoint,
     read_checkpoint,
+    remove_leftovers,
     set_aside_newer,
 )
 from mmprefix.training.fsdp import FullyShardedStrategy
@@ -191,6 +192,7 @@ class MMPrefixCLI(LightningCLI):
             if (kept := set_aside(run_folder)) is not None:
                 print(f"{run_folder} holds an earlier run: kept as {kept}")
             return
+        remove_leftovers(run_folder)
         drop_rows_after(run_folder / "metrics.csv", self.resume_step)
         for left in set_aside_newer(self.resume_from):
             print(f"a later checkpoint is kept as {left}")

@@ -29,6 +29,7 @@ from mmprefix.decoder import (
     uninstall,
 )
 from mmprefix.errors import InputError
+from mmprefix.interop.consolidate import consolidate
 from mmprefix.interop.export import check_output, export, write_pretrained
 from mmprefix.interop.paligemma import import_paligemma
 from mmprefix.modeling import MMPrefixConfig, MMPrefixForConditionalGeneration
@@ -134,6 +135,20 @@ def export_command(arguments: list[str]) -> int:
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     export(options.checkpoint, options.form, options.out, options.max_shard_size, dtype)
     print(f"{options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}")
+    return 0
+
+
+def consolidate_command(arguments: list[str]) -> int:
+    """Writes a checkpoint's model as a folder of transformers, in little memory."""
+    parser = CommandParser(
+        "consolidate", "A checkpoint, of one process or of many -> a folder that transformers loads."
+    )
+    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, or a checkpoint in it")
+    parser.add_argument("--out", required=True, type=Path, help="new folder")
+    parser.add_argument("--max_shard_size", default="5GB", help="of one safetensors file; about the memory it takes")
+    options = parser.parse_args(arguments)
+    source = consolidate(options.checkpoint, options.out, options.max_shard_size)
+    print(f"{options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}, from {source}")
     return 0
 
 
@@ -447,4 +462,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "probe": probe_command,
     "import-paligemma": import_paligemma_command,
     "export": export_command,
+    "consolidate": consolidate_command,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,16 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
         int(match.group(1)): path for path in (run_folder / FOLDER).glob("*.ckpt") if (match := _STEP.match(path.name))
     }
     return steps[max(steps)] if steps else None
+
+
+def remove_leftovers(run_folder: Path) -> None:
+    """Deletes what kills have left of checkpoints that were being written or removed; nothing of it has a checkpoint's name."""
+    for path in [*(run_folder / FOLDER).glob(".*.ckpt.part"), *(run_folder / FOLDER).glob(".*.ckpt.*.part"),
+                 *(run_folder / FOLDER).glob(".*.ckpt.old")]:  # fmt: skip
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def set_aside_newer(checkpoint: Path) -> list[Path]:
@@ -160,6 +171,20 @@ def load_config(path: Path) -> MMPrefixConfig:
             raise InputError(f"{path}/config.json: cannot read it: {' '.join(str(error).split())[:200]}") from error
         return config
     return MMPrefixConfig(**read_checkpoint(path, None)[CONTENT_KEY]["config"])
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint, or the newest one of a run folder.
+
+    Raises:
+        InputError: neither.
+    """
+    if path.is_dir() and not _is_sharded(path):
+        newest = newest_checkpoint(path)
+        if newest is None:
+            raise InputError(f"{path}: expected {FOLDER}/step=*.ckpt in it, found none")
+        return newest
+    return path
 
 
 def _find_model(path: Path) -> Path:
