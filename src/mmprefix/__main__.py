@@ -22,6 +22,7 @@ commands:
   generate   answer about one image                  generate --checkpoint runs/X --image a.png --instruction "..."
   probe      is this decoder an exact prefix LM?     probe --decoder NAME_OR_FOLDER
   estimate   memory, largest batch that fits         estimate --config C --devices 8 --memory 80
+  doctor     is this node, this allocation fit?      doctor --config C; under srun or torchrun: all ranks
   import-paligemma                                   import-paligemma --from NAME_OR_FOLDER --out DIR
   export     for transformers, or as a PaliGemma     export --checkpoint runs/X --format transformers --out DIR
 
@@ -37,7 +38,7 @@ options:
 
 COMMANDS = (
     "fit", "validate", "test", "predict", "prepare", "inspect", "cache-features", "generate", "probe", "estimate",
-    "import-paligemma", "export",
+    "doctor", "import-paligemma", "export",
 )  # fmt: skip
 
 

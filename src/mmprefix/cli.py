@@ -1,4 +1,4 @@
-"""The command line: LightningCLI over the module and the data module. The others are in `commands`, `caching`.
+"""The command line: LightningCLI over the module and the data module. The others are in `commands`, `caching`, ...
 
 What a run leaves behind lies in one folder, ``trainer.default_root_dir``: checkpoints/, tensorboard/, metrics.csv,
 config.yaml, predictions.jsonl, predictions.png, model/. A new run never overwrites an older one: it is renamed first.
@@ -27,6 +27,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from mmprefix import __version__, caching
 from mmprefix.commands import COMMANDS, estimate_command
 from mmprefix.data.datamodule import ShardDataModule
+from mmprefix.doctor import doctor_command
 from mmprefix.errors import InputError, UnreadableError
 from mmprefix.evaluation.report import PredictionReport
 from mmprefix.files import replacing, set_aside
@@ -276,6 +277,8 @@ def run(arguments: list[str]) -> int:
             return _cache_features(arguments[1:])
         if arguments[0] == "inspect":
             return inspect_command(arguments[1:], fit_settings)
+        if arguments[0] == "doctor":
+            return doctor_command(arguments[1:], fit_settings)
         if arguments[0] == "estimate":
             return estimate_command(arguments[1:], fit_settings)
         _build(MMPrefixCLI, arguments)
