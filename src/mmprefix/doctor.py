@@ -936,7 +936,7 @@ class _Examination:
 
     def report(self, found: list[Finding]) -> None:
         self.found += found
-        if self.ranks.place.rank == 0:
+        if found and self.ranks.place.rank == 0:
             print(*found, sep="\n", flush=True)
 
     def end(self) -> int:
