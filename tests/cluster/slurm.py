@@ -87,11 +87,11 @@ class Slurm:
             raise RigError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout
 
-    def submit(self, *arguments: str) -> str:
+    def submit(self, *arguments: str, minutes: int = 30) -> str:
         """Submits the script as a user would, on two nodes with a process each; returns the job's id."""
         output = self.run(
             "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1",
-            "--mem=1000", "--time=30", str(ROOT / "scripts" / "slurm" / "train.sbatch"), *arguments,
+            "--mem=1000", f"--time={minutes}", str(ROOT / "scripts" / "slurm" / "train.sbatch"), *arguments,
         )  # fmt: skip
         return output.strip()
 
@@ -200,7 +200,9 @@ def signalled(slurm: Slurm, name: str, step: int) -> str:
     seconds = time.monotonic() - start
     stopped = last_step(log)
     await_(f"job {job}: requeued", lambda: slurm.job(job)["JobState"] == "PENDING", 60, 0.2)
-    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # else it is held for two minutes
+    # Else it is held for two minutes; but nodes refuse a job in the second in which they were told to end it.
+    time.sleep(5)
+    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
     slurm.end(job, "COMPLETED")
     if slurm.job(job)["Restarts"] != "1":
         raise RigError(f"job {job}: expected 1 restart, got {slurm.job(job)['Restarts']}")
@@ -236,6 +238,19 @@ def rank_of(pid: int, job: str) -> str | None:
         if environment.get("SLURM_JOB_ID") == job and "SLURM_STEP_ID" in environment
         else None
     )
+
+
+def out_of_time(slurm: Slurm) -> str:
+    """The script's own `--signal`: three minutes, of which the last two are for saving; the job goes back into the queue."""
+    name = "long"
+    job = slurm.submit(*digits(slurm.folder, name), "--trainer.max_epochs", "1000", minutes=3)
+    await_(f"job {job}: start", lambda: slurm.job(job)["JobState"] == "RUNNING", 60, 0.2)
+    start = time.monotonic()
+    await_(f"job {job}: saved", lambda: "goes back into the queue" in slurm.log(job), 200, 0.2)
+    seconds = time.monotonic() - start
+    await_(f"job {job}: requeued", lambda: slurm.job(job)["JobState"] == "PENDING", 60, 0.2)
+    slurm.run("scancel", job)
+    return f"saved at step {last_step(slurm.folder / f'{name}.jsonl')}, {seconds:.0f} s after the start, and requeued"
 
 
 def cancelled(slurm: Slurm) -> str:
@@ -284,7 +299,11 @@ def main() -> int:
                 for i, n in enumerate(targets)
             ]
             if not options.only_signals:
-                scenarios += [("SIGKILL of a rank", lambda: killed(slurm)), ("scancel", lambda: cancelled(slurm))]
+                scenarios += [
+                    ("SIGKILL of a rank", lambda: killed(slurm)),
+                    ("the time is over", lambda: out_of_time(slurm)),
+                    ("scancel", lambda: cancelled(slurm)),
+                ]
             for name, scenario in scenarios:
                 try:
                     print(f"| {name} | {scenario()} |", flush=True)
