@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader
 from mmprefix.accounting import LiveBytes, MemoryEstimate, Precision, Record
 from mmprefix.commands import configured_model
 from mmprefix.decoder import DecoderArgs
+from mmprefix.modeling import MMPrefixForConditionalGeneration
 from mmprefix.packing import PackedBatch, collate, map_tensors
 from mmprefix.processing import TokenizerArgs
 from mmprefix.training.module import MMPrefixModule
@@ -84,12 +85,15 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def configured(model: dict[str, Any]) -> MMPrefixForConditionalGeneration:
+    """On the meta device, as the command would have it."""
+    settings = {name: asdict(value) if is_dataclass(value) else value for name, value in {**DEFAULTS, **model}.items()}
+    return configured_model(settings)
+
+
 def estimated(model: dict[str, Any], record: Record, batch_size: int, precision: str, accumulate: int) -> float:
     """Bytes, as the command would say."""
-    settings = {name: asdict(value) if is_dataclass(value) else value for name, value in {**DEFAULTS, **model}.items()}
-    estimate = MemoryEstimate(
-        configured_model(settings), record, Precision.from_name(precision), accumulates=accumulate > 1
-    )
+    estimate = MemoryEstimate(configured(model), record, Precision.from_name(precision), accumulates=accumulate > 1)
     return estimate.total(batch_size)
 
 
@@ -149,8 +153,10 @@ def trained(
     precision: str,
     accumulate: int,
     callbacks: list[pl.Callback],
+    steps: int = 2,
+    **settings: Any,
 ) -> None:
-    """Two steps of a real run."""
+    """The first steps of a real run; ``settings`` are the trainer's."""
     defaults = {name: value for name, value in DEFAULTS.items() if name in ("tokenizer", "connector")}
     module = MMPrefixModule(**{**defaults, **model})
     letters = random.Random(0)
@@ -172,11 +178,12 @@ def trained(
         )  # fmt: skip
 
     trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_steps=2, precision=precision, accumulate_grad_batches=accumulate,  # type: ignore[arg-type]
+        accelerator="cpu", max_steps=steps, precision=precision, accumulate_grad_batches=accumulate,  # type: ignore[arg-type]
         gradient_clip_val=1.0, callbacks=callbacks, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
+        enable_model_summary=False, **{"devices": 1, **settings},
     )  # fmt: skip
-    trainer.fit(module, datamodule=_Data(DataLoader(range(2 * accumulate * batch_size), batch_size, collate_fn=batch)))  # type: ignore[arg-type]
+    items: Any = range(steps * accumulate * batch_size)
+    trainer.fit(module, datamodule=_Data(DataLoader(items, batch_size, collate_fn=batch)))
 
 
 def measured(**case: Any) -> float:

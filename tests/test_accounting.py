@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmprefix import commands
 from mmprefix.accounting import (
     GIB,
+    Layout,
     LiveBytes,
     MemoryEstimate,
     ModelFlops,
@@ -162,11 +163,17 @@ def test_parts_of_the_memory():
     learns = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert estimate.weights == pytest.approx(size, rel=1e-2)  # and some buffers
     assert (estimate.gradients, estimate.optimizer, estimate.communication) == (learns, 2 * learns, 0)
-    assert estimate_of(devices=2)[0].communication == learns
+    assert estimate_of(layout=Layout(2))[0].communication == learns
     assert estimate_of(precision="bf16-true")[0].gradients == learns / 2
-    sharded, _ = estimate_of(devices=4, strategy="fsdp")
+    sharded, _ = estimate_of(layout=Layout(4, "fsdp"))
     assert (sharded.weights, sharded.gradients) == (estimate.weights / 4, learns / 4)
     assert 0 < sharded.communication < size
+    # Gathered in half precision, but kept as the weights are stored.
+    kept = [
+        estimate_of(layout=Layout(2, "fsdp", param_dtype=dtype))[0].step_peak(4)["gradients"]
+        for dtype in (None, torch.bfloat16)
+    ]
+    assert kept == [learns / 2] * 2
     assert sharded.total(4) < estimate.total(4)
 
 

@@ -5,6 +5,7 @@ import safetensors.torch
 import torch
 
 from mmprefix.errors import InputError
+from mmprefix.training.checkpoints import read_checkpoint
 from mmprefix.training.fsdp import FullyShardedStrategy, layers_of
 from mmprefix.vision import VisionArgs
 from tests.conftest import colour_record, make_model
@@ -30,7 +31,7 @@ def records(tmp_path):
 
 def state(folder, step):
     (path,) = folder.glob(f"*step={step:08d}.ckpt")
-    return torch.load(path, weights_only=True)
+    return read_checkpoint(path)
 
 
 def losses(lines):

@@ -216,7 +216,12 @@ CONFIG = {
 }  # fmt: skip
 
 
-def fit(tmp_path, name, every, *arguments):
+def fit(tmp_path, name, every, *arguments, callbacks=(), status=0):
+    """Lines of `LogIds` of all runs of this name; what was printed is in ``name.out`` and ``name.err``.
+
+    ``callbacks``: class path and arguments of further ones.
+    """
+    more = [{"class_path": path, "init_args": init} for path, init in callbacks]
     content = json.loads(json.dumps(CONFIG))
     shards = str(tmp_path / "*.tar")
     content["data"] = {"train": shards, "val": shards, "batch_size": 2, "num_workers": 1}
@@ -229,7 +234,7 @@ def fit(tmp_path, name, every, *arguments):
             "save_top_k": -1,
         }
         callbacks.append({"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": init})
-    content["trainer"]["callbacks"] = callbacks
+    content["trainer"]["callbacks"] = callbacks + more
     path = tmp_path / f"{name}.yaml"
     path.write_text(yaml.safe_dump(content))
     command = [
@@ -246,7 +251,9 @@ def fit(tmp_path, name, every, *arguments):
     done = subprocess.run(
         [*map(str, command), *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400
     )
-    assert done.returncode == 0, done.stderr
+    (tmp_path / f"{name}.out").write_text(done.stdout)
+    (tmp_path / f"{name}.err").write_text(done.stderr)
+    assert done.returncode == status, done.stderr
     lines = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
     return sorted(lines, key=lambda line: (line["epoch"], line["step"], line["rank"]))
 

@@ -15,7 +15,7 @@ from mmprefix.data.shards import write_shard
 from mmprefix.decoder import DecoderArgs
 from mmprefix.errors import InputError
 from mmprefix.processing import TokenizerArgs
-from mmprefix.training import callbacks, checkpoints
+from mmprefix.training import callbacks, checkpoints, saving
 from mmprefix.training.module import MMPrefixModule
 from mmprefix.training.optim import OptimizerArgs, PartArgs, parameter_groups, schedule_factor
 from mmprefix.vision import VisionArgs
@@ -351,7 +351,7 @@ def test_full_disk_keeps_the_previous_checkpoint(fit, monkeypatch):
 def test_a_write_that_fails_half_way_keeps_the_file_before_it(tmp_path):
     """A real failing write: the process may not write files beyond 200 kB. torch reports it as a RuntimeError."""
     path = tmp_path / "step=00000001.ckpt"
-    writer = checkpoints.AtomicCheckpointIO()
+    writer = saving.AtomicCheckpointIO()
     writer.save_checkpoint({"x": torch.ones(10)}, path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
@@ -398,7 +398,7 @@ def test_broken_and_unfitting_checkpoints_are_one_line(fit):
     _, _, folder = fit(trainer__max_epochs=1)
     status, text, _ = fit(ckpt_path="last", model__decoder__config__hidden_size=32)
     assert status == 2
-    assert "error: --ckpt_path: the checkpoint does not fit the configured model: " in text
+    assert "the checkpoint does not fit the configured model: " in text
     path = checkpoints.newest_checkpoint(folder)
     path.write_bytes(path.read_bytes()[:5000])
     for command in ("fit", "validate"):

@@ -23,6 +23,7 @@ commands:
   probe      is this decoder an exact prefix LM?     probe --decoder NAME_OR_FOLDER
   estimate   memory, largest batch that fits         estimate --config C --devices 8 --memory 80
   doctor     is this node, this allocation fit?      doctor --config C; under srun or torchrun: all ranks
+  scaling    a step on 8 to 512 devices, on paper    scaling --config C --devices 8,64,512 --tflops X --bandwidth Y
   import-paligemma                                   import-paligemma --from NAME_OR_FOLDER --out DIR
   export     for transformers, or as a PaliGemma     export --checkpoint runs/X --format transformers --out DIR
 
@@ -38,7 +39,7 @@ options:
 
 COMMANDS = (
     "fit", "validate", "test", "predict", "prepare", "inspect", "cache-features", "generate", "probe", "estimate",
-    "doctor", "import-paligemma", "export",
+    "doctor", "scaling", "import-paligemma", "export",
 )  # fmt: skip
 
 

@@ -102,6 +102,16 @@ class ModelFlops:
         label_only = (once - _decoder_flops(model, short, num_labels=0, restricted=True)) // short
         return cls(vision, connector, token, pair, label, label_only)
 
+    def recomputed(self, batch: PackedBatch, trained: Collection[str]) -> int:
+        """FLOPs of forward that gradient checkpointing does again in backward: of layers that gradients go through.
+
+        They are no model FLOPs. Args as those of `step`.
+        """
+        encoded = 0 if batch.pixel_values is None else batch.pixel_values.shape[0]
+        vision = encoded * self.vision if "vision" in trained else 0
+        decoder = batch.num_tokens * self.token + batch.visible_pairs * self.pair
+        return vision + (decoder if trained else 0)
+
     def step(self, batch: PackedBatch, trained: Collection[str]) -> int:
         """Model FLOPs of forward and backward of one micro-batch.
 
@@ -284,6 +294,22 @@ class Record:
     targets: int = 1
 
 
+def typical_batch(model: MMPrefixForConditionalGeneration, record: Record, size: int) -> PackedBatch:
+    """A batch of ``size`` such records; pixels are on the meta device, and ids are zeros."""
+    config = model.config
+    layout = PromptLayout(image=config.image_token_id, bos=0, separator=(0,), eos=0)
+    views = config.vision_spec.max_views
+    sequence = TokenSequence.build(
+        layout, views * model.num_image_tokens, [0] * record.instruction_tokens,
+        [[0] * record.target_tokens] * record.targets,
+    )  # fmt: skip
+    pixels = torch.empty(size * views, 3, *config.vision_spec.image_size, device="meta")
+    return collate(
+        [sequence] * size, [range(n * views, (n + 1) * views) for n in range(size)], pixels, pad_id=0,
+        visibility=config.prefix_visibility, packed=config.mask_free,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Precision:
     """What Lightning's `precision` means for memory.
@@ -318,6 +344,41 @@ class Precision:
         return self.autocast or self.stored
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a run is spread over its devices.
+
+    Attributes:
+        devices: ranks.
+        strategy: `ddp`, everything on each of them, or `fsdp`, shards, gathered layer by layer (`training.fsdp`).
+        replicas: full copies of the shards.
+        param_dtype: what weights are gathered in, None for as they are stored.
+        reduce_dtype: what gradients are reduced in, None for as they are computed.
+        reshard_after_forward: layers are given up after forward, and gathered again for backward.
+        cpu_offload: parameters, gradients and optimizer state live in the host's memory.
+    """
+
+    devices: int = 1
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    replicas: int = 1
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises InputError for replicas that don't divide the devices."""
+        if self.replicas < 1 or self.devices % self.replicas:
+            raise InputError(
+                f"trainer.strategy.replicas: expected a divisor of the {self.devices} devices, got {self.replicas}"
+            )
+
+    @property
+    def shards(self) -> int:
+        """Ranks that a parameter is divided among."""
+        return self.devices // self.replicas if self.strategy == "fsdp" else 1
+
+
 class MemoryEstimate:
     """Memory of one device in training, in bytes, from the model's config alone.
 
@@ -332,7 +393,8 @@ class MemoryEstimate:
         gradients: of what learns.
         optimizer: AdamW's two moments.
         communication: DDP's buckets, which are as large as the gradients; for FSDP, the gathered weights: those
-            outside of layers, which stay gathered, and the largest layer.
+            outside of layers, which stay gathered, and the largest layer, or all where layers stay gathered, too.
+        host: what `Layout.cpu_offload` keeps in the host's memory, for each device; the three above are 0 then.
     """
 
     def __init__(
@@ -340,9 +402,8 @@ class MemoryEstimate:
         model: MMPrefixForConditionalGeneration,
         record: Record,
         precision: Precision,
+        layout: Layout = Layout(),
         *,
-        devices: int = 1,
-        strategy: Literal["ddp", "fsdp"] = "ddp",
         accumulates: bool = False,
         normalization: LossNormalization = "tokens",
     ) -> None:
@@ -352,25 +413,29 @@ class MemoryEstimate:
             model: on the meta device, frozen and in training mode as it will be; it is used up.
             record: what is in every record.
             precision: of the trainer.
-            devices: ranks.
-            strategy: `ddp`, everything on each of them, or `fsdp`, full shards wrapped layer by layer.
+            layout: over the devices.
             accumulates: whether gradients stay over several micro-batches.
             normalization: of the loss.
         """
-        sharded = strategy == "fsdp" and devices > 1
-        self.share = 1 / devices if sharded else 1.0
+        share = 1 / layout.shards
+        gathered = layout.param_dtype if layout.strategy == "fsdp" else None
         model = model.to(precision.stored)
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.weights = self.share * sum(map(_bytes, [*model.parameters(), *model.buffers()]))
-        self.gradients = self.share * sum(map(_bytes, trained))
+        self.weights = share * sum(map(_bytes, [*model.parameters(), *model.buffers()]))
+        self.gradients = share * sum(map(_bytes, trained))
         self.optimizer = 2 * self.gradients
-        self.communication = 0.0
-        if sharded:
-            self.communication = _gathered_parameters(model) * precision.compute.itemsize
-            # Shards are gathered in half precision: autocast then has nothing to copy.
-            model = model.to(precision.compute)
-        elif devices > 1:
+        self.communication = self.host = 0.0
+        # Gathered weights are what autocast copies, unless they come in half precision.
+        model = model.to(gathered or precision.stored)
+        if layout.strategy == "fsdp" and (layout.shards > 1 or gathered or layout.cpu_offload):
+            self.communication = float(_gathered_bytes(model, all_layers=not layout.reshard_after_forward))
+        elif layout.strategy == "ddp" and layout.devices > 1:
             self.communication = self.gradients
+        if layout.strategy == "fsdp" and layout.cpu_offload:
+            self.host = self.weights + self.gradients + self.optimizer
+            share = self.weights = self.gradients = self.optimizer = 0.0
+        # What stays of a gradient after it was reduced, in the dtype of the stored weight.
+        self._kept = share * precision.stored.itemsize / (gathered or precision.stored).itemsize
         self.record, self.accumulates, self.normalization = record, accumulates, normalization
         self.autocast = precision.autocast
         self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
@@ -380,24 +445,10 @@ class MemoryEstimate:
         self._model = model
         self._peaks: dict[int, dict[str, float]] = {}
 
-    def _batch(self, size: int) -> PackedBatch:
-        record, config = self.record, self._model.config
-        layout = PromptLayout(image=config.image_token_id, bos=0, separator=(0,), eos=0)
-        views = config.vision_spec.max_views
-        sequence = TokenSequence.build(
-            layout, views * self._model.num_image_tokens, [0] * record.instruction_tokens,
-            [[0] * record.target_tokens] * record.targets,
-        )  # fmt: skip
-        pixels = torch.empty(size * views, 3, *config.vision_spec.image_size, device="meta")
-        return collate(
-            [sequence] * size, [range(n * views, (n + 1) * views) for n in range(size)], pixels, pad_id=0,
-            visibility=config.prefix_visibility, packed=config.mask_free,
-        )  # fmt: skip
-
     def step_peak(self, batch_size: int) -> dict[str, float]:
         """Bytes by kind (`activations`, `logits`, `gradients`) at the peak of a step, beside what always stays."""
         if batch_size not in self._peaks:
-            self._peaks[batch_size] = self._simulate(self._batch(batch_size))
+            self._peaks[batch_size] = self._simulate(typical_batch(self._model, self.record, batch_size))
         return self._peaks[batch_size]
 
     def _simulate(self, batch: PackedBatch) -> dict[str, float]:
@@ -412,13 +463,13 @@ class MemoryEstimate:
         live = LiveBytes(kind_of)
         trained = [p for p in model.parameters() if p.requires_grad]
         hooks = [
-            p.register_post_accumulate_grad_hook(lambda p: live.recount(_grad(p), "gradients", self.share))
+            p.register_post_accumulate_grad_hook(lambda p: live.recount(_grad(p), "gradients", self._kept))
             for p in trained
         ]
         with self._fakes, live:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
-                live.recount(parameter.grad, "gradients", self.share)
+                live.recount(parameter.grad, "gradients", self._kept)
             live.at_peak = {}
             batch = map_tensors(batch, lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
             # As Lightning does it: without a cache, each product's cast weight is freed where backward has no use for it.
@@ -487,9 +538,9 @@ def _grad(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def _gathered_parameters(model: nn.Module) -> int:
-    """Parameters that a rank holds in full at once: all outside of layers, and the largest layer."""
+def _gathered_bytes(model: nn.Module, all_layers: bool) -> int:
+    """Of the parameters that a rank holds in full at once: all outside of layers, and the largest layer, or all."""
     layers = [layer for stack in model.modules() if isinstance(stack, nn.ModuleList | nn.Sequential) for layer in stack]
-    inside = {id(p): p.numel() for layer in layers for p in layer.parameters()}
-    outside = sum(p.numel() for p in model.parameters() if id(p) not in inside)
-    return outside + max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0)
+    inside = set() if all_layers else {id(p) for layer in layers for p in layer.parameters()}
+    outside = sum(_bytes(p) for p in model.parameters() if id(p) not in inside)
+    return outside + (0 if all_layers else max((sum(map(_bytes, layer.parameters())) for layer in layers), default=0))

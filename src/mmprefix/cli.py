@@ -14,18 +14,21 @@ import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from jsonargparse.typing import NonNegativeFloat
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from mmprefix import __version__, caching
-from mmprefix.commands import COMMANDS, estimate_command
+from mmprefix.commands import COMMANDS, estimate_command, scaling_command
 from mmprefix.data.datamodule import ShardDataModule
 from mmprefix.doctor import doctor_command
 from mmprefix.errors import InputError, UnreadableError
@@ -40,15 +43,16 @@ from mmprefix.training.callbacks import (
     drop_rows_after,
 )
 from mmprefix.training.checkpoints import (
-    FILE_NAME,
     FOLDER,
-    AtomicCheckpointIO,
     newest_checkpoint,
     read_checkpoint,
     set_aside_newer,
 )
 from mmprefix.training.fsdp import FullyShardedStrategy
 from mmprefix.training.module import MMPrefixModule
+from mmprefix.training.preemption import Preempted, Preemption
+from mmprefix.training.saving import AtomicCheckpointIO, CheckpointArgs
+from mmprefix.training.watchdog import Watchdog, lost_process
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -89,6 +93,16 @@ class MMPrefixCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One seed for everything; the data gets the model's processor."""
+        parser.add_class_arguments(CheckpointArgs, "checkpoints")
+        parser.add_argument(
+            "--resume", type=Literal["optional", "required"], default="optional",
+            help="what `--ckpt_path last` does where there is no checkpoint: start anew, and say so, or fail",
+        )  # fmt: skip
+        parser.add_argument(
+            "--hang_timeout_minutes", type=NonNegativeFloat, default=20.0,
+            help="several processes end when training has not moved on for so long, with the name and the stacks of the "
+            "one that the others wait for; 0: never",
+        )  # fmt: skip
         parser.link_arguments("model.processor", "data.processor", apply_on="instantiate")
         parser.link_arguments("model.frozen_feature_key", "data.feature_key", apply_on="instantiate")
         for part in ("model", "data"):
@@ -100,6 +114,7 @@ class MMPrefixCLI(LightningCLI):
         run_folder = Path(config.default_root_dir or "runs/latest")
         config.default_root_dir = str(run_folder)
         self.resume_from = self._resolve_checkpoint(run_folder)
+        self.model.settings = self.parser.dump(self.config, skip_link_targets=False)
         if config.logger in (None, True):
             kwargs["logger"] = False if self.subcommand != "fit" else [
                 ResumableCSVLogger(str(run_folder)),
@@ -107,13 +122,14 @@ class MMPrefixCLI(LightningCLI):
             ]  # fmt: skip
         callbacks = list(config.callbacks or [])
         own_checkpoints = config.enable_checkpointing is False or any(isinstance(c, ModelCheckpoint) for c in callbacks)
+        checkpoints: CheckpointArgs = self._get(self.config_init, "checkpoints")
         if self.subcommand == "fit" and not own_checkpoints:
-            # By step, so that the newest two stay: a kill while one is written leaves the other.
-            callbacks.append(ModelCheckpoint(
-                run_folder / FOLDER, FILE_NAME, monitor="step", mode="max", save_top_k=2,
-                save_on_train_epoch_end=True,  # every epoch, also those that are not validated
-                auto_insert_metric_name=False, enable_version_counter=False,
-            ))  # fmt: skip
+            callbacks += checkpoints.callbacks(run_folder)
+        if self.subcommand == "fit" and config.enable_checkpointing is not False:
+            callbacks.append(Preemption())
+        timeout = self._get(self.config_init, "hang_timeout_minutes")
+        if self.subcommand == "fit" and timeout:
+            callbacks.append(Watchdog(timeout))
         if config.enable_progress_bar is not False and not any(isinstance(c, LightningProgressBar) for c in callbacks):
             # In a log file each refresh is a line of its own.
             callbacks.append(ProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
@@ -124,7 +140,11 @@ class MMPrefixCLI(LightningCLI):
         self.report = PredictionReport(str(run_folder), self.model.processor.transform, name=name)
         config.callbacks = [*callbacks, Throughput(), BadSampleReport(str(run_folder)), self.report]
         plugins = config.plugins or []
-        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins])]
+        kwargs["plugins"].append(AtomicCheckpointIO(checkpoints.asynchronous))
+        if SLURMEnvironment.detect() and not any(isinstance(p, ClusterEnvironment) for p in kwargs["plugins"]):
+            # Lightning's own requeueing saves in the middle of whatever the signal interrupts.
+            kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
         try:
             return super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError) as error:  # Lightning's own checks of its settings
@@ -146,8 +166,16 @@ class MMPrefixCLI(LightningCLI):
             return None
         path = newest_checkpoint(run_folder) if str(wanted) == "last" else Path(wanted)
         if path is None:
-            raise InputError(f"--ckpt_path last: expected {run_folder / FOLDER}/step=*.ckpt, there is none")
-        self.resume_step = int(read_checkpoint(path)["global_step"])
+            missing = f"--ckpt_path last: there is no {run_folder / FOLDER}/step=*.ckpt"
+            if self.subcommand != "fit":
+                raise InputError(missing)
+            if self._get(self.config_init, "resume") == "required":
+                raise InputError(f"{missing}, and --resume is `required`")
+            if rank_zero_only.rank == 0:
+                print(f"{missing}: a new run begins")
+            self.config_init[self.subcommand]["ckpt_path"] = None
+            return None
+        self.resume_step = int(read_checkpoint(path, None)["global_step"])
         self.config_init[self.subcommand]["ckpt_path"] = str(path)
         if rank_zero_only.rank == 0:
             print(f"{'resuming from' if self.subcommand == 'fit' else 'weights from'} {path}")
@@ -281,6 +309,8 @@ def run(arguments: list[str]) -> int:
             return doctor_command(arguments[1:], fit_settings)
         if arguments[0] == "estimate":
             return estimate_command(arguments[1:], fit_settings)
+        if arguments[0] == "scaling":
+            return scaling_command(arguments[1:], fit_settings)
         _build(MMPrefixCLI, arguments)
     except (InputError, MisconfigurationException) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -294,11 +324,15 @@ def run(arguments: list[str]) -> int:
         print(f"error: --config: expected a text file in UTF-8: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except RuntimeError as error:
-        if not str(error).startswith("Error(s) in loading state_dict"):
+        lost = lost_process(error)
+        if lost is None:
             raise
-        text = " ".join(str(error).split())[:400]
-        print(f"error: --ckpt_path: the checkpoint does not fit the configured model: {text}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        print(f"error: {lost}", file=sys.stderr)
+        return 1
+    except Preempted as stopped:
+        if stopped.status:
+            print(f"{stopped}; go on with --ckpt_path last", file=sys.stderr)
+        return stopped.status
     except SIGTERMException:
         return _stopped("terminated", EXIT_TERMINATED)
     except KeyboardInterrupt:

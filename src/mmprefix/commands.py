@@ -1,20 +1,22 @@
-"""The commands beside training: generate, probe, estimate, import-paligemma, export.
+"""The commands beside training: generate, probe, estimate, scaling, import-paligemma, export.
 
 Each takes its arguments, raises `InputError` on bad ones, and returns the exit status.
 """
 
 from __future__ import annotations
 
+import json
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from mmprefix.accounting import GIB, PARTS, MemoryEstimate, Precision, Record, meta_model
+from mmprefix.accounting import GIB, PARTS, Layout, MemoryEstimate, Precision, Record, meta_model, trained_parts
 from mmprefix.arguments import CommandParser
 from mmprefix.data.images import UndecodableImageError, decode_image
 from mmprefix.decoder import (
@@ -31,6 +33,7 @@ from mmprefix.interop.paligemma import import_paligemma
 from mmprefix.modeling import MMPrefixConfig, MMPrefixForConditionalGeneration
 from mmprefix.probe import probe, tiny_copy
 from mmprefix.processing import TokenizerArgs, load_tokenizer, text_vocab_size
+from mmprefix.scaling import Machine, alternatives, computed_flops, expected_step, layout_of, units_of
 from mmprefix.training.checkpoints import load_config, load_model
 from mmprefix.training.module import checkpoint_activations, switch_off_training_mode
 from mmprefix.vision import ConnectorArgs, VisionArgs, resolve_vision
@@ -151,34 +154,25 @@ def estimate_command(arguments: list[str], read_settings: Callable[[list[str]], 
     parser.add_argument("--strategy", choices=("ddp", "fsdp"), help="by default the config's")
     parser.add_argument("--memory", type=float, help="GiB of a device; by default those of the GPU here")
     parser.add_argument("--precision", help="by default the config's")
-    parser.add_argument("--instruction_tokens", type=int, default=32, help="without BOS and separator")
-    parser.add_argument("--target_tokens", type=int, default=32, help="of each target, without EOS")
-    parser.add_argument("--targets", type=int, default=1, help="of each instruction")
+    _add_record_options(parser)
     options, rest = parser.parse_known_args(arguments)
-    for name, least in (("devices", 1), ("instruction_tokens", 0), ("target_tokens", 1), ("targets", 1)):
-        if getattr(options, name) < least:
-            raise InputError(f"--{name}: expected at least {least}, got {getattr(options, name)}")
+    if options.devices < 1:
+        raise InputError(f"--devices: expected at least 1, got {options.devices}")
+    record = _record(options)
     if options.memory is not None and not 0 < options.memory < float("inf"):
         raise InputError(f"--memory: expected more than 0 GiB, got {options.memory}")
     if options.memory is None and not torch.cuda.is_available():
         raise InputError("--memory: expected the GiB of a device, there is no GPU here to ask")
-    settings = read_settings([*(word for path in options.config for word in ("--config", path)), *rest])
-    model_settings, trainer, batch_size = settings["model"], settings["trainer"], settings["data"]["batch_size"]
-    if batch_size < 1:
-        raise InputError(f"data.batch_size: expected at least 1, got {batch_size}")
-    record = Record(options.instruction_tokens, options.target_tokens, options.targets)
+    model_settings, trainer, batch_size = _settings(options.config, rest, read_settings)
     precision = Precision.from_name(options.precision or trainer["precision"])
-    strategy: Literal["ddp", "fsdp"] = options.strategy or (
-        "fsdp" if any(name in str(trainer["strategy"]) for name in ("fsdp", "FullySharded")) else "ddp"
-    )
+    layout = layout_of(trainer["strategy"], options.devices, options.strategy)
     model = configured_model(model_settings)
     lines = _parameter_lines(model)
     estimate = MemoryEstimate(
         model,
         record,
         precision,
-        devices=options.devices,
-        strategy=strategy,
+        layout,
         accumulates=trainer["accumulate_grad_batches"] > 1,
         normalization=model_settings["loss_normalization"],
     )
@@ -186,7 +180,8 @@ def estimate_command(arguments: list[str], read_settings: Callable[[list[str]], 
     largest = estimate.largest_batch(memory, batch_size)
     lines += _memory_lines(estimate, batch_size)
     lines.append(_line(f"largest batch size in {memory / GIB:.4g} GiB", "", f"{largest:,}"))
-    devices = f"{options.devices} devices, {strategy}" if options.devices > 1 else "1 device"
+    replicas = f" with {layout.replicas} replicas" if layout.replicas > 1 else ""
+    devices = f"{layout.devices} devices, {layout.strategy}{replicas}" if layout.devices > 1 else "1 device"
     lines += [
         "",
         f"{devices}, precision {options.precision or trainer['precision'] or '32-true'}; a record is an image of "
@@ -194,10 +189,163 @@ def estimate_command(arguments: list[str], read_settings: Callable[[list[str]], 
         f"target(s) of {record.target_tokens}.",
         *ASSUMPTIONS,
     ]
-    if options.devices > 1 and strategy == "fsdp":
-        lines.append("FSDP: full shards, wrapped layer by layer; without a wrapping policy all weights are gathered.")
+    if layout.shards > 1:
+        lines.append(
+            "FSDP: a layer is gathered at a time, and what is in no layer stays gathered; prefetched layers come on top."
+        )
     print("\n".join(lines))
     return 0
+
+
+def _add_record_options(parser: CommandParser) -> None:
+    parser.add_argument("--instruction_tokens", type=int, default=32, help="without BOS and separator")
+    parser.add_argument("--target_tokens", type=int, default=32, help="of each target, without EOS")
+    parser.add_argument("--targets", type=int, default=1, help="of each instruction")
+
+
+def _record(options: Namespace) -> Record:
+    for name, least in (("instruction_tokens", 0), ("target_tokens", 1), ("targets", 1)):
+        if getattr(options, name) < least:
+            raise InputError(f"--{name}: expected at least {least}, got {getattr(options, name)}")
+    return Record(options.instruction_tokens, options.target_tokens, options.targets)
+
+
+def _settings(
+    configs: list[str], others: list[str], read_settings: Callable[[list[str]], Mapping[str, Any]]
+) -> tuple[Mapping[str, Any], Mapping[str, Any], int]:
+    """`model`, `trainer` and the batch size that ``fit`` would run with."""
+    settings = read_settings([*(word for path in configs for word in ("--config", path)), *others])
+    batch_size: int = settings["data"]["batch_size"]
+    if batch_size < 1:
+        raise InputError(f"data.batch_size: expected at least 1, got {batch_size}")
+    return settings["model"], settings["trainer"], batch_size
+
+
+def scaling_command(arguments: list[str], read_settings: Callable[[list[str]], Mapping[str, Any]]) -> int:
+    """Prints what a step sends, holds and takes on several numbers of devices, sharded fully, within nodes, or not.
+
+    Args:
+        arguments: of the command line.
+        read_settings: see `estimate_command`.
+    """
+    parser = CommandParser(
+        "scaling",
+        "A training step on many devices, on paper: bytes sent, memory and time from its config and measured rates.",
+        "Every setting of `fit` can be given, too (--data.batch_size 16, of each device).",
+    )
+    parser.add_argument("--config", required=True, action="append", help="config of `fit`; may be given several times")
+    parser.add_argument("--devices", required=True, help="numbers of ranks, with commas: 8,64,512")
+    parser.add_argument("--tflops", required=True, type=float, help="TFLOP/s that matrix products reach on a device")
+    parser.add_argument("--bandwidth", required=True, type=float, help="GB/s that a device sends within its node")
+    parser.add_argument("--between_nodes", type=float, help="GB/s that a node sends to others, all adapters together")
+    parser.add_argument("--devices_per_node", type=int, default=8)
+    parser.add_argument(
+        "--latency", type=float, default=0.0, help="microseconds of one step of a collective; by default 0"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes the rows there, too")
+    _add_record_options(parser)
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        numbers = [int(word) for word in options.devices.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise InputError(f"--devices: expected numbers from 1, with commas, got {options.devices!r}")
+    if options.devices_per_node < 1:
+        raise InputError(f"--devices_per_node: expected at least 1, got {options.devices_per_node}")
+    for name in ("tflops", "bandwidth", "between_nodes"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"--{name}: expected more than 0, got {value}")
+    if not 0 <= options.latency < float("inf"):
+        raise InputError(f"--latency: expected at least 0, got {options.latency}")
+    if options.json is not None and not options.json.parent.is_dir():
+        raise InputError(f"--json: expected a file in a folder that is there, got {options.json}")
+    machine = Machine(
+        options.tflops, options.bandwidth, options.between_nodes, options.devices_per_node, options.latency
+    )
+    record = _record(options)
+    model_settings, trainer, batch_size = _settings(options.config, rest, read_settings)
+    rows = scaling_rows(model_settings, trainer, batch_size, record, machine, numbers)
+    text = scaling_table(rows)
+    if options.json is not None:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print("\n".join([text, "", *SCALING_ASSUMPTIONS]))
+    return 0
+
+
+def scaling_rows(
+    model_settings: Mapping[str, Any],
+    trainer: Mapping[str, Any],
+    batch_size: int,
+    record: Record,
+    machine: Machine,
+    numbers: list[int],
+) -> list[dict[str, Any]]:
+    """A row for each number of devices and each of `scaling.alternatives`.
+
+    Raises:
+        InputError: see `scaling.expected_step`.
+    """
+    precision, micro_batches = Precision.from_name(trainer["precision"]), trainer["accumulate_grad_batches"]
+    model = configured_model(model_settings)
+    units, trained = units_of(model), trained_parts(model)
+    flops = computed_flops(model, record, batch_size, trained, model_settings["gradient_checkpointing"])
+    # All that can be refused, before the simulations.
+    steps = [
+        (name, layout, expected_step(units, layout, precision.stored, machine, flops, batch_size, micro_batches))
+        for number in numbers
+        for name, layout in alternatives(trainer["strategy"], number, machine.devices_per_node).items()
+    ]
+    memory: dict[Layout, float] = {}
+    rows = []
+    for name, layout, step in steps:
+        # Replicas and DDP's devices hold the same, however many they are.
+        alike = replace(layout, devices=min(2, layout.devices)) if layout.strategy == "ddp" else replace(
+            layout, devices=layout.shards, replicas=1
+        )  # fmt: skip
+        if alike not in memory:
+            estimate = MemoryEstimate(
+                configured_model(model_settings), record, precision, alike, accumulates=micro_batches > 1,
+                normalization=model_settings["loss_normalization"],
+            )  # fmt: skip
+            memory[alike] = estimate.total(batch_size)
+        rows.append({
+            "devices": layout.devices, "layout": name, "shards": layout.shards, "memory": memory[alike],
+            "all_gather": step.sent["all_gather"], "reduce_scatter": step.sent["reduce_scatter"],
+            "all_reduce": step.sent["all_reduce"], "compute": step.compute, "communication": step.communication,
+            "exposed": step.exposed, "overlapped": step.overlapped, "sequential": step.sequential,
+            "samples": step.samples,
+        })  # fmt: skip
+    return rows
+
+
+def scaling_table(rows: list[dict[str, Any]]) -> str:
+    """Of `scaling_rows`: GB are 1e9 bytes that a device sends in a step, GiB those that it holds, seconds of a step."""
+    lines = [
+        f"{'':>7}  {'':<10} {'memory':>8} {'gathered':>9} {'scattered':>9} {'reduced':>9} {'compute':>9} {'send':>9} "
+        f"{'step':>17} {'efficiency':>11} {'samples/s':>17}",
+        f"{'devices':>7}  {'layout':<10} {'GiB':>8} {'GB':>9} {'GB':>9} {'GB':>9} {'s':>9} {'s':>9} {'s':>17} {'%':>11}",
+        "-" * 125,
+    ]
+    for row in rows:
+        best, worst, compute, samples = (row[key] for key in ("overlapped", "sequential", "compute", "samples"))
+        sent = (f"{row[kind] / 1e9:>9.3f}" for kind in ("all_gather", "reduce_scatter", "all_reduce"))
+        step, efficiency = f"{best:.4f} - {worst:.4f}", f"{100 * compute / worst:.0f} - {100 * compute / best:.0f}"
+        lines.append(
+            f"{row['devices']:>7}  {row['layout']:<10} {row['memory'] / GIB:>8.2f} {' '.join(sent)} {compute:>9.4f} "
+            f"{row['communication']:>9.4f} {step:>17} {efficiency:>11} "
+            f"{f'{samples / worst:,.0f} - {samples / best:,.0f}':>17}"
+        )
+    return "\n".join(lines)
+
+
+SCALING_ASSUMPTIONS = (
+    "full: shards over all devices; hybrid: within nodes, a replica for each, or as many as the config has; ddp: none.",
+    "Sent: by a device in an optimizer step, ring algorithms; send: all collectives, one after the other.",
+    "Step: from all hidden behind compute, but for what is in no layer, to nothing hidden. Compute is matrix products at",
+    "the given rate, recomputed ones included: no norms, optimizer step, data or start of kernels. Memory: see `estimate`.",
+)
 
 
 ASSUMPTIONS = (
@@ -273,6 +421,7 @@ def _memory_lines(estimate: MemoryEstimate, batch_size: int) -> list[str]:
         ("weights", estimate.weights),
         ("gradients", estimate.gradients),
         ("AdamW state", estimate.optimizer),
+        *([("these three, in the host's memory", estimate.host)] if estimate.host else []),
         ("buckets (ddp) or gathered weights (fsdp)", estimate.communication),
         ("activations, whatever the batch size", fixed),
         ("activations, each record", each["activations"]),

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -258,6 +259,10 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
 
         None for a batch without images of its own.
         """
+        return self._image_tokens_of(batch)
+
+    # Apart, for the reason in `_label_pass`.
+    def _image_tokens_of(self, batch: PackedBatch | PromptBatch) -> Tensor | None:
         if batch.image_features is not None:
             # They are stored in bfloat16, the connector computes in the precision of its weights.
             tokens: Tensor = self.connector(batch.image_features.to(next(self.connector.parameters()).dtype))
@@ -373,14 +378,16 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         ``embedding_weight`` ``[V, W]`` takes the place of the token embedding's and gets a sparse gradient.
         """
         if image_tokens is None and batch.image_features is not None:
-            image_tokens = self.image_tokens_of(batch)
+            image_tokens = self._image_tokens_of(batch)
         pixel_values = batch.pixel_values if image_tokens is None else None
         if embedding_weight is None:
             inputs = {"input_ids": batch.input_ids, "pixel_values": pixel_values, "image_tokens": image_tokens}
         else:
             embeds = self._embed(batch.input_ids, pixel_values, image_tokens, batch.plan, 0, embedding_weight)
             inputs = {"inputs_embeds": embeds}
-        output: MMPrefixOutput = self(
+        # Whoever called has entered a sharded model; entered again, it would give up its layers in the middle of the pass.
+        run: Any = self.forward if isinstance(self, FSDPModule) else self
+        output: MMPrefixOutput = run(
             **inputs,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
@@ -411,12 +418,24 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             of_labels: where given, each label's own loss, float ``[M]`` without gradient, is appended to it.
             blank_image: also run the encoder, on an image that nobody sees: processes that share its layers run them together.
         """
-        if blank_image:
-            height, width = self.config.vision_spec.image_size
-            image = torch.zeros(1, 3, height, width, dtype=torch.uint8, device=batch.input_ids.device)
-            nothing = self.get_image_tokens(image).sum() * 0.0
-            loss, count = self.target_loss(batch, normalization, image_tokens, reduction, of_labels)
-            return loss + nothing, count
+        if not blank_image:
+            return self._target_loss(batch, normalization, image_tokens, reduction, of_labels)
+        height, width = self.config.vision_spec.image_size
+        image = torch.zeros(1, 3, height, width, dtype=torch.uint8, device=batch.input_ids.device)
+        nothing = (
+            self.get_image_tokens(image).sum() * 0.0
+        )  # first, as where there are images: layers are gathered in order
+        loss, count = self._target_loss(batch, normalization, image_tokens, reduction, of_labels)
+        return loss + nothing, count
+
+    def _target_loss(
+        self,
+        batch: PackedBatch,
+        normalization: LossNormalization,
+        image_tokens: Tensor | None,
+        reduction: Reduction,
+        of_labels: list[Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
         output_layer = self._plain_output_layer()
         if output_layer is None:
             logits = self.target_logits(batch, image_tokens)

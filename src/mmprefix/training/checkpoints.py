@@ -1,60 +1,35 @@
-"""Checkpoints that are complete or absent, the one to resume from, and the model inside one.
+"""The checkpoint to resume from, and the model inside one.
 
-A checkpoint is one file, ``step=00000280.ckpt``, written under a temporary name and renamed when complete. Resuming
-takes the one with the highest step: with atomic files, the newest is always whole.
+A checkpoint is one file, ``step=00000280.ckpt``, or, of a sharded model, a folder of that name (`sharded`). Either is
+written under a temporary name and renamed when complete (`saving`), so the one with the highest step is always whole.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from transformers import GenerationConfig
 
 from mmprefix.decoder import load_exactly
 from mmprefix.errors import InputError
-from mmprefix.files import replacing
 from mmprefix.modeling import MMPrefixConfig, MMPrefixForConditionalGeneration
 from mmprefix.processing import MMPrefixProcessor
+from mmprefix.training import sharded
 
 FOLDER = "checkpoints"
 FILE_NAME = "step={step:08d}"
 CONTENT_KEY = "mmprefix"
 """Where a checkpoint keeps the model's config and the processor's files."""
 
+TIED = "tied"
+"""Where a folder's checkpoint keeps second names of tensors, each with the name that it is stored under."""
+
 _STEP = re.compile(r"^step=(\d+)\.ckpt$")
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it: a full disk or a kill leaves the previous one whole."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
-    ) -> None:
-        """See `lightning.fabric.plugins.CheckpointIO.save_checkpoint`.
-
-        Raises:
-            OSError: the file cannot be written; what stood there before is untouched.
-        """
-        try:
-            with replacing(path) as temporary, open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())  # else a crash of the machine could leave a renamed, empty file
-        except (OSError, RuntimeError) as error:
-            # torch's writer hides a full disk behind a RuntimeError of its own, about a position.
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__context__
-            if cause is None:
-                raise
-            reason = f"cannot save {path}: {cause.strerror}; the checkpoint before it is untouched"
-            raise OSError(cause.errno, reason) from error
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
@@ -78,42 +53,83 @@ def set_aside_newer(checkpoint: Path) -> list[Path]:
     return [path.rename(path.with_suffix(".ckpt.left")) for path in sorted(newer)]
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A ``.ckpt`` file's content, tensors mapped from the file rather than read.
+def read_checkpoint(path: Path, tensors: str | None = "") -> dict[str, Any]:
+    """What a checkpoint holds. Tensors of a file are mapped from it rather than read.
+
+    Args:
+        path: a file or a folder.
+        tensors: of a folder, those whose stored names begin so; None for none, neither weights nor states of optimizers.
 
     Raises:
-        InputError: no file, not a checkpoint, or not one of ours.
+        InputError: no checkpoint, or not one of ours.
     """
-    if not path.is_file():
+    folder = path.is_dir()
+    if not (path / sharded.STATE_FILE if folder else path).is_file():
         raise InputError(f"{path}: expected a checkpoint file or folder, there is none")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if folder:
+            checkpoint = sharded.state(path)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises whatever its unpickler or zip reader does
         message = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: expected a checkpoint of mmprefix, cannot read it: {message}") from error
     if not isinstance(checkpoint, dict) or CONTENT_KEY not in checkpoint:
         raise InputError(f"{path}: expected a checkpoint of mmprefix, got one without the key {CONTENT_KEY!r}")
+    if folder and tensors is not None:
+        checkpoint = sharded.join(sharded.read(path, tensors), checkpoint)
+        weights = checkpoint["state_dict"]
+        weights.update({name: weights[first] for name, first in checkpoint[TIED].items() if first in weights})
     return checkpoint
+
+
+def check_fits(
+    model: Mapping[str, torch.Size], stored: Mapping[str, torch.Size], path: str | Path, optional: Collection[str] = ()
+) -> None:
+    """Compares the tensors of a checkpoint with those of the model that shall go on from it.
+
+    Args:
+        model: shapes by name.
+        stored: shapes by name.
+        path: for the message.
+        optional: names that either may lack.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    differing = [
+        f"{name} {tuple(stored[name])} there, {tuple(shape)} in the model"
+        for name, shape in model.items() if name in stored and stored[name] != shape
+    ]  # fmt: skip
+    missing = [name for name in model if name not in stored and name not in optional]
+    unknown = [name for name in stored if name not in model and name not in optional]
+    problems = [
+        f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for names, what in ((differing, "of other shapes"), (missing, "missing"), (unknown, "that the model has not"))
+        if names
+    ]
+    if problems:
+        raise InputError(f"--ckpt_path {path}: the checkpoint does not fit the configured model: {'; '.join(problems)}")
 
 
 def load_model(path: Path) -> tuple[MMPrefixForConditionalGeneration, MMPrefixProcessor]:
     """Model and processor, ready to generate, from what a run left behind.
 
     Args:
-        path: a ``.ckpt`` file, a folder of `save_pretrained`, or a run folder that holds either.
+        path: a checkpoint, a folder of `save_pretrained`, or a run folder that holds either.
 
     Raises:
         InputError: nothing usable there.
     """
     path = _find_model(path)
-    if path.is_dir():
+    if path.is_dir() and not _is_sharded(path):
         model: MMPrefixForConditionalGeneration = load_exactly(MMPrefixForConditionalGeneration, path, str(path))
         try:
             return model.eval(), MMPrefixProcessor.from_pretrained(path)
         except Exception as error:  # files that are missing or broken, each reader with errors of its own
             message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise InputError(f"{path}: expected processor and tokenizer files, cannot read them: {message}") from error
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, sharded.WEIGHTS)
     content = checkpoint[CONTENT_KEY]
     model = MMPrefixForConditionalGeneration(MMPrefixConfig(**content["config"]))
     weights = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
@@ -134,18 +150,18 @@ def load_config(path: Path) -> MMPrefixConfig:
         InputError: nothing usable there.
     """
     path = _find_model(path)
-    if path.is_dir():
+    if path.is_dir() and not _is_sharded(path):
         try:
             config: MMPrefixConfig = MMPrefixConfig.from_pretrained(path)
         except Exception as error:  # whatever a broken file raises
             raise InputError(f"{path}/config.json: cannot read it: {' '.join(str(error).split())[:200]}") from error
         return config
-    return MMPrefixConfig(**read_checkpoint(path)[CONTENT_KEY]["config"])
+    return MMPrefixConfig(**read_checkpoint(path, None)[CONTENT_KEY]["config"])
 
 
 def _find_model(path: Path) -> Path:
-    """A folder of `save_pretrained` or a checkpoint file, where a run folder holds either."""
-    if not path.is_dir():
+    """A folder of `save_pretrained` or a checkpoint, where a run folder holds either."""
+    if not path.is_dir() or _is_sharded(path):
         return path
     if (path / "config.json").is_file():
         _check_model_type(path)
@@ -156,6 +172,10 @@ def _find_model(path: Path) -> Path:
     if newest is None:
         raise InputError(f"{path}: expected model/config.json or {FOLDER}/step=*.ckpt in it, found neither")
     return newest
+
+
+def _is_sharded(path: Path) -> bool:
+    return (path / sharded.STATE_FILE).is_file()
 
 
 def _check_model_type(folder: Path) -> None:

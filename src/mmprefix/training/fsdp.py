@@ -3,12 +3,13 @@
 Each layer of encoder and decoder is a unit of its own, gathered when it is needed; everything else (embeddings, a tied
 output layer, connector, norms) is one with the model. Source: PyTorch's `torch.distributed.fsdp.fully_shard`.
 
-Checkpoints are the files that any other run writes, gathered on the first process: they are read by one process or by many.
+Checkpoints are folders to which each process writes its share (`sharded`); one process or many go on from them, and many go on
+from the file of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -17,13 +18,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -33,11 +28,14 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from mmprefix.errors import InputError
 from mmprefix.modeling import MMPrefixForConditionalGeneration
+from mmprefix.training import sharded
+from mmprefix.training.checkpoints import TIED, check_fits, read_checkpoint
+from mmprefix.training.saving import AtomicCheckpointIO
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,7 +65,6 @@ class FullyShardedStrategy(ModelParallelStrategy):
         super().__init__(
             data_parallel_size=1,  # set below, when the number of processes is known
             tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
             timeout=timedelta(minutes=timeout_minutes),
         )
         if replicas < 1:
@@ -90,6 +87,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
         # Lightning's default takes the devices of a node for tensor parallelism: ranks would learn from other data.
         self._data_parallel_size = processes
         super().setup_environment()
+        if self._checkpoint_io is None:  # the command line brings one
+            self.checkpoint_io = AtomicCheckpointIO()
+        # Its own, for checkpoints that are written while the default one reduces gradients.
+        self._disk_group = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
 
     def shard(self, model: MMPrefixForConditionalGeneration) -> None:
         """Replaces the model's parameters by shards of them, in place; the optimizer must be made after it."""
@@ -133,41 +134,96 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def whole_state(self, model: nn.Module) -> dict[str, Tensor]:
         """All of a model's tensors on the first process, on the CPU; {} on the others. All processes must call it."""
-        state: Any = get_model_state_dict(model, options=_whole())
+        state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         return dict(state)
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Weights, this process's share of each. Tied ones once, by the first of their names."""
+        assert self.lightning_module is not None
+        state = self.lightning_module.state_dict()
+        tied = self._tied()
+        return {name: value for name, value in state.items() if name not in tied}
+
+    def _tied(self) -> dict[str, str]:
+        """Second names of parameters -> their first."""
+        first: dict[int, str] = {}
+        assert self.lightning_module is not None
+        names = [(name, id(p)) for name, p in self.lightning_module.named_parameters(remove_duplicate=False)]
+        return {name: first[key] for name, key in names if first.setdefault(key, name) != name}
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As any optimizer has it, with parameters by number, on the first process."""
-        optimizer = getattr(optimizer, "_optimizer", optimizer)
-        assert self.model is not None
-        state: Any = get_optimizer_state_dict(self.model, optimizer, options=_whole())
-        if not state:
-            return {}
-        numbers = {name: n for n, name in enumerate(n for group in state["param_groups"] for n in group["params"])}
-        groups = [{**group, "params": [numbers[n] for n in group["params"]]} for group in state["param_groups"]]
-        return {"state": {numbers[n]: values for n, values in state["state"].items()}, "param_groups": groups}
+        """As any optimizer has it, with parameters by number; this process's share."""
+        state: dict[str, Any] = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        return state
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Each process writes its share."""
+        path = Path(self.broadcast(filepath))
+        checkpoint[TIED] = self._tied()
+        self._io.save_shards(checkpoint, path, self._disk_group)
+
+    @property
+    def _io(self) -> AtomicCheckpointIO:
+        io = self.checkpoint_io
+        assert isinstance(io, AtomicCheckpointIO)
+        return io
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Weights and optimizer state from a whole checkpoint, each process its share."""
+        """Each process reads its share, of a folder or of a file, into the model and its optimizers.
+
+        Returns:
+            all else that the checkpoint holds.
+
+        Raises:
+            InputError: of another model.
+        """
+        self._io.wait()
         path = Path(self.broadcast(checkpoint_path))
-        checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
-        assert self.model is not None
-        options = StateDictOptions(full_state_dict=True, cpu_offload=self.cpu_offload)
-        set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
-            set_optimizer_state_dict(self.model, optimizer, self._by_name(optimizer, state), options=options)
-        return checkpoint
+        checkpoint = read_checkpoint(path, None)
+        if path.is_dir():
+            infos = sharded.infos(path)
+        else:
+            stored, checkpoint = sharded.split(checkpoint)
+            infos = {name: sharded.TensorInfo(value.shape, value.dtype) for name, value in stored.items()}
+        weights = self.lightning_module_state_dict()
+        check_fits(
+            {name: value.shape for name, value in weights.items()},
+            {n.removeprefix(sharded.WEIGHTS): i.shape for n, i in infos.items() if n.startswith(sharded.WEIGHTS)},
+            path, set(checkpoint.get(TIED, {})) | set(self._tied()),
+        )  # fmt: skip
+        wanted: dict[str, Tensor] = {sharded.WEIGHTS + name: value for name, value in weights.items()}
+        states: list[dict[int, dict[str, Tensor]]] = []
+        for i, optimizer in enumerate(self.optimizers):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            states.append({})
+            for name, (number, key) in sharded.optimizer_tensors(infos, i).items():
+                info, parameter = infos[name], parameters[number].detach()
+                like = parameter if info.shape == parameter.shape else torch.empty(info.shape)
+                value = torch.empty_like(like, dtype=info.dtype)
+                wanted[name] = states[i].setdefault(number, {})[key] = value
+        if path.is_dir():
+            sharded.read_into(wanted, path, self._disk_group)
+        else:
+            with torch.no_grad():
+                for name, value in wanted.items():
+                    _fill(value, stored[name])
+        for optimizer, state, groups in zip(self.optimizers, states, checkpoint["optimizer_states"], strict=False):
+            optimizer.load_state_dict({**groups, "state": state})
+        return {**checkpoint, "state_dict": {}}
 
-    def _by_name(self, optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
-        assert self.model is not None
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-        groups = [{**group, "params": [ordered[n] for n in group["params"]]} for group in state["param_groups"]]
-        return {"state": {ordered[n]: values for n, values in state["state"].items()}, "param_groups": groups}
+    def teardown(self) -> None:
+        """Waits for a checkpoint that is being written."""
+        self._io.teardown()
+        super().teardown()
 
 
-def _whole() -> StateDictOptions:
-    return StateDictOptions(full_state_dict=True, cpu_offload=True)
+def _fill(value: Tensor, whole: Tensor) -> None:
+    if isinstance(value, DTensor):  # each process has the whole, and takes its rows of it
+        whole = distribute_tensor(
+            whole.to(value.dtype), value.device_mesh, value.placements, src_data_rank=None
+        ).to_local().to(value.to_local().device)  # fmt: skip
+        value = value.to_local()
+    value.copy_(whole)
 
 
 def layers_of(model: MMPrefixForConditionalGeneration) -> list[nn.Module]:

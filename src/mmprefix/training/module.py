@@ -14,6 +14,7 @@ import json
 import math
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +47,7 @@ from mmprefix.processing import (
 )
 from mmprefix.prompts import prompt_end
 from mmprefix.sequence import TokenSequence
-from mmprefix.training.checkpoints import CONTENT_KEY, load_model
+from mmprefix.training.checkpoints import CONTENT_KEY, check_fits, load_model
 from mmprefix.training.fsdp import FullyShardedStrategy
 from mmprefix.training.optim import OptimizerArgs, PartArgs, build_optimizer
 from mmprefix.varlen import MAX_HEAD_SIZE
@@ -208,6 +209,8 @@ class MMPrefixModule(pl.LightningModule):
         self.optimizer_args = optimizer
         self.part_args = dict(zip(PARTS, (train_vision, train_connector, train_decoder), strict=True))
         self.num_beams = num_beams
+        self.settings = ""
+        """The run's configuration in YAML, for its checkpoints, where the command line knows it."""
         self.peak_tflops = peak_tflops
         self.seed = seed
         self.attention = attention
@@ -215,6 +218,7 @@ class MMPrefixModule(pl.LightningModule):
         self._packed = False
         self._exact_buffers: dict[str, Tensor] = {}
         self._gathered = ExitStack()
+        self._feature_key: FeatureKey | None = None
         self._compiled = compile
         self._window = self._last_window = _Window()
         self._exact_match: dict[tuple[str, str], ExactMatch] = {}
@@ -377,7 +381,9 @@ class MMPrefixModule(pl.LightningModule):
                 f"{str(args.freeze).lower()} and unfreeze_at_step: {json.dumps(args.unfreeze_at_step)}: "
                 "an encoder that learns needs pixels"
             )
-        return self.feature_key()
+        if self._feature_key is None:  # once: a sharded encoder is whole nowhere
+            self._feature_key = self.feature_key()
+        return self._feature_key
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Says to the data where it goes on.
@@ -390,7 +396,18 @@ class MMPrefixModule(pl.LightningModule):
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.trainer.training and hasattr(datamodule, "resume"):
             datamodule.resume(checkpoint)
-        if getattr(self.trainer.datamodule, "feature_cache", None) is None:  # type: ignore[attr-defined]
+        cached = getattr(datamodule, "feature_cache", None) is not None
+        if self._sharding is not None:  # it has compared shapes, and loaded, already
+            if cached and checkpoint[CONTENT_KEY].get("feature_key") != self.frozen_feature_key().hash:
+                raise InputError(
+                    "data.feature_cache: the checkpoint has another encoder, or its run had no cached features"
+                )
+            return
+        weights = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        check_fits(
+            {name: value.shape for name, value in self.state_dict().items()}, weights, self.trainer.ckpt_path or ""
+        )
+        if not cached:
             return
         unused = self.model.config.vision_spec.unused
         for name, own in self.model.vision.model.state_dict().items():
@@ -584,6 +601,7 @@ class MMPrefixModule(pl.LightningModule):
                 max_new_tokens=self.max_new_tokens,
                 num_beams=self.num_beams,
                 do_sample=False,
+                synced_gpus=False,  # each process has the whole model: one with fewer batches would be waited for
             )
         return self.processor.decode_generated(generated[:, prompts.input_ids.shape[1] :])
 
@@ -670,4 +688,8 @@ class MMPrefixModule(pl.LightningModule):
             "config": self.model.config.to_dict(),
             "generation_config": self.model.generation_config.to_dict(),
             "processor": self.processor.to_files(),
+            "versions": {name: version(name) for name in ("mmprefix", "torch", "transformers", "timm", "lightning")},
+            "settings": self.settings,
         }
+        if self._feature_key is not None:
+            checkpoint[CONTENT_KEY]["feature_key"] = self._feature_key.hash

@@ -1,0 +1,249 @@
+"""Writing checkpoints: complete or absent, and, if wanted, in the background while training goes on.
+
+In the background a save stands in training's way only while tensors are copied into the host's memory; the copies' memory
+is kept for the next save. One save is written at a time: the next waits for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from mmprefix.errors import InputError
+from mmprefix.files import replacing
+from mmprefix.training import sharded
+from mmprefix.training.checkpoints import FILE_NAME, FOLDER, read_checkpoint
+
+
+@dataclass
+class CheckpointArgs:
+    """When checkpoints are saved, and which are kept.
+
+    Attributes:
+        every_n_steps: also every so many optimizer steps; else at the end of each epoch.
+        keep_last: how many of the newest are kept.
+        best: a metric of validation (`val/exact_match`) by which the best one is kept, too, in `checkpoints/best`.
+        best_mode: whether more or less of the metric is better.
+        asynchronous: write in the background, while training goes on, for a copy of weights and optimizer state in the host's
+            memory.
+    """
+
+    every_n_steps: int | None = None
+    keep_last: int = 2
+    best: str | None = None
+    best_mode: Literal["max", "min"] = "max"
+    asynchronous: bool = True
+
+    def callbacks(self, run_folder: Path) -> list[ModelCheckpoint]:
+        """What Lightning saves by.
+
+        Raises:
+            InputError: a number below 1.
+        """
+        for name, value in (("every_n_steps", self.every_n_steps), ("keep_last", self.keep_last)):
+            if value is not None and value < 1:
+                raise InputError(f"checkpoints.{name}: expected at least 1, got {value}")
+        named: dict[str, Any] = {
+            "auto_insert_metric_name": False,
+            "enable_version_counter": False,
+            "filename": FILE_NAME,
+        }
+        found: list[ModelCheckpoint] = [
+            _Newest(self.every_n_steps, self.keep_last, dirpath=run_folder / FOLDER, **named)
+        ]
+        if self.best is not None:
+            found.append(ModelCheckpoint(run_folder / FOLDER / "best", monitor=self.best, mode=self.best_mode, **named))
+        return found
+
+
+class _Newest(ModelCheckpoint):
+    """Saves every so many steps and at the end of each epoch, also of those that are not validated; keeps the newest."""
+
+    def __init__(self, every_n_steps: int | None, keep_last: int, **kwargs: Any) -> None:
+        # By step, so that the newest stay: a kill while one is written leaves the other.
+        super().__init__(monitor="step", mode="max", save_top_k=keep_last, save_on_train_epoch_end=True, **kwargs)
+        self._every_n_train_steps = every_n_steps or 0  # Lightning's own arguments take either this or epochs
+
+    @property
+    def state_key(self) -> str:
+        """The same with other settings: a resumed run knows what to delete."""
+        return "mmprefix.training.saving.Newest"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it: a full disk or a kill leaves the previous one whole."""
+
+    def __init__(self, asynchronous: bool = False) -> None:
+        """Settings.
+
+        Args:
+            asynchronous: copy, return, and write in the background. What fails then is raised by the next save, by
+                `check`, or by `wait`. Whoever needs the file calls `wait` first.
+        """
+        self.asynchronous = asynchronous
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._copy: Any = None
+        self._unwanted: list[Path] = []
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """See `lightning.fabric.plugins.CheckpointIO.save_checkpoint`.
+
+        Raises:
+            OSError: the file cannot be written; what stood there before is untouched.
+        """
+        self._save(checkpoint, lambda copied: _write_file(copied, Path(path)), Path(path))
+
+    def save_shards(self, checkpoint: dict[str, Any], path: Path, group: Any) -> None:
+        """This process's share of a checkpoint (`sharded`). All processes of ``group`` call it.
+
+        Args:
+            checkpoint: as Lightning makes it, with sharded tensors.
+            path: the folder.
+            group: of gloo, used for nothing else while a save is in the background.
+
+        Raises:
+            OSError: on all processes, if one cannot write.
+        """
+
+        def write(copied: dict[str, Any]) -> None:
+            sharded.write(*sharded.split(copied), path, group)
+
+        self._save(checkpoint, write, path)
+
+    def _save(self, checkpoint: dict[str, Any], write: Callable[[dict[str, Any]], None], path: Path) -> None:
+        self.wait()
+        if not self.asynchronous:
+            _named(write, checkpoint, path)
+            return
+        self._copy = copied = _copied(checkpoint, self._copy)
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # copies into pinned memory are still under way
+        self._thread = threading.Thread(
+            target=self._work, args=(partial(_named, write, copied, path),), name="checkpoint"
+        )
+        self._thread.start()
+
+    def _work(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except BaseException as error:
+            self._error = error
+        else:
+            self._remove_unwanted()
+
+    def _remove_unwanted(self) -> None:
+        while self._unwanted:
+            _remove(self._unwanted.pop())
+
+    @property
+    def writing(self) -> bool:
+        """Whether a save is in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def check(self) -> None:
+        """Raises what went wrong in the background, and waits for nothing."""
+        if not self.writing:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is in the background.
+
+        Raises:
+            OSError: it could not be written; checkpoints that should have given way to it are still there.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            self._unwanted.clear()
+            raise error
+        self._remove_unwanted()
+
+    def teardown(self) -> None:
+        """Waits: what was asked for before the end is written."""
+        self.wait()
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """All of a checkpoint, of either form, on the CPU."""
+        self.wait()
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Deletes a file or a folder; while its successor is being written, after that."""
+        if self.writing:
+            self._unwanted.append(Path(path))
+        else:
+            self.wait()
+            _remove(Path(path))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        sharded.remove(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _copied(value: Any, before: Any) -> Any:
+    """A deep copy with all tensors on the CPU, in the memory of an earlier copy where that fits."""
+    if isinstance(value, dict):
+        old = before if isinstance(before, dict) else {}
+        return {key: _copied(one, old.get(key)) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        olds = before if isinstance(before, list | tuple) and len(before) == len(value) else [None] * len(value)
+        return type(value)(_copied(one, old) for one, old in zip(value, olds, strict=True))
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    with torch.no_grad():
+        source = value.to_local() if isinstance(value, DTensor) else value
+        same = type(before) is type(value) and before.shape == value.shape and before.dtype == value.dtype
+        if same and isinstance(value, DTensor):
+            same = before.to_local().shape == source.shape
+        if not same:
+            if isinstance(value, DTensor):
+                before = value.detach().to("cpu", copy=True)
+            else:
+                before = torch.empty_like(value.detach(), device="cpu", pin_memory=value.is_cuda)
+        (before.to_local() if isinstance(before, DTensor) else before).copy_(source, non_blocking=True)
+    return before
+
+
+def _write_file(checkpoint: dict[str, Any], path: Path) -> None:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())  # else a crash of the machine could leave a renamed, empty file
+
+
+def _named(write: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any], path: Path) -> None:
+    """Runs ``write``; an error of the disk is told with the checkpoint's name."""
+    try:
+        write(checkpoint)
+    except (OSError, RuntimeError) as error:
+        # torch's writer hides a full disk behind a RuntimeError of its own, about a position.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        reason = f"cannot save {path}: {cause.strerror}; the checkpoint before it is untouched"
+        raise OSError(cause.errno, reason) from error
