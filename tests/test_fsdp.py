@@ -88,6 +88,45 @@ def test_accumulated_and_recomputed_steps_are_those_of_one_process(records, froz
     assert_losses(losses(two), losses(one))
 
 
+LORA = [
+    "--model.train_decoder.lora", "{rank: 3, use_dora: true}", "--model.train_vision.lora", "{rank: 2, dropout: 0.0}",
+    "--model.train_vision.lr", "1.0e-4",
+]  # fmt: skip
+
+
+def test_adapters_learn_what_they_do_on_one_process_and_go_on_on_another_number(records):
+    """In both parts; ranks of three and two don't divide evenly. Losses, weights, PEFT's files and the merged model."""
+    once = ["--trainer.max_epochs", "1", "--trainer.gradient_clip_val", "1.0", "--model.optimizer.lr", "1.0e-3", *LORA]
+    one = fit(records, "one", 1, "--data.batch_size", "2", *once)
+    two = fit(records, "two", 1, *SHARDED, *once)
+    ddp = fit(records, "ddp", 0, *TWO, "--trainer.strategy", "ddp", *once)
+    assert_losses(losses(two), losses(one))
+    assert_losses(losses(ddp), losses(one))
+    first, expected, found = (
+        state(records / name, step)["state_dict"] for name, step in (("one", 1), ("one", 5), ("two", 5))
+    )
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        learns = ".lora_" in name or ".connector." in name
+        assert learns != torch.equal(value, first[name]), name
+        torch.testing.assert_close(found[name], value, atol=2e-5 if learns else 0, rtol=1e-4 if learns else 0)
+    for file in ("adapter-decoder/adapter_model", "adapter-vision/adapter_model", "model/model"):
+        one_file, two_file = (
+            safetensors.torch.load_file(records / f"{run}-run" / f"{file}.safetensors") for run in ("one", "two")
+        )
+        assert one_file.keys() == two_file.keys()
+        for name, value in one_file.items():
+            torch.testing.assert_close(two_file[name], value, atol=2e-5, rtol=1e-4)
+    configs = [
+        (records / f"{run}-run" / "adapter-decoder" / "adapter_config.json").read_text() for run in ("one", "two")
+    ]
+    assert configs[0] == configs[1]
+    for name, arguments, source in (("back", ["--data.batch_size", "2"], "two"), ("on", SHARDED, "one")):
+        (checkpoint,) = (records / source).glob("*step=00000002.ckpt")
+        lines = fit(records, name, 0, *arguments, *once, "--ckpt_path", str(checkpoint))
+        assert_losses(losses(lines), losses(one), after=2)
+
+
 def test_replicas_that_do_not_divide_the_processes_are_refused():
     with pytest.raises(InputError, match="trainer.strategy.replicas: expected at least 1, got 0"):
         FullyShardedStrategy(replicas=0)

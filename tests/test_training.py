@@ -129,7 +129,7 @@ def test_throughput_logs_utilization_and_memory(fit, caplog):
 
 
 def test_a_decoder_whose_flops_cannot_be_counted_trains_all_the_same(fit, monkeypatch):
-    def refuse(config):
+    def refuse(config, lora):
         raise RuntimeError("Tensor.item() cannot be called on meta tensors")
 
     monkeypatch.setattr(callbacks.ModelFlops, "of", refuse)
@@ -602,8 +602,8 @@ def test_schedule_rises_linearly_and_falls_as_a_cosine():
 
 def test_weight_decay_is_on_matrices_only_and_unused_heads_are_left_out():
     module = MMPrefixModule(TINY_VISION, DecoderArgs(config=TINY_DECODER), tokenizer=TokenizerArgs("byte"))
-    parts = {name: (module.part(name), PartArgs()) for name in ("vision", "connector", "decoder")}
-    parts["connector"] = (module.part("connector"), PartArgs(lr=0.5))
+    parts = {name: (module._trainable[name], PartArgs()) for name in ("vision", "connector", "decoder")}
+    parts["connector"] = (module._trainable["connector"], PartArgs(lr=0.5))
     groups = parameter_groups(parts, OptimizerArgs(lr=1.0, weight_decay=0.1))
     assert [g["lr"] for g in groups] == [1.0, 1.0, 0.5, 0.5, 1.0, 1.0]
     assert [g["name"] for g in groups] == [

@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import time
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmprefix.adapters import LoraArgs, add_lora
 from mmprefix.errors import InputError
 from mmprefix.generation import run_decoder
 from mmprefix.loss import LossNormalization, transient_bytes
@@ -70,6 +71,9 @@ class ModelFlops:
             target's tokens beyond the window.
         label: of one label through the output layer.
         label_only: the part of ``token`` that a packed row spares tokens which predict no label, see `last_layer`.
+        vision_pairs: the part of ``vision`` that has no weight: products of attention.
+        adapters: what adapters add, counted in the same way; None without any.
+        adapted: parts that have adapters.
     """
 
     vision: int
@@ -78,18 +82,39 @@ class ModelFlops:
     pair: int
     label: int
     label_only: int = 0
+    vision_pairs: int = 0
+    adapters: ModelFlops | None = None
+    adapted: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, config: MMPrefixConfig) -> ModelFlops:
+    def of(cls, config: MMPrefixConfig, lora: Mapping[str, LoraArgs] | None = None) -> ModelFlops:
         """Counts them, on the meta device.
+
+        Args:
+            config: of the model, without adapters.
+            lora: adapters of parts. Those of DoRA count as LoRA's: what a pass spends on magnitudes grows with nothing.
 
         Raises:
             NotImplementedError, RuntimeError: a decoder whose shapes depend on values, which a meta tensor hasn't.
         """
         model = meta_model(config).eval()
-        height, width = config.vision_spec.image_size
+        plain = cls._count(model)
+        if not lora:
+            return plain
+        for part, args in lora.items():
+            # A folder's config may say DoRA, too.
+            add_lora(model, part, args, dora=False)
+        whole = cls._count(model)
+        both = zip(vars(plain).items(), vars(whole).values(), strict=True)
+        more = {name: b - a for (name, a), b in both if isinstance(a, int)}
+        return replace(plain, adapters=cls(**more), adapted=frozenset(lora))
+
+    @classmethod
+    def _count(cls, model: MMPrefixForConditionalGeneration) -> ModelFlops:
+        height, width = model.config.vision_spec.image_size
         pixels = torch.empty(1, 3, height, width, device="meta")
         vision = _flops(lambda: model.vision(pixels))
+        vision_pairs = _flops(lambda: model.vision(pixels), weights=False)
         features = model.vision(pixels)
         connector = _flops(lambda: model.connector(features))
         # A pass over T tokens costs token * T + pair * T^2: two lengths tell the two apart, whatever the layers are.
@@ -100,7 +125,7 @@ class ModelFlops:
         token = (once - pair * short * short) // short
         label = _decoder_flops(model, short, num_labels=1) - once
         label_only = (once - _decoder_flops(model, short, num_labels=0, restricted=True)) // short
-        return cls(vision, connector, token, pair, label, label_only)
+        return cls(vision, connector, token, pair, label, label_only, vision_pairs)
 
     def recomputed(self, batch: PackedBatch, trained: Collection[str]) -> int:
         """FLOPs of forward that gradient checkpointing does again in backward: of layers that gradients go through.
@@ -122,7 +147,8 @@ class ModelFlops:
           layer is counted, too);
         - a frozen part behind one that learns lets gradients through: 1x, and 2x for the products of attention, which
           have no weight but two inputs;
-        - a frozen part with nothing that learns before it costs no backward.
+        - a frozen part with nothing that learns before it costs no backward;
+        - a part with adapters is a frozen one behind its own adapters, which cost 2x their forward.
 
         Args:
             batch: only its sizes are read, none of its tensors.
@@ -130,20 +156,31 @@ class ModelFlops:
         """
         encoded = 0 if batch.pixel_values is None else batch.pixel_values.shape[0]
         images = encoded if batch.image_features is None else batch.image_features.shape[0]
-        vision_factor = 3 if "vision" in trained else 1
+        learning = frozenset(trained) - self.adapted  # with all of their weights
+        vision_factor = 3 if "vision" in learning else 2 if "vision" in trained else 1
         behind_vision = "vision" in trained
         connector_factor = 3 if "connector" in trained else 2 if behind_vision else 1
         behind_connector = behind_vision or "connector" in trained
-        decoder_factor = 3 if "decoder" in trained else 2 if behind_connector else 1
+        decoder_factor = 3 if "decoder" in learning else 2 if behind_connector or "decoder" in trained else 1
         pair_factor = 1 if decoder_factor == 1 else 3
         rows = batch.plan.label_rows
-        spared = 0 if rows is None else max(0, batch.num_tokens - rows.numel()) * self.label_only
-        return (
+        unread = 0 if rows is None else max(0, batch.num_tokens - rows.numel())
+
+        def of_tokens(costs: ModelFlops) -> int:
+            return batch.num_tokens * costs.token - unread * costs.label_only + batch.labels.numel() * costs.label
+
+        total = (
             encoded * vision_factor * self.vision
             + images * connector_factor * self.connector
-            + decoder_factor * (batch.num_tokens * self.token - spared + batch.labels.numel() * self.label)
+            + decoder_factor * of_tokens(self)
             + pair_factor * batch.visible_pairs * self.pair
         )
+        if "vision" in self.adapted & set(trained):
+            total += encoded * self.vision_pairs
+        if self.adapters is not None:  # where they don't learn yet, they are frozen as the rest
+            total += encoded * (3 if "vision" in trained else 1) * self.adapters.vision
+            total += (3 if "decoder" in trained else decoder_factor) * of_tokens(self.adapters)
+        return total
 
 
 def _grouped_mm_flops(a: torch.Size, b: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -157,11 +194,16 @@ def _matrix_shape(layer: nn.Module | None) -> torch.Size:
     return layer.weight.shape
 
 
-def _flops(function: Callable[[], Any]) -> int:
+def _flops(function: Callable[[], Any], weights: bool = True) -> int:
+    """Counted; without ``weights``, of products of activations only."""
     formulas = {torch.ops.aten._grouped_mm: _grouped_mm_flops}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         function()
-    return int(counter.get_total_flops())
+    counts = counter.get_flop_counts().get("Global", {})
+    return sum(number for operator, number in counts.items() if weights or operator not in _WITH_WEIGHT)
+
+
+_WITH_WEIGHT = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
 
 
 def _decoder_flops(

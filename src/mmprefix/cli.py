@@ -27,7 +27,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from mmprefix import __version__, caching
+from mmprefix import __version__, adapters, caching
 from mmprefix.commands import COMMANDS, estimate_command, scaling_command
 from mmprefix.data.datamodule import ShardDataModule
 from mmprefix.doctor import doctor_command
@@ -208,9 +208,13 @@ class MMPrefixCLI(LightningCLI):
         sharded = isinstance(strategy, FullyShardedStrategy)
         weights = strategy.whole_state(self.model.model) if sharded else None
         if self.trainer.is_global_zero:
-            folder = Path(self.trainer.default_root_dir)
+            folder, model = Path(self.trainer.default_root_dir), self.model.model
+            if adapters.configs_of(model):
+                weights = weights or {name: value.cpu() for name, value in model.state_dict().items()}
+                adapters.save_adapters(model, weights, folder)
+                model, weights = adapters.merged(model, weights), None
             with replacing(folder / "model") as temporary:
-                self.model.model.save_pretrained(temporary, state_dict=weights)
+                model.save_pretrained(temporary, state_dict=weights)
                 self.model.processor.save_pretrained(temporary)
             print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 

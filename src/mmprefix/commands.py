@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from mmprefix.accounting import GIB, PARTS, Layout, MemoryEstimate, Precision, Record, meta_model, trained_parts
+from mmprefix.adapters import LoraArgs, add_lora, learning_modules
 from mmprefix.arguments import CommandParser
 from mmprefix.data.images import UndecodableImageError, decode_image
 from mmprefix.decoder import (
@@ -369,6 +370,8 @@ def configured_model(settings: Mapping[str, Any]) -> MMPrefixForConditionalGener
         config = load_config(Path(settings["pretrained"]))
     else:
         decoder = DecoderArgs(**settings["decoder"])
+        if decoder.load_in_4bit:
+            raise InputError("model.decoder.load_in_4bit: expected false: memory of 4-bit weights is not estimated")
         if decoder.config is not None and "vocab_size" not in decoder.config:
             tokenizer = load_tokenizer(TokenizerArgs(**settings["tokenizer"]), None)
             decoder = replace(decoder, config={"vocab_size": text_vocab_size(tokenizer), **decoder.config})
@@ -395,8 +398,14 @@ def configured_model(settings: Mapping[str, Any]) -> MMPrefixForConditionalGener
     if settings["gradient_checkpointing"]:
         checkpoint_activations(model)
     for name in PARTS:
-        if settings[f"train_{name}"]["freeze"]:
+        learning = settings[f"train_{name}"]
+        if learning["freeze"]:
             switch_off_training_mode(getattr(model, name).requires_grad_(False))
+        elif learning["lora"] is not None:
+            add_lora(model, name, LoraArgs(**learning["lora"]))
+            switch_off_training_mode(getattr(model, name))
+            for module in learning_modules(model, name):
+                module.training = True
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError("model: expected a part that learns, all of vision, connector and decoder are frozen")
     return model

@@ -26,6 +26,7 @@ from mmprefix.attention import (
     unregister_masks,
 )
 from mmprefix.errors import InputError
+from mmprefix.four_bit import loading_options, save_whole
 from mmprefix.last_layer import release_last_layer
 from mmprefix.loss import LogitTransform
 
@@ -46,6 +47,7 @@ class DecoderArgs:
         attn_implementation: `sdpa` or `eager`; by default sdpa where the architecture has it. flash_attention_2
             drops the bidirectional prefix and is refused.
         trust_remote_code: run the Python code that comes with `name`, if it needs any. Read it before.
+        load_in_4bit: keep the pretrained weights in 4 bits (bitsandbytes, CUDA), under adapters (`model.train_decoder.lora`).
     """
 
     name: str | None = None
@@ -53,6 +55,7 @@ class DecoderArgs:
     pretrained: bool = True
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    load_in_4bit: bool = False
 
 
 def windows_of(config: PreTrainedConfig) -> dict[str, int]:
@@ -112,17 +115,23 @@ def build_decoder(args: DecoderArgs, config: PreTrainedConfig) -> PreTrainedMode
     """The decoder with its weights, in float32, prefix mask not yet installed.
 
     Raises:
-        InputError: weights that cannot be had, or that are not exactly the model's.
+        InputError: weights that cannot be had, or that are not exactly the model's; 4 bits of none, or where they can't be.
     """
     kwargs: dict[str, Any] = {
         "dtype": torch.float32,
         "attn_implementation": attention_implementation(args, config),
         "trust_remote_code": args.trust_remote_code,
     }
+    if args.load_in_4bit:
+        if args.name is None or not args.pretrained:
+            raise InputError("model.decoder.load_in_4bit: expected the pretrained weights of a `name`, got random ones")
+        kwargs |= loading_options()
     if args.name is not None and args.pretrained:
         model: PreTrainedModel = load_exactly(
             AutoModelForCausalLM, args.name, f"model.decoder.name={args.name}", **kwargs
         )
+        if args.load_in_4bit:
+            save_whole(model)
         return model
     try:
         return AutoModelForCausalLM.from_config(config, **kwargs)

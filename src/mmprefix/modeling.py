@@ -13,7 +13,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -404,7 +404,7 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         image_tokens: Tensor | None = None,
         reduction: Reduction = "sum",
         of_labels: list[Tensor] | None = None,
-        blank_image: bool = False,
+        blank: Literal["image", "features"] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of the batch's targets and the count to divide it by, float32 scalars.
 
@@ -416,26 +416,18 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             image_tokens: float ``[I, N, W]`` from `get_image_tokens`, where they are known already.
             reduction: `mean` for the mean in place of the sum, which is cheaper than to divide it.
             of_labels: where given, each label's own loss, float ``[M]`` without gradient, is appended to it.
-            blank_image: also run the encoder, on an image that nobody sees: processes that share its layers run them together.
+            blank: for a batch without images, also run the encoder on one that nobody sees, or the connector on features:
+                processes that share layers run them together.
         """
-        if not blank_image:
-            return self._target_loss(batch, normalization, image_tokens, reduction, of_labels)
-        height, width = self.config.vision_spec.image_size
-        image = torch.zeros(1, 3, height, width, dtype=torch.uint8, device=batch.input_ids.device)
-        nothing = (
-            self.get_image_tokens(image).sum() * 0.0
-        )  # first, as where there are images: layers are gathered in order
-        loss, count = self._target_loss(batch, normalization, image_tokens, reduction, of_labels)
-        return loss + nothing, count
-
-    def _target_loss(
-        self,
-        batch: PackedBatch,
-        normalization: LossNormalization,
-        image_tokens: Tensor | None,
-        reduction: Reduction,
-        of_labels: list[Tensor] | None,
-    ) -> tuple[Tensor, Tensor]:
+        # Placed nowhere, but part of what the decoder gets: its layers, too, have a gradient to pass on where others have.
+        if blank == "image":
+            height, width = self.config.vision_spec.image_size
+            image_tokens = self.get_image_tokens(
+                torch.zeros(1, 3, height, width, dtype=torch.uint8, device=batch.input_ids.device)
+            )
+        elif blank == "features":
+            spec, like = self.config.vision_spec, next(self.connector.parameters())
+            image_tokens = self.connector(like.new_zeros(1, spec.num_tokens, spec.width))
         output_layer = self._plain_output_layer()
         if output_layer is None:
             logits = self.target_logits(batch, image_tokens)

@@ -136,9 +136,9 @@ def plan(units: Sequence[Unit], layout: Layout, stored: torch.dtype, micro_batch
 
     - layers that were given up and that gradients go through. Activation checkpointing adds none: backward gathers a layer
       before it is computed again;
-    - the layer in front of the first of these, which is prefetched for nothing (the last one of a frozen encoder);
-    - the rest: `target_loss` runs the model's forward inside, and FSDP gives up at the end of the outer pass of two
-      what it would keep at the end of one.
+    - the layer in front of the first of these, which is prefetched for nothing (the last one of a frozen encoder).
+
+    The rest is kept from forward to backward.
 
     Each micro-batch reduces (Lightning accumulates shards). DDP reduces once.
 
@@ -159,7 +159,7 @@ def plan(units: Sequence[Unit], layout: Layout, stored: torch.dtype, micro_batch
         reduced = (layout.reduce_dtype or layout.param_dtype or stored).itemsize
         for unit, behind in zip(units, [*units[1:], units[-1]], strict=True):
             needed = unit.backward or (behind.backward and behind.part != "rest")
-            again = unit.part == "rest" or (layout.reshard_after_forward and needed)
+            again = layout.reshard_after_forward and needed and unit.part != "rest"
             size, times = unit.gathered(shards) * gathered, micro_batches * (2 if again else 1)
             found.append(Collective("all_gather", "shards", shards, size, times, unit.part))
             size = unit.reduced(shards) * reduced

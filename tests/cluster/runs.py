@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
     **os.environ,
+    "PYTHONFAULTHANDLER": "1",
     "OMP_NUM_THREADS": "1",  # sums must not depend on the number of threads
     # This checkout, and beside it the callback that logs ids.
     "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
@@ -106,7 +108,7 @@ def compare(folder: Path, name: str, whole: str, *, exactly_once: bool) -> str:
 
 
 def finish(process: subprocess.Popen[str], what: str, seconds: float) -> int:
-    """Waits for a process; one that hangs is killed.
+    """Waits for a process; one that hangs is killed, after it has written where it is.
 
     Raises:
         RigError: it hung.
@@ -114,6 +116,8 @@ def finish(process: subprocess.Popen[str], what: str, seconds: float) -> int:
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired as error:
+        process.send_signal(signal.SIGABRT)
+        time.sleep(5)
         process.kill()
         process.wait()
         raise RigError(f"{what}: did not end within {seconds:g} s") from error

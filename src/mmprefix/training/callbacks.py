@@ -50,7 +50,7 @@ class Throughput(pl.Callback):
         """Counts what an image, a token, a pair and a label cost, and finds out the peak."""
         assert isinstance(pl_module.model, torch.nn.Module)
         try:
-            self._flops_of = ModelFlops.of(pl_module.model.config)  # type: ignore[arg-type]
+            self._flops_of = ModelFlops.of(pl_module.model.config, pl_module.lora)  # type: ignore[arg-type]
         except (NotImplementedError, RuntimeError) as error:  # shapes that depend on values
             message = " ".join(str(error).split())[:200]
             rank_zero_warn(f"train/tflops_per_device is not logged: this decoder's FLOPs can't be counted: {message}")

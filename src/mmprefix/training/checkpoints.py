@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from mmprefix.adapters import add_stored, merge
 from mmprefix.decoder import load_exactly
 from mmprefix.errors import InputError
 from mmprefix.modeling import MMPrefixConfig, MMPrefixForConditionalGeneration
@@ -113,7 +114,7 @@ def check_fits(
 
 
 def load_model(path: Path) -> tuple[MMPrefixForConditionalGeneration, MMPrefixProcessor]:
-    """Model and processor, ready to generate, from what a run left behind.
+    """Model and processor, ready to generate, from what a run left behind; adapters are merged.
 
     Args:
         path: a checkpoint, a folder of `save_pretrained`, or a run folder that holds either.
@@ -132,10 +133,12 @@ def load_model(path: Path) -> tuple[MMPrefixForConditionalGeneration, MMPrefixPr
     checkpoint = read_checkpoint(path, sharded.WEIGHTS)
     content = checkpoint[CONTENT_KEY]
     model = MMPrefixForConditionalGeneration(MMPrefixConfig(**content["config"]))
+    add_stored(model, content.get("adapters", {}))
     weights = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
     # Assigned, not copied: they keep the precision they were trained in, whatever the config says.
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
+    merge(model)
     for config in (model.config, model.config.text_config, model.decoder.config):
         config.dtype = model.dtype
     if "generation_config" in content:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mmprefix import adapters
 from mmprefix.accounting import PARTS
 from mmprefix.attention import MASK_FREE_IMPLEMENTATION
 from mmprefix.data.features import FeatureKey
@@ -49,7 +50,7 @@ from mmprefix.prompts import prompt_end
 from mmprefix.sequence import TokenSequence
 from mmprefix.training.checkpoints import CONTENT_KEY, check_fits, load_model
 from mmprefix.training.fsdp import FullyShardedStrategy
-from mmprefix.training.optim import OptimizerArgs, PartArgs, build_optimizer
+from mmprefix.training.optim import Guard, GuardArgs, OptimizerArgs, PartArgs, build_optimizer
 from mmprefix.varlen import MAX_HEAD_SIZE
 from mmprefix.vision import ConnectorArgs, VisionArgs
 
@@ -148,6 +149,7 @@ class MMPrefixModule(pl.LightningModule):
         prefix_visibility: PrefixVisibility | None = None,
         loss_normalization: LossNormalization = "tokens",
         optimizer: OptimizerArgs = OptimizerArgs(),  # noqa: B008
+        guard: GuardArgs = GuardArgs(),  # noqa: B008
         train_vision: PartArgs = PartArgs(),  # noqa: B008
         train_connector: PartArgs = PartArgs(),  # noqa: B008
         train_decoder: PartArgs = PartArgs(),  # noqa: B008
@@ -173,6 +175,7 @@ class MMPrefixModule(pl.LightningModule):
             loss_normalization: `tokens`: mean over all target tokens of an optimizer step. `per_sample`: mean over
                 each target's tokens, then over targets, as PaliGemma trains.
             optimizer: AdamW and its schedule.
+            guard: what becomes of a step whose loss or gradient is not finite, or far above those before it.
             train_vision: learning rate and freezing of the encoder.
             train_connector: learning rate and freezing of the connector.
             train_decoder: learning rate and freezing of the decoder.
@@ -187,10 +190,15 @@ class MMPrefixModule(pl.LightningModule):
         """
         super().__init__()
         optimizer.check()
+        guard.check()
         if num_beams < 1:
             raise InputError(f"model.num_beams: expected at least 1, got {num_beams}")
         if isinstance(peak_tflops, float | int) and not 0 < peak_tflops < math.inf:
             raise InputError(f"model.peak_tflops: expected more than 0, or `measure`, got {peak_tflops}")
+        if decoder.load_in_4bit and train_decoder.lora is None:
+            raise InputError(
+                "model.decoder.load_in_4bit: expected model.train_decoder.lora beside it: 4 bits don't learn"
+            )
         if pretrained is not None:
             given = {"vision": vision, "decoder": decoder, "connector": connector, "tokenizer": tokenizer}
             for name, args in given.items():
@@ -207,7 +215,9 @@ class MMPrefixModule(pl.LightningModule):
             self.model, self.processor = _from_parts(vision, decoder, connector, tokenizer, prefix_visibility or "full")
         self.loss_normalization: LossNormalization = loss_normalization
         self.optimizer_args = optimizer
+        self.guard_args, self._guard = guard, Guard()
         self.part_args = dict(zip(PARTS, (train_vision, train_connector, train_decoder), strict=True))
+        self._add_adapters(decoder)
         self.num_beams = num_beams
         self.settings = ""
         """The run's configuration in YAML, for its checkpoints, where the command line knows it."""
@@ -220,6 +230,7 @@ class MMPrefixModule(pl.LightningModule):
         self._gathered = ExitStack()
         self._feature_key: FeatureKey | None = None
         self._compiled = compile
+        self._in_4bit = decoder.load_in_4bit
         self._window = self._last_window = _Window()
         self._exact_match: dict[tuple[str, str], ExactMatch] = {}
         self._evaluation_loss: list[Tensor] = []
@@ -229,6 +240,7 @@ class MMPrefixModule(pl.LightningModule):
             name: {n for n, p in self.part(name).named_parameters() if p.requires_grad} for name in PARTS
         }
         self._trainable = {name: self._of_part(name) for name in PARTS}
+        self._adapters = {name: adapters.learning_modules(self.model, name) for name in adapters.configs_of(self.model)}
         self._set_freezing(step=0)
         if gradient_checkpointing:
             checkpoint_activations(self.model)
@@ -239,6 +251,24 @@ class MMPrefixModule(pl.LightningModule):
         """`vision`, `connector` or `decoder`."""
         part: nn.Module = getattr(self.model, name)
         return part
+
+    def _add_adapters(self, decoder: DecoderArgs) -> None:
+        for name, args in self.part_args.items():
+            if args.lora is None:
+                continue
+            if name == "connector":
+                raise InputError(
+                    "model.train_connector.lora: expected null: the connector is small and learns as a whole"
+                )
+            if args.freeze:
+                raise InputError(f"model.train_{name}: expected lora or freeze: true, got both")
+            base_name = decoder.name if name == "decoder" and decoder.pretrained else None
+            adapters.add_lora(self.model, name, args.lora, base_name)
+
+    @property
+    def lora(self) -> dict[str, adapters.LoraArgs]:
+        """Of the parts with adapters."""
+        return {name: args.lora for name, args in self.part_args.items() if args.lora is not None}
 
     def _of_part(self, name: str) -> list[nn.Parameter]:
         """What may learn of a part."""
@@ -273,6 +303,10 @@ class MMPrefixModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Shards the model, where the strategy does."""
         if self._sharding is not None:
+            if self._in_4bit:
+                raise InputError(
+                    "model.decoder.load_in_4bit: expected another strategy than FSDP2, which can't shard 4 bits"
+                )
             self._sharding.shard(self.model)
             # Parameters are others now.
             self._trainable = {name: self._of_part(name) for name in PARTS}
@@ -346,7 +380,8 @@ class MMPrefixModule(pl.LightningModule):
             name for name, value in config.to_dict().items()
             if "att" in name and "drop" in name and isinstance(value, float) and value > 0
         ]  # fmt: skip
-        if dropout and not self.part_args["decoder"].freeze:
+        learns_itself = not self.part_args["decoder"].freeze and "decoder" not in self._adapters
+        if dropout and learns_itself:
             return f"the decoder's {dropout[0]}"
         device = self.trainer.strategy.root_device
         if device.type == "cpu":
@@ -391,11 +426,15 @@ class MMPrefixModule(pl.LightningModule):
         Cached features were compared with the encoder as it was built: a checkpoint must not bring another.
 
         Raises:
-            InputError: naming the first weight that differs, or a checkpoint whose epoch can't be gone on with.
+            InputError: naming the first weight that differs, other adapters, or a checkpoint whose epoch can't be gone on
+                with.
         """
+        adapters.check_stored(self.model, checkpoint[CONTENT_KEY].get("adapters", {}))
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self.trainer.training and hasattr(datamodule, "resume"):
-            datamodule.resume(checkpoint)
+        if self.trainer.training:
+            self._guard = Guard(**checkpoint[CONTENT_KEY].get("guard", {}))
+            if hasattr(datamodule, "resume"):
+                datamodule.resume(checkpoint)
         cached = getattr(datamodule, "feature_cache", None) is not None
         if self._sharding is not None:  # it has compared shapes, and loaded, already
             if cached and checkpoint[CONTENT_KEY].get("feature_key") != self.frozen_feature_key().hash:
@@ -425,6 +464,10 @@ class MMPrefixModule(pl.LightningModule):
         Raises:
             InputError: nothing to train, or a part that unfreezes in a multi-process run.
         """
+        if self._scales_loss and self.guard_args.spike_factor is not None:
+            raise InputError(
+                "model.guard.spike_factor: expected null under precision 16-mixed, whose scaler skips steps itself"
+            )
         if all(part.freeze for part in self.part_args.values()):
             raise InputError("model: expected a part that learns, all of vision, connector and decoder are frozen")
         late = [name for name, part in self.part_args.items() if part.unfreeze_at_step is not None and not part.freeze]
@@ -436,7 +479,7 @@ class MMPrefixModule(pl.LightningModule):
         total_steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(total_steps):
             raise InputError("trainer: expected max_epochs or max_steps, which the schedule ends at, got neither")
-        parts = {name: (self.part(name), args) for name, args in self.part_args.items()}
+        parts = {name: (self._trainable[name], args) for name, args in self.part_args.items()}
         optimizer, schedule = build_optimizer(parts, self.optimizer_args, int(total_steps), fused=not self._scales_loss)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -449,10 +492,12 @@ class MMPrefixModule(pl.LightningModule):
         for name, args in self.part_args.items():
             frozen = args.is_frozen(step)
             part = self.part(name)
-            if frozen and part.training:
+            if (frozen or name in self._adapters) and part.training:
                 switch_off_training_mode(part)
-            elif not frozen and self.training and not part.training:
+            elif not frozen and name not in self._adapters and self.training and not part.training:
                 part.train()
+            for module in self._adapters.get(name, ()):
+                module.training = self.training and not frozen
             for parameter in self._trainable[name]:
                 parameter.requires_grad_(not frozen)
 
@@ -473,15 +518,15 @@ class MMPrefixModule(pl.LightningModule):
         else:
             of_labels: list[Tensor] | None = None if batch.label_datasets is None else []
             text_only = batch.pixel_values is None and batch.image_features is None and self.trainer.world_size > 1
-            loss_sum, count = self.model.target_loss(
-                batch, self.loss_normalization, of_labels=of_labels,
-                blank_image=text_only and self._sharding is not None,
-            )  # fmt: skip
+            blank = self._blank if text_only else None
+            loss_sum, count = self.model.target_loss(batch, self.loss_normalization, of_labels=of_labels, blank=blank)
             if of_labels:
                 self._window.of_sets.append(self._by_set(batch, of_labels[0], len(self._set_names("train"))))
             if text_only and self._sharding is None:
                 # Text only: the others would wait for the encoder's gradients.
                 loss_sum = loss_sum + _zero_through(self.model.vision, self.model.connector)
+            elif not loss_sum.requires_grad:  # text only, and the decoder is frozen
+                loss_sum = loss_sum + _zero_through(self)
         self._window.with_images += batch.pixel_values is not None or batch.image_features is not None
         self._window.losses.append(loss_sum.detach())
         self._window.counts.append(count)
@@ -496,8 +541,15 @@ class MMPrefixModule(pl.LightningModule):
             collate([sequence], [()], None, pad_id=self.processor.pad_id, visibility=self.processor.prefix_visibility,
                     packed=self._packed), lambda tensor: tensor.to(self.device),
         )  # fmt: skip
-        loss, _ = self.model.target_loss(filler, self.loss_normalization, blank_image=True)
+        loss, _ = self.model.target_loss(filler, self.loss_normalization, blank=self._blank)
         return loss * 0.0
+
+    @property
+    def _blank(self) -> Literal["image", "features"] | None:
+        """What stands in for images where the others gather layers for theirs."""
+        if self._sharding is None:
+            return None
+        return "image" if getattr(self.trainer.datamodule, "feature_cache", None) is None else "features"  # type: ignore[attr-defined]
 
     def _set_names(self, split: str) -> tuple[str, ...]:
         names = getattr(getattr(self.trainer, "datamodule", None), "set_names", None)
@@ -532,10 +584,11 @@ class MMPrefixModule(pl.LightningModule):
                 self.log(f"train/{name}/loss", of_set / of_count)
         count = totals[1].clamp(min=1e-6)  # 0 where no rank had a usable sample; the sum is 0 then, too
         loss = totals[0] / count
-        if not torch.isfinite(loss):
-            self._refuse_step(
-                "loss", [ids for x, ids in zip(window.losses, window.ids, strict=True) if not x.isfinite()]
-            )
+        problem = self._guard.judge(float(loss), self.guard_args.spike_factor) if totals[1] else None
+        if problem is not None:
+            pairs = list(zip(window.losses, window.ids, strict=True))
+            self._refuse_step(problem, [ids for x, ids in pairs if not x.isfinite()] or [ids for _, ids in pairs])
+            return
         if not totals[2]:
             # No rank saw an image. What stood in for one gave zeros: they would still decay weights and age Adam's state.
             for part in (self.model.vision, self.model.connector):
@@ -548,19 +601,32 @@ class MMPrefixModule(pl.LightningModule):
             for p in self.parameters()
             if p.grad is not None
         ]
-        torch._foreach_mul_(gradients, scale)
+        if gradients:  # none, where nobody had an image and the decoder is frozen
+            torch._foreach_mul_(gradients, scale)
         self.log("train/loss", loss, prog_bar=True)
         for group in optimizer.param_groups:
             if "/" not in group["name"]:
                 self.log(f"lr/{group['name']}", group["lr"])
 
     def _refuse_step(self, what: str, batches: list[tuple[str, ...]]) -> None:
+        """Stops before a step, or takes its gradients away: the optimizer then leaves the weights and its state as they are."""
         ids = [id_ for batch in batches for id_ in batch]
         shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
-        raise NonFiniteLossError(
-            f"step {self.global_step} (epoch {self.current_epoch}): the {what} is not finite; samples of the batch: "
-            f"{shown or 'on another rank'}; the last checkpoint is from before it"
+        line = (
+            f"step {self.global_step} (epoch {self.current_epoch}): the {what}; samples of the batch: "
+            f"{shown or 'on another rank'}"
         )
+        guard = self._guard
+        if self.guard_args.action == "stop":
+            raise NonFiniteLossError(f"{line}; the last checkpoint is from before it")
+        guard.skipped += 1
+        guard.in_a_row += 1
+        if guard.in_a_row > self.guard_args.max_in_a_row:
+            raise NonFiniteLossError(f"{line}; {guard.in_a_row - 1} steps before it were skipped, one after the other")
+        rank_zero_info(f"skipped {line}; {guard.skipped} steps skipped so far")
+        self.log("train/skipped_steps", float(guard.skipped))
+        if not self._scales_loss:  # else the scaler sees what is not finite, and skips
+            self.zero_grad(set_to_none=True)
 
     def configure_gradient_clipping(
         self,
@@ -576,7 +642,9 @@ class MMPrefixModule(pl.LightningModule):
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         if not self._scales_loss and not torch.isfinite(norm):
-            self._refuse_step("gradient", self._last_window.ids)
+            self._refuse_step("gradient is not finite", self._last_window.ids)
+        elif gradients:
+            self._guard.in_a_row = 0
         self.log("train/grad_norm", norm)
         if not by_norm:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -690,6 +758,8 @@ class MMPrefixModule(pl.LightningModule):
             "processor": self.processor.to_files(),
             "versions": {name: version(name) for name in ("mmprefix", "torch", "transformers", "timm", "lightning")},
             "settings": self.settings,
+            "guard": asdict(self._guard),
+            "adapters": adapters.settings_of(self.model),
         }
         if self._feature_key is not None:
             checkpoint[CONTENT_KEY]["feature_key"] = self._feature_key.hash

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from mmprefix.adapters import LoraArgs
 from mmprefix.errors import InputError
 
 
@@ -48,6 +49,57 @@ class OptimizerArgs:
 
 
 @dataclass
+class GuardArgs:
+    """What becomes of an optimizer step whose loss or gradient would spoil the weights.
+
+    Attributes:
+        action: `stop` the run before the step; `skip` the step, count it (train/skipped_steps) and name it.
+        spike_factor: also of a step whose loss is so many times the mean of those before it (their exponential mean, over
+            about 50 steps; the first 20 are only counted).
+        max_in_a_row: with `skip`, how many steps in a row may be skipped before the run stops.
+    """
+
+    action: Literal["stop", "skip"] = "stop"
+    spike_factor: float | None = None
+    max_in_a_row: int = 5
+
+    def check(self) -> None:
+        """Raises InputError for a value out of its range."""
+        if self.spike_factor is not None and not self.spike_factor > 1:
+            raise InputError(f"model.guard.spike_factor: expected more than 1, got {self.spike_factor}")
+        if self.max_in_a_row < 1:
+            raise InputError(f"model.guard.max_in_a_row: expected at least 1, got {self.max_in_a_row}")
+
+
+@dataclass
+class Guard:
+    """Judges the losses of a run; its fields are its state.
+
+    Attributes:
+        mean: exponential mean of the losses of the steps that were taken.
+        steps: of these, how many.
+        skipped: steps that were not taken.
+        in_a_row: of these, the last ones.
+    """
+
+    mean: float = 0.0
+    steps: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
+
+    def judge(self, loss: float, spike_factor: float | None) -> str | None:
+        """Why a step of this loss should not be taken, in words; else None, and it counts."""
+        if not math.isfinite(loss):
+            return "loss is not finite"
+        if spike_factor is not None and self.steps >= 20 and loss > spike_factor * self.mean:
+            return f"loss is {loss:.4g}, over {spike_factor:g} times the mean of {self.mean:.4g}"
+        self.steps += 1
+        weight = max(1 / self.steps, 1 / 50)
+        self.mean += weight * (loss - self.mean)
+        return None
+
+
+@dataclass
 class PartArgs:
     """How one part of the model (vision, connector or decoder) learns.
 
@@ -55,11 +107,14 @@ class PartArgs:
         lr: peak learning rate, by default the optimizer's.
         freeze: never train it.
         unfreeze_at_step: frozen until this optimizer step.
+        lora: low-rank adapters learn, at this rate and from this step, in place of the part's own weights; not of the
+            connector.
     """
 
     lr: float | None = None
     freeze: bool = False
     unfreeze_at_step: int | None = None
+    lora: LoraArgs | None = None
 
     def is_frozen(self, step: int) -> bool:
         """Whether the part is frozen at this optimizer step."""
@@ -75,16 +130,20 @@ def schedule_factor(step: int, total_steps: int, warmup: float, final_lr: float)
     return final_lr + (1.0 - final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def parameter_groups(parts: Mapping[str, tuple[nn.Module, PartArgs]], args: OptimizerArgs) -> list[dict[str, Any]]:
+def parameter_groups(
+    parts: Mapping[str, tuple[Iterable[nn.Parameter], PartArgs]], args: OptimizerArgs
+) -> list[dict[str, Any]]:
     """Groups for AdamW: for each part one with decay and one without, named ``part`` and ``part/no_decay``.
 
-    Parameters that never train are left out; those that unfreeze later are in from the start.
+    Args:
+        parts: for each, what of it may learn, now or later.
+        args: of the optimizer.
     """
     groups = []
-    for name, (module, part) in parts.items():
+    for name, (parameters, part) in parts.items():
         if part.freeze:
             continue
-        trainable = [p for p in module.parameters() if p.requires_grad or part.unfreeze_at_step is not None]
+        trainable = list(parameters)
         for suffix, decay, members in (
             ("", args.weight_decay, [p for p in trainable if p.ndim >= 2]),
             ("/no_decay", 0.0, [p for p in trainable if p.ndim < 2]),
@@ -96,7 +155,11 @@ def parameter_groups(parts: Mapping[str, tuple[nn.Module, PartArgs]], args: Opti
 
 
 def build_optimizer(
-    parts: Mapping[str, tuple[nn.Module, PartArgs]], args: OptimizerArgs, total_steps: int, *, fused: bool = True
+    parts: Mapping[str, tuple[Iterable[nn.Parameter], PartArgs]],
+    args: OptimizerArgs,
+    total_steps: int,
+    *,
+    fused: bool = True,
 ) -> tuple[torch.optim.AdamW, LambdaLR]:
     """The optimizer and its schedule, to be stepped once per optimizer step.
 
