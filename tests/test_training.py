@@ -233,9 +233,10 @@ def test_a_run_that_cannot_start_moves_nothing(fit):
 
 
 def test_resume_with_nothing_there_is_an_error(fit):
-    status, text, folder = fit(ckpt_path="last")
+    """But for `fit` and `last`, which a job that is started again and again says from the beginning."""
+    status, text, folder = fit(command="validate", ckpt_path="last")
     assert status == 2
-    assert f"error: --ckpt_path last: expected {folder}/checkpoints/step=*.ckpt, there is none" in text
+    assert f"error: --ckpt_path last: there is no {folder}/checkpoints/step=*.ckpt" in text
     status, text, _ = fit(ckpt_path="/nowhere.ckpt")
     assert status == 2
     assert "error: /nowhere.ckpt: expected a checkpoint file or folder, there is none" in text

@@ -11,6 +11,7 @@ import faulthandler
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -66,7 +67,7 @@ def silent(earlier: Mapping[int, Beat], later: Mapping[int, Beat]) -> list[Beat]
 class Watchdog(pl.Callback):
     """Ends a run of several processes that stands still."""
 
-    def __init__(self, timeout_minutes: float, interval_seconds: float = 5.0) -> None:
+    def __init__(self, timeout_minutes: float, interval_seconds: float = 1.0) -> None:
         """Settings.
 
         Args:
@@ -80,12 +81,14 @@ class Watchdog(pl.Callback):
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._store: Any = None
+        self._launcher: Any = None
         self._ranks = 1
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts to watch, where there is somebody to wait for."""
         if trainer.world_size == 1 or self._thread is not None:
             return
+        self._launcher = trainer.strategy.launcher
         self._own.rank, self._ranks = trainer.global_rank, trainer.world_size
         # A connection of its own: on the job's own one the other thread may be waiting.
         self._store = torch.distributed.distributed_c10d._get_default_store().clone()
@@ -117,7 +120,9 @@ class Watchdog(pl.Callback):
                 still = time.monotonic() - self._moved
                 if still > self.timeout:
                     beats = self._beats()
-                    self._ended.wait(2 * self.interval)  # the others find out in this time, too, and write a last beat
+                    for _ in range(3):  # those who are there go on saying so
+                        self._ended.wait(self.interval)
+                        self._beat()
                     self._end(still, beats, self._beats())
             except (RuntimeError, OSError) as error:  # torch's own are RuntimeErrors
                 if self._ended.is_set():
@@ -142,6 +147,8 @@ class Watchdog(pl.Callback):
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         sys.stderr.flush()
         time.sleep(self.interval)  # until all have said what they know: who started them may end them with the first
+        if hasattr(self._launcher, "kill"):  # Lightning's own: one that was stopped would outlast its parent
+            self._launcher.kill(signal.SIGKILL)
         os._exit(1)
 
     def _say(self, text: str) -> None:

@@ -1,0 +1,93 @@
+"""A process that stands still, or is gone, is named, and the others end."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from mmprefix.data.shards import write_shard
+from mmprefix.training.watchdog import Beat, Watchdog, lost_process, silent, slowest
+from tests.conftest import colour_record
+from tests.test_resume import fit
+
+
+class Stuck(pl.Callback):
+    """One rank sleeps, or is stopped as by a debugger, at a step."""
+
+    def __init__(self, rank, step, how):
+        self.rank, self.step, self.how = rank, step, how
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if (trainer.global_rank, trainer.global_step) == (self.rank, self.step):
+            self.stand_still()
+
+    def stand_still(self):
+        if self.how == "sleep":
+            time.sleep(600)
+        os.kill(os.getpid(), getattr(signal, self.how))
+
+
+def beat(rank, moves, count=1):
+    return Beat(rank, "node", 100 + rank, moves, f"step {moves}", count)
+
+
+def test_who_is_blamed():
+    beats = {0: beat(0, 7), 1: beat(1, 6), 2: beat(2, 7)}
+    assert slowest(beats) == [beats[1]]
+    assert slowest({0: beat(0, 7), 2: beat(2, 7)}) == [beat(0, 7), beat(2, 7)]
+    later = {0: beat(0, 7, 2), 1: beat(1, 6, 2), 2: beat(2, 7, 1)}
+    assert silent(beats, later) == [later[2]]
+    assert str(beats[1]) == "rank 1 (node, process 101)"
+
+
+def test_only_what_the_watchdog_found_out_is_told():
+    error = RuntimeError("gloo: Connection closed by peer\n [127.0.0.1]")
+    assert lost_process(error) is None
+    watchdog = Watchdog(1.0)
+    watchdog.on_exception(None, None, error)
+    assert lost_process(error) is None, "not started: there is one process only"
+    error.add_note("lost process: rank 1 (node, process 101) has not been heard of since step 6")
+    assert lost_process(error) == (
+        "rank 1 (node, process 101) has not been heard of since step 6 (gloo: Connection closed by peer [127.0.0.1])"
+    )
+
+
+def test_a_run_that_stands_still_ends_with_a_name_and_a_stack(tmp_path):
+    write_shard(tmp_path / "a.tar", [colour_record(n) for n in range(6)])
+    settings = [
+        "--data.batch_size",
+        "1",
+        "--trainer.devices",
+        "2",
+        "--trainer.strategy",
+        "ddp",
+        "--hang_timeout_minutes",
+        "0.15",
+    ]
+    stuck = ("tests.test_watchdog.Stuck", {"rank": 1, "step": 2, "how": "sleep"})
+    fit(tmp_path, "asleep", 0, *settings, callbacks=[stuck], status=1)
+    text = (tmp_path / "asleep.err").read_text()
+    assert "error: no step for 0." in text
+    assert "rank 1 (" in text.split("error: no step for")[1].splitlines()[0]
+    assert "has not moved on since the end of a batch, at step 2" in text
+    assert "in stand_still" in text, "its stack"
+    # Stopped altogether: it can say nothing itself.
+    stuck = ("tests.test_watchdog.Stuck", {"rank": 1, "step": 2, "how": "SIGSTOP"})
+    fit(tmp_path, "stopped", 0, *settings, callbacks=[stuck], status=1)
+    text = (tmp_path / "stopped.err").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("error: no step for"))
+    assert "rank 1 (" in line
+    assert "has not been heard of since" in line
+    pid, end = line.split("process ")[1].split(")")[0], time.monotonic() + 30
+    while is_alive(pid) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not is_alive(pid), "nothing is left behind"
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
