@@ -7,6 +7,7 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -277,6 +278,25 @@ def test_where_a_process_is(monkeypatch):
 def test_a_first_rank_that_is_not_there():
     with pytest.raises(FirstRankLostError, match=r"rank 1 \(.*\): cannot reach rank 0 within 1 s at 127.0.0.1:"):
         Ranks(Place(1, 2, 0, "127.0.0.1", free_port()), timeout=1)
+
+
+class CutOff:
+    """A store on a host that is gone: torch's time-out does not end there."""
+
+    def set(self, key, value):
+        pass
+
+    def wait(self, keys, timeout):
+        threading.Event().wait()
+
+    get = wait
+
+
+def test_a_first_rank_that_is_cut_off():
+    ranks = ranks_on("a", "b")
+    ranks.place, ranks.store, ranks.timeout = Place(1, 2), CutOff(), 0.1
+    with pytest.raises(FirstRankLostError, match=r"rank 0 did not answer rank 1 \(.*\) within 0.2 s \(versions\)"):
+        ranks.exchange("versions", {})
 
 
 def ranks_on(*hosts):

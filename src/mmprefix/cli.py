@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from mmprefix import __version__, adapters, caching
@@ -142,7 +142,9 @@ class MMPrefixCLI(LightningCLI):
         plugins = config.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins])]
         kwargs["plugins"].append(AtomicCheckpointIO(checkpoints.asynchronous))
-        if SLURMEnvironment.detect() and not any(isinstance(p, ClusterEnvironment) for p in kwargs["plugins"]):
+        # A plugin goes before what Lightning finds out by itself: torchrun, which may run inside a job of SLURM.
+        of_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+        if of_slurm and not any(isinstance(p, ClusterEnvironment) for p in kwargs["plugins"]):
             # Lightning's own requeueing saves in the middle of whatever the signal interrupts.
             kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
         try:

@@ -27,7 +27,7 @@ import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from io import StringIO
@@ -45,6 +45,7 @@ from mmprefix.data.shard_cache import PIPE
 from mmprefix.data.shards import ShardCollection, expand_shards
 from mmprefix.errors import InputError
 from mmprefix.files import replacing
+from mmprefix.training.watchdog import within
 
 MIB, GIB = 2**20, 2**30
 _RECORDS = 64
@@ -208,9 +209,10 @@ class Ranks:
         return dist.PrefixStore(prefix, self.store)  # type: ignore[attr-defined]
 
     def _came(self, key: str, until: float) -> bool:
+        seconds = max(0.01, until - time.monotonic())
         try:
-            self.store.wait([key], timedelta(seconds=max(0.01, until - time.monotonic())))
-        except RuntimeError:  # torch.distributed's own errors of time-outs and of lost connections
+            within(seconds + self.timeout, lambda: self.store.wait([key], timedelta(seconds=seconds)))
+        except (RuntimeError, TimeoutError):  # torch.distributed's own errors of time-outs and of lost connections
             return False
         return True
 
@@ -246,7 +248,8 @@ class Ranks:
         """Waits until nobody needs the first rank's store any more."""
         if self.store is None:
             return
-        self.store.set(f"left/{self.place.rank}", "")
+        with suppress(RuntimeError, TimeoutError):
+            within(5, lambda: self.store.set(f"left/{self.place.rank}", ""))
         if self.place.rank == 0:
             until = time.monotonic() + 5
             for rank in range(self.place.world_size):
