@@ -96,7 +96,7 @@ def test_batch_script_starts_doctor_and_fit(tmp_path, capfd):
 
 def test_batch_script_ends_by_exit_status(tmp_path):
     requeue = "scontrol requeue 1234567"
-    for ended, again in ((0, False), (1, False), (2, False), (75, True), (137, False)):
+    for ended, again in ((0, False), (1, False), (2, False), (75, True), (138, True), (137, False)):
         status, calls = submit(tmp_path, ended, DOCTOR="0")
         assert status == ended
         assert (calls[-1] == requeue) is again
