@@ -1,5 +1,6 @@
 # CUDA runtime, non-root; the same pyproject as everywhere. Build: docker build -t mmprefix .
 #   docker run --gpus all --ipc=host -v "$PWD:/work" mmprefix fit --config configs/digits.yaml
+# On several GPUs or nodes, /opt/mmprefix/scripts/torchrun.sh in the place of the entry point (docs/cluster.md).
 FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
 
 ENV DEBIAN_FRONTEND=noninteractive PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
@@ -17,6 +18,7 @@ COPY src/mmprefix/__init__.py src/mmprefix/__init__.py
 RUN pip install .
 COPY src src
 COPY configs configs
+COPY scripts/torchrun.sh scripts/torchrun.sh
 RUN pip install --no-deps --force-reinstall .
 
 # ubuntu's images come with a user of this name, id 1000.

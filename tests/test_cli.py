@@ -75,7 +75,7 @@ def test_no_command_and_wrong_command():
     assert (
         wrong.stderr
         == "error: expected one of fit, validate, test, predict, prepare, inspect, cache-features, generate, probe, "
-        "estimate, scaling, import-paligemma, export, "
+        "estimate, doctor, scaling, import-paligemma, export, "
         "got 'fitt'; did you mean fit?\n"
     )
 

@@ -1,5 +1,9 @@
+import gc
 import io
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
 import tarfile
 
@@ -615,3 +619,21 @@ def test_resampled_epochs_draw_with_replacement_by_seed_and_epoch():
 def test_resampling_and_a_token_budget_exclude_each_other():
     with pytest.raises(InputError, match="data.resampled: expected data.max_tokens: null"):
         ShardDataModule(train="x", resampled=True, max_tokens=100)
+
+
+def test_loader_processes_outlast_the_signals_that_end_a_run(tmp_path, processor):
+    """SLURM and torchrun send them to every process of a rank, which has a step to finish and a checkpoint to save."""
+    write_shard(tmp_path / "x.tar", [colour_record(n) for n in range(12)])
+    shards = str(tmp_path / "x.tar")
+    data = ShardDataModule(processor, train=shards, val=shards, batch_size=2, eval_batch_size=2, num_workers=1)
+    data.setup("fit")
+    batches = iter(data.val_dataloader())
+    next(batches)
+    (child,) = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        os.kill(child.pid, number)
+    assert len(list(batches)) == 5
+    del batches
+    gc.collect()
+    child.join(30)
+    assert child.exitcode == 0, "it ends with its loader"

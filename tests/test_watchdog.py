@@ -2,13 +2,15 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import lightning.pytorch as pl
+import pytest
 
 from mmprefix.data.shards import write_shard
-from mmprefix.training.watchdog import Beat, Watchdog, lost_process, silent, slowest
+from mmprefix.training.watchdog import Beat, Watchdog, lost_process, silent, slowest, within
 from tests.conftest import colour_record
 from tests.test_resume import fit
 
@@ -91,3 +93,53 @@ def is_alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+class CutOff:
+    """A store on a host that is gone: torch's time-out does not end there."""
+
+    def get(self, *arguments):
+        threading.Event().wait()
+
+    set = get
+
+
+def cut_off(timeout_minutes):
+    watchdog = Watchdog(timeout_minutes, interval_seconds=0.02)
+    watchdog.patience, watchdog._store, watchdog._ranks = 0.1, CutOff(), 2
+    return watchdog
+
+
+def test_a_process_that_is_cut_off_says_so_in_time():
+    """Found with two hosts and a wire that was cut: it waited on, in the store, for who was gone."""
+    watchdog = cut_off(1.0)
+    watchdog._thread = threading.Thread(target=str)
+    watchdog._thread.start()
+    error = RuntimeError("Timed out waiting 30000ms for recv operation to complete")
+    watchdog.on_exception(None, None, error)
+    assert lost_process(error) == f"rank 0, which keeps the job's store, cannot be reached ({error})"
+    with pytest.raises(KeyError, match="other"):
+        within(1, lambda: {}["other"])
+    assert within(1, lambda: 3) == 3
+
+
+def test_without_its_store_a_run_ends_when_it_stands_still_and_not_before(monkeypatch, capsys):
+    watchdog = cut_off(0.01)
+    ended = threading.Event()
+
+    def end(status):
+        assert status == 1
+        ended.set()
+        watchdog._ended.set()
+
+    monkeypatch.setattr(os, "_exit", end)
+    thread = threading.Thread(target=watchdog._watch)
+    thread.start()
+    for step in range(20):
+        watchdog._move(f"step {step}")
+        assert not ended.wait(0.1), "it moves on"
+    assert ended.wait(60)
+    thread.join(60)
+    assert capsys.readouterr().err.startswith(
+        "error: no step for 0.0 minutes: rank 0, which keeps the job's store, cannot be reached: no answer within 0.1 s"
+    )

@@ -22,6 +22,7 @@ commands:
   generate   answer about one image                  generate --checkpoint runs/X --image a.png --instruction "..."
   probe      is this decoder an exact prefix LM?     probe --decoder NAME_OR_FOLDER
   estimate   memory, largest batch that fits         estimate --config C --devices 8 --memory 80
+  doctor     is this node, this allocation fit?      doctor --config C; under srun or torchrun: all ranks
   scaling    a step on 8 to 512 devices, on paper    scaling --config C --devices 8,64,512 --tflops X --bandwidth Y
   import-paligemma                                   import-paligemma --from NAME_OR_FOLDER --out DIR
   export     for transformers, or as a PaliGemma     export --checkpoint runs/X --format transformers --out DIR
@@ -39,7 +40,7 @@ options:
 
 COMMANDS = (
     "fit", "validate", "test", "predict", "prepare", "inspect", "cache-features", "generate", "probe", "estimate",
-    "scaling", "import-paligemma", "export", "consolidate",
+    "doctor", "scaling", "import-paligemma", "export", "consolidate",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI over the module and the data module. The others are in `commands`, `caching`.
+"""The command line: LightningCLI over the module and the data module. The others are in `commands`, `caching`, ...
 
 What a run leaves behind lies in one folder, ``trainer.default_root_dir``: checkpoints/, tensorboard/, metrics.csv,
 config.yaml, predictions.jsonl, predictions.png, model/. A new run never overwrites an older one: it is renamed first.
@@ -24,12 +24,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from mmprefix import __version__, adapters, caching
 from mmprefix.commands import COMMANDS, estimate_command, scaling_command
 from mmprefix.data.datamodule import ShardDataModule
+from mmprefix.doctor import doctor_command
 from mmprefix.errors import InputError, UnreadableError
 from mmprefix.evaluation.report import PredictionReport
 from mmprefix.files import replacing, set_aside
@@ -142,7 +143,9 @@ class MMPrefixCLI(LightningCLI):
         plugins = config.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins])]
         kwargs["plugins"].append(AtomicCheckpointIO(checkpoints.asynchronous))
-        if SLURMEnvironment.detect() and not any(isinstance(p, ClusterEnvironment) for p in kwargs["plugins"]):
+        # A plugin goes before what Lightning finds out by itself: torchrun, which may run inside a job of SLURM.
+        of_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+        if of_slurm and not any(isinstance(p, ClusterEnvironment) for p in kwargs["plugins"]):
             # Lightning's own requeueing saves in the middle of whatever the signal interrupts.
             kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
         try:
@@ -310,6 +313,8 @@ def run(arguments: list[str]) -> int:
             return _cache_features(arguments[1:])
         if arguments[0] == "inspect":
             return inspect_command(arguments[1:], fit_settings)
+        if arguments[0] == "doctor":
+            return doctor_command(arguments[1:], fit_settings)
         if arguments[0] == "estimate":
             return estimate_command(arguments[1:], fit_settings)
         if arguments[0] == "scaling":

@@ -26,6 +26,7 @@ from mmprefix.data.loading import (
     SampleProcessor,
     TextLimits,
     TokenBudgetSampler,
+    outlast_signals,
 )
 from mmprefix.data.mixture import EpochOrder, MixtureArgs, SetArgs, parse_sets, quotas
 from mmprefix.data.shard_cache import ShardCache
@@ -359,6 +360,7 @@ class ShardDataModule(pl.LightningDataModule):
             collate_fn=Parcelled(collate),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=outlast_signals,
             # A loader makes a base seed from torch's global generator; with one of its own, it leaves that alone.
             generator=torch.Generator(),
             pin_memory=torch.cuda.is_available(),  # so that the copy to the device overlaps

@@ -10,6 +10,7 @@ batch holds as many records as fit into it.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
@@ -409,6 +410,16 @@ class BatchLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for item in super().__iter__():
             yield item.opened() if isinstance(item, Parcel) else item
+
+
+def outlast_signals(worker: int) -> None:
+    """For a loader process: a signal to end the run is the rank's business.
+
+    SLURM and torchrun send it to all processes of a rank. Who saves before it ends has to finish its step first, and to save
+    without a loader process is an error: PyTorch ends the rank as soon as one dies. They end with the rank, signal or none.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ on disk, and nothing is unpickled or evaluated.
 from __future__ import annotations
 
 import glob
+import hashlib
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -289,6 +290,13 @@ class ShardCollection:
     def image_bytes(self, index: int, number: int = 0) -> bytes:
         """An encoded image of record ``index``."""
         return self._read(self._shard_of(index), self.image(index, number))
+
+    def fingerprint(self) -> str:
+        """Hexadecimal SHA-256 of the shards' names and of where everything lies in them, wherever their folders are."""
+        digest = hashlib.sha256("\0".join(storage.split(path)[1] for path in self.paths).encode())
+        for numbers in (self._firsts, self._starts, self._members):
+            digest.update(np.asarray(numbers, np.int64).tobytes())
+        return digest.hexdigest()
 
     def describe(self) -> str:
         """One line for logs."""

@@ -10,15 +10,16 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import queue
 import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch.distributed
@@ -27,6 +28,9 @@ _LOST = re.compile(
     r"gloo|nccl|connection (?:closed|reset)|broken pipe|timed out|socket|TCPStore|DistNetwork", re.IGNORECASE
 )
 _NOTE = "lost process: "
+_NO_STORE = "rank 0, which keeps the job's store, cannot be reached"
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -64,6 +68,33 @@ def silent(earlier: Mapping[int, Beat], later: Mapping[int, Beat]) -> list[Beat]
     return [beat for rank, beat in later.items() if rank in earlier and earlier[rank].count == beat.count]
 
 
+def within(seconds: float, ask: Callable[[], Result]) -> Result:
+    """What a question to the store gives.
+
+    The store's own time-out is none where its host is cut off: when it is over, the store tells the server so, and waits for
+    the answer to that without end. Who asked is left behind in a thread then.
+
+    Raises:
+        TimeoutError: no answer in time.
+    """
+    answers: queue.SimpleQueue[tuple[Result | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((ask(), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    threading.Thread(target=run, name="store", daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return answer  # type: ignore[return-value]
+
+
 class Watchdog(pl.Callback):
     """Ends a run of several processes that stands still."""
 
@@ -76,6 +107,8 @@ class Watchdog(pl.Callback):
         """
         self.timeout = timeout_minutes * 60
         self.interval = min(interval_seconds, self.timeout / 4)
+        self.patience = 10.0
+        """Seconds for an answer of the store; busy nodes have taken some."""
         self._moved = time.monotonic()
         self._own = Beat(0, os.uname().nodename, os.getpid())
         self._ended = threading.Event()
@@ -92,7 +125,7 @@ class Watchdog(pl.Callback):
         self._own.rank, self._ranks = trainer.global_rank, trainer.world_size
         # A connection of its own: on the job's own one the other thread may be waiting.
         self._store = torch.distributed.distributed_c10d._get_default_store().clone()
-        self._store.set_timeout(timedelta(seconds=2 * self.interval))
+        self._store.set_timeout(timedelta(seconds=self.patience / 2))
         self._move("starting")
         self._beat()
         trainer.strategy.barrier("watchdog")  # from here on all have a beat
@@ -106,18 +139,21 @@ class Watchdog(pl.Callback):
 
     def _beat(self) -> None:
         self._own.count += 1
-        self._store.set(f"mmprefix/beat/{self._own.rank}", json.dumps(asdict(self._own)))
+        content = json.dumps(asdict(self._own))
+        within(self.patience, lambda: self._store.set(f"mmprefix/beat/{self._own.rank}", content))
 
     def _beats(self) -> dict[int, Beat]:
-        return {
-            rank: Beat(**json.loads(self._store.get(f"mmprefix/beat/{rank}"))) for rank in range(self._ranks)
-        }  # fmt: skip
+        def read() -> dict[int, Beat]:
+            texts = [self._store.get(f"mmprefix/beat/{rank}") for rank in range(self._ranks)]
+            return {rank: Beat(**json.loads(text)) for rank, text in enumerate(texts)}
+
+        return within(self.patience, read)
 
     def _watch(self) -> None:
         while not self._ended.wait(self.interval):
+            still = time.monotonic() - self._moved
             try:
                 self._beat()
-                still = time.monotonic() - self._moved
                 if still > self.timeout:
                     beats = self._beats()
                     for _ in range(3):  # those who are there go on saying so
@@ -125,15 +161,11 @@ class Watchdog(pl.Callback):
                         self._beat()
                     self._end(still, beats, self._beats())
             except (RuntimeError, OSError) as error:  # torch's own are RuntimeErrors
-                if self._ended.is_set():
-                    return
-                self._say(
-                    f"rank 0, which keeps the job's store, cannot be reached: {' '.join(str(error).split())[:150]}"
-                )
-                # What the main thread waits for will fail as well, in its own time.
-                self._ended.wait(self.timeout)
-                if not self._ended.is_set():
-                    os._exit(1)
+                # As long as training moves on, it is the store's affair.
+                if still > self.timeout and not self._ended.is_set():
+                    reason = " ".join(str(error).split())[:150]
+                    self._say(f"no step for {still / 60:.1f} minutes: {_NO_STORE}: {reason}")
+                    self._exit()
 
     def _end(self, still: float, before: Mapping[int, Beat], now: Mapping[int, Beat]) -> None:
         gone = silent(before, now)
@@ -147,6 +179,9 @@ class Watchdog(pl.Callback):
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         sys.stderr.flush()
         time.sleep(self.interval)  # until all have said what they know: who started them may end them with the first
+        self._exit()
+
+    def _exit(self) -> None:
         if hasattr(self._launcher, "kill"):  # Lightning's own: one that was stopped would outlast its parent
             self._launcher.kill(signal.SIGKILL)
         os._exit(1)
@@ -200,7 +235,7 @@ class Watchdog(pl.Callback):
             time.sleep(2 * self.interval)
             gone = silent(before, self._beats())
         except (RuntimeError, OSError):
-            return "rank 0, which keeps the job's store, cannot be reached"
+            return _NO_STORE
         if not gone:
             return "a process, though all of them are still there; see what they say"
         return ", ".join(f"{beat} has not been heard of since {beat.doing}" for beat in gone[:8])
