@@ -16,6 +16,7 @@ from mmprefix.cli import run
 from mmprefix.data import storage
 from mmprefix.data.shards import write_shard
 from mmprefix.training import checkpoints
+from mmprefix.training.preemption import EXIT_PREEMPTED
 from tests.conftest import colour_record
 from tests.test_training import MODEL, metric_rows
 
@@ -75,7 +76,7 @@ def test_no_command_and_wrong_command():
     assert (
         wrong.stderr
         == "error: expected one of fit, validate, test, predict, prepare, inspect, cache-features, generate, probe, "
-        "estimate, doctor, scaling, import-paligemma, export, "
+        "estimate, doctor, scaling, import-paligemma, export, consolidate, "
         "got 'fitt'; did you mean fit?\n"
     )
 
@@ -240,7 +241,7 @@ def test_killed_and_interrupted_runs_resume_to_the_same_weights(config, tmp_path
     process.send_signal(signal_number)
     output = process.communicate(timeout=60)[0].decode()
     if signal_number != signal.SIGKILL:
-        assert process.returncode == 128 + signal_number, output
+        assert process.returncode == (128 + signal.SIGINT if signal_number == signal.SIGINT else EXIT_PREEMPTED), output
         assert "go on with --ckpt_path last" in output
         assert "Traceback" not in output
     again = mmprefix("fit", *settings, "--trainer.default_root_dir", folder, "--ckpt_path", "last")

@@ -630,10 +630,24 @@ def test_loader_processes_outlast_the_signals_that_end_a_run(tmp_path, processor
     batches = iter(data.val_dataloader())
     next(batches)
     (child,) = multiprocessing.active_children()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        os.kill(child.pid, number)
+    for name in ("TERM", "USR1"):
+        subprocess.run(["/bin/kill", f"-{name}", str(child.pid)], check=True)
     assert len(list(batches)) == 5
     del batches
     gc.collect()
     child.join(30)
     assert child.exitcode == 0, "it ends with its loader"
+
+
+def test_loader_processes_end_with_a_rank_that_leaves_in_the_middle(tmp_path, processor):
+    """An exception holds on to the loader's iterator until the interpreter ends, which then waits for the loader's processes."""
+    write_shard(tmp_path / "x.tar", [colour_record(n) for n in range(12)])
+    shards = str(tmp_path / "x.tar")
+    data = ShardDataModule(processor, train=shards, val=shards, batch_size=2, eval_batch_size=2, num_workers=1)
+    data.setup("fit")
+    batches = iter(data.val_dataloader())
+    next(batches)
+    (child,) = multiprocessing.active_children()
+    child.terminate()  # as multiprocessing does at exit
+    child.join(30)
+    assert child.exitcode == 0

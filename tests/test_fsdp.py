@@ -139,6 +139,11 @@ def test_replicas_that_do_not_divide_the_processes_are_refused():
     strategy.parallel_devices = [torch.device("cpu")] * 3
     with pytest.raises(InputError, match="replicas: expected a divisor of the 3 processes, got 2"):
         strategy.setup_environment()
+    strategy.parallel_devices = [torch.device("cpu")]
+    with pytest.raises(
+        InputError, match="trainer.strategy: expected several processes to shard the model over, got one"
+    ):
+        strategy.setup_environment()
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from mmprefix.errors import InputError, UnreadableError
 from mmprefix.evaluation.report import PredictionReport
 from mmprefix.files import replacing, set_aside
 from mmprefix.inspection import inspect_command
+from mmprefix.training.agreement import Agreement
 from mmprefix.training.callbacks import (
     BadSampleReport,
     ProgressBar,
@@ -128,6 +129,7 @@ class MMPrefixCLI(LightningCLI):
             callbacks += checkpoints.callbacks(run_folder)
         if self.subcommand == "fit" and config.enable_checkpointing is not False:
             callbacks.append(Preemption())
+        callbacks.append(Agreement())
         timeout = self._get(self.config_init, "hang_timeout_minutes")
         if self.subcommand == "fit" and timeout:
             callbacks.append(Watchdog(timeout))
@@ -321,7 +323,8 @@ def run(arguments: list[str]) -> int:
             return scaling_command(arguments[1:], fit_settings)
         _build(MMPrefixCLI, arguments)
     except (InputError, MisconfigurationException) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if str(error):  # else another process says it
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except OSError as error:
         if error.errno is None and not isinstance(error, UnreadableError):

@@ -10,7 +10,9 @@ batch holds as many records as fit into it.
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
@@ -416,10 +418,23 @@ def outlast_signals(worker: int) -> None:
     """For a loader process: a signal to end the run is the rank's business.
 
     SLURM and torchrun send it to all processes of a rank. Who saves before it ends has to finish its step first, and to save
-    without a loader process is an error: PyTorch ends the rank as soon as one dies. They end with the rank, signal or none.
+    without a loader process is an error: PyTorch ends the rank as soon as one dies. SIGTERM from the rank itself is obeyed:
+    Python sends it at its exit and then waits, without end, for whoever doesn't.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS: nothing there tells who sent a signal
+        return
+    signals = {signal.SIGTERM, signal.SIGUSR1}
+    rank = os.getppid()
+    # Threads started from here on inherit this, so that the one below is the only one to get them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def wait() -> None:
+        while True:
+            received = signal.sigwaitinfo(signals)
+            if received.si_signo == signal.SIGTERM and received.si_pid == rank:
+                os._exit(0)
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
 @dataclass(frozen=True)

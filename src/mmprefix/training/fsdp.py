@@ -77,9 +77,14 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """See `lightning.pytorch.strategies.ModelParallelStrategy.setup_environment`.
 
         Raises:
-            InputError: replicas that don't divide the processes.
+            InputError: one process, or replicas that don't divide the processes.
         """
         processes = self.num_nodes * self.num_processes
+        if processes == 1:
+            raise InputError(
+                "trainer.strategy: expected several processes to shard the model over, got one; leave the strategy out, or "
+                "give more with --trainer.devices"
+            )
         if processes % self.replicas:
             raise InputError(
                 f"trainer.strategy.replicas: expected a divisor of the {processes} processes, got {self.replicas}"
