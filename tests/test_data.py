@@ -2,8 +2,6 @@ import gc
 import io
 import json
 import multiprocessing
-import os
-import signal
 import subprocess
 import tarfile
 
