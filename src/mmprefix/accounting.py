@@ -127,15 +127,20 @@ class ModelFlops:
         label_only = (once - _decoder_flops(model, short, num_labels=0, restricted=True)) // short
         return cls(vision, connector, token, pair, label, label_only, vision_pairs)
 
-    def recomputed(self, batch: PackedBatch, trained: Collection[str]) -> int:
+    def recomputed(self, batch: PackedBatch, trained: Collection[str], shares: Mapping[str, float]) -> int:
         """FLOPs of forward that gradient checkpointing does again in backward: of layers that gradients go through.
 
-        They are no model FLOPs. Args as those of `step`.
+        They are no model FLOPs.
+
+        Args:
+            batch: as for `step`.
+            trained: as for `step`.
+            shares: of the layers of `vision` and `decoder`, which are taken to be alike, those that are computed again.
         """
         encoded = 0 if batch.pixel_values is None else batch.pixel_values.shape[0]
         vision = encoded * self.vision if "vision" in trained else 0
-        decoder = batch.num_tokens * self.token + batch.visible_pairs * self.pair
-        return vision + (decoder if trained else 0)
+        decoder = batch.num_tokens * self.token + batch.visible_pairs * self.pair if trained else 0
+        return round(shares.get("vision", 0.0) * vision + shares.get("decoder", 0.0) * decoder)
 
     def step(self, batch: PackedBatch, trained: Collection[str]) -> int:
         """Model FLOPs of forward and backward of one micro-batch.

@@ -300,7 +300,7 @@ def computed_flops(
     record: Record,
     batch_size: int,
     trained: Collection[str],
-    recomputes: bool,
+    recomputes: Mapping[str, float],
 ) -> int:
     """FLOPs of forward and backward of a micro-batch of ``batch_size`` records on one device.
 
@@ -309,10 +309,10 @@ def computed_flops(
         record: what each of them holds.
         batch_size: records.
         trained: which of `accounting.PARTS` learn.
-        recomputes: under activation checkpointing.
+        recomputes: shares of layers under activation checkpointing, see `accounting.ModelFlops.recomputed`.
     """
     flops, batch = ModelFlops.of(model.config), typical_batch(model, record, batch_size)
-    return flops.step(batch, trained) + (flops.recomputed(batch, trained) if recomputes else 0)
+    return flops.step(batch, trained) + flops.recomputed(batch, trained, recomputes)
 
 
 # Settings

@@ -9,7 +9,7 @@ from the file of one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +35,7 @@ from mmprefix.errors import InputError
 from mmprefix.modeling import MMPrefixForConditionalGeneration
 from mmprefix.training import sharded
 from mmprefix.training.checkpoints import TIED, check_fits, read_checkpoint
+from mmprefix.training.layers import layers_by_part, layers_of
 from mmprefix.training.saving import AtomicCheckpointIO
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,6 +51,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         reduce_dtype: Literal["bfloat16", "float16", "float32"] | None = None,
         reshard_after_forward: bool = True,
         cpu_offload: bool = False,
+        prefetch: int = 1,
         timeout_minutes: float = 30.0,
     ) -> None:
         """Settings.
@@ -60,6 +62,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
             reduce_dtype: what gradients are summed in; by default float32.
             reshard_after_forward: give up gathered layers until backward, for memory; else only after it.
             cpu_offload: parameters, gradients and optimizer state live in the host's memory.
+            prefetch: how many layers ahead are being gathered while one computes, in forward and backward. More hide a slow
+                link behind small layers, for the memory of so many gathered layers.
             timeout_minutes: how long a process waits for the others before the run fails.
         """
         super().__init__(
@@ -69,7 +73,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
         )
         if replicas < 1:
             raise InputError(f"trainer.strategy.replicas: expected at least 1, got {replicas}")
-        self.replicas = replicas
+        if prefetch < 1:
+            raise InputError(f"trainer.strategy.prefetch: expected at least 1, got {prefetch}")
+        self.replicas, self.prefetch = replicas, prefetch
         self.param_dtype, self.reduce_dtype = param_dtype, reduce_dtype
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
 
@@ -114,6 +120,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         for layer in layers_of(model):
             fully_shard(layer, **settings, reshard_after_forward=self.reshard_after_forward)
         fully_shard(model, **settings)
+        for part in layers_by_part(model).values():
+            prefetch_neighbours(part, self.prefetch)
         # Passes begin at the model: the first to run would take itself for the root.
         for method in ("target_loss", "image_tokens_of"):
             register_fsdp_forward_method(model, method)
@@ -231,24 +239,19 @@ def _fill(value: Tensor, whole: Tensor) -> None:
     value.copy_(whole)
 
 
-def layers_of(model: MMPrefixForConditionalGeneration) -> list[nn.Module]:
-    """The repeated layers of encoder and decoder, in the order that they are used in."""
-    return [*_repeated(model.vision), *_repeated(model.decoder)]
+def prefetch_neighbours(layers: Sequence[nn.Module], number: int) -> None:
+    """Tells each sharded layer of a part which layers to gather while it computes: the next, in backward those before it.
 
+    Not beyond the part: where no gradient goes through the encoder, nobody would give its layers up again.
 
-def _repeated(part: nn.Module) -> list[nn.Module]:
-    """Members of the outermost lists of layers of one class: blocks, stages, decoder layers."""
-    found: list[nn.Module] = []
-    for module in part.children():
-        members = list(module.children())
-        listed = isinstance(module, nn.ModuleList | nn.Sequential) and len({type(m) for m in members}) == 1
-        if not listed or not any(True for _ in members[0].children()):
-            found += _repeated(module)
-        elif len(members) > 1:
-            found += members
-        else:  # a stage of one block, or what holds all blocks
-            found += _repeated(members[0]) or members
-    return found
+    Args:
+        layers: in the order that they are used in.
+        number: how many.
+    """
+    for i, layer in enumerate(layers):
+        assert isinstance(layer, FSDPModule)
+        layer.set_modules_to_forward_prefetch(list(layers[i + 1 : i + 1 + number]))  # type: ignore[arg-type]
+        layer.set_modules_to_backward_prefetch(list(reversed(layers[max(0, i - number) : i])))  # type: ignore[arg-type]
 
 
 if "fsdp2" not in StrategyRegistry:
