@@ -4,7 +4,7 @@ import torch
 
 from mmprefix.training.checkpoints import read_checkpoint
 from tests.several import fit_each
-from tests.test_fsdp import assert_losses, losses, records  # noqa: F401  (records is a fixture)
+from tests.test_fsdp import assert_losses, losses
 
 LATE = [
     "--trainer.max_epochs", "1", "--trainer.gradient_clip_val", "1.0", "--model.optimizer.lr", "1.0e-3",

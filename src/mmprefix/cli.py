@@ -44,7 +44,9 @@ from mmprefix.training.callbacks import (
     drop_rows_after,
 )
 from mmprefix.training.checkpoints import (
+    BEST_FILE,
     FOLDER,
+    best_checkpoint,
     newest_checkpoint,
     read_checkpoint,
     remove_leftovers,
@@ -159,7 +161,7 @@ class MMPrefixCLI(LightningCLI):
         """Nothing: Lightning would read hyper-parameters from the file, which ours don't have, before we can check it."""
 
     def _resolve_checkpoint(self, run_folder: Path) -> Path | None:
-        """Turns ``last`` into a path, and says which.
+        """Turns ``last`` and ``best`` into a path, and says which.
 
         Raises:
             InputError: a checkpoint that is not there.
@@ -169,13 +171,21 @@ class MMPrefixCLI(LightningCLI):
             if self.subcommand != "fit":
                 raise InputError(f"{self.subcommand}: expected --ckpt_path FILE (or `last`), got none")
             return None
-        path = newest_checkpoint(run_folder) if str(wanted) == "last" else Path(wanted)
+        path, why = newest_checkpoint(run_folder) if str(wanted) == "last" else Path(wanted), ""
+        if str(wanted) == "best":
+            best = best_checkpoint(run_folder)
+            if best is None:
+                raise _on_first(
+                    f"--ckpt_path best: expected {run_folder / FOLDER}/{BEST_FILE} and a checkpoint that it names, as `fit` "
+                    "leaves them with checkpoints.best, there is none"
+                )
+            path, why = best[0], f", the best by {best[1]}: {best[2]:.6g}"
         if path is None:
             missing = f"--ckpt_path last: there is no {run_folder / FOLDER}/step=*.ckpt"
             if self.subcommand != "fit":
-                raise InputError(missing)
+                raise _on_first(missing)
             if self._get(self.config_init, "resume") == "required":
-                raise InputError(f"{missing}, and --resume is `required`")
+                raise _on_first(f"{missing}, and --resume is `required`")
             if rank_zero_only.rank == 0:
                 print(f"{missing}: a new run begins")
             self.config_init[self.subcommand]["ckpt_path"] = None
@@ -183,7 +193,7 @@ class MMPrefixCLI(LightningCLI):
         self.resume_step = int(read_checkpoint(path, None)["global_step"])
         self.config_init[self.subcommand]["ckpt_path"] = str(path)
         if rank_zero_only.rank == 0:
-            print(f"{'resuming from' if self.subcommand == 'fit' else 'weights from'} {path}")
+            print(f"{'resuming from' if self.subcommand == 'fit' else 'weights from'} {path}{why}")
         return path
 
     def before_fit(self) -> None:
@@ -272,6 +282,11 @@ def _cache_features(arguments: list[str]) -> int:
     options, others = caching.parse(arguments)
     parts = _build(PartsCLI, ["fit", *others])
     return caching.cache_features(parts.model, parts.datamodule, options)
+
+
+def _on_first(message: str) -> InputError:
+    """What all processes find before they know of each other: the first says it."""
+    return InputError(message if rank_zero_only.rank == 0 else "")
 
 
 def _seed(value: bool | int) -> int:

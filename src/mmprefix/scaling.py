@@ -341,7 +341,7 @@ def layout_of(strategy: Any, devices: int, choice: Literal["ddp", "fsdp"] | None
         devices, "fsdp", args.get("replicas", 1), param_dtype,
         # As `FullyShardedStrategy.shard` has it.
         _DTYPES[args.get("reduce_dtype") or "float32"] if param_dtype else None,
-        args.get("reshard_after_forward", True), args.get("cpu_offload", False),
+        args.get("reshard_after_forward", True), args.get("cpu_offload", False), args.get("prefetch", 1),
     )  # fmt: skip
 
 
