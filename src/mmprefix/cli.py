@@ -31,7 +31,7 @@ from mmprefix import __version__, adapters, caching
 from mmprefix.commands import COMMANDS, estimate_command, scaling_command
 from mmprefix.data.datamodule import ShardDataModule
 from mmprefix.doctor import doctor_command
-from mmprefix.errors import InputError, UnreadableError
+from mmprefix.errors import InputError, SaidElsewhereError, UnreadableError
 from mmprefix.evaluation.report import PredictionReport
 from mmprefix.files import replacing, set_aside
 from mmprefix.inspection import inspect_command
@@ -175,7 +175,7 @@ class MMPrefixCLI(LightningCLI):
         if str(wanted) == "best":
             best = best_checkpoint(run_folder)
             if best is None:
-                raise _on_first(
+                raise InputError(
                     f"--ckpt_path best: expected {run_folder / FOLDER}/{BEST_FILE} and a checkpoint that it names, as `fit` "
                     "leaves them with checkpoints.best, there is none"
                 )
@@ -183,9 +183,9 @@ class MMPrefixCLI(LightningCLI):
         if path is None:
             missing = f"--ckpt_path last: there is no {run_folder / FOLDER}/step=*.ckpt"
             if self.subcommand != "fit":
-                raise _on_first(missing)
+                raise InputError(missing)
             if self._get(self.config_init, "resume") == "required":
-                raise _on_first(f"{missing}, and --resume is `required`")
+                raise InputError(f"{missing}, and --resume is `required`")
             if rank_zero_only.rank == 0:
                 print(f"{missing}: a new run begins")
             self.config_init[self.subcommand]["ckpt_path"] = None
@@ -284,11 +284,6 @@ def _cache_features(arguments: list[str]) -> int:
     return caching.cache_features(parts.model, parts.datamodule, options)
 
 
-def _on_first(message: str) -> InputError:
-    """What all processes find before they know of each other: the first says it."""
-    return InputError(message if rank_zero_only.rank == 0 else "")
-
-
 def _seed(value: bool | int) -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", 0)) if isinstance(value, bool) else value
 
@@ -344,7 +339,8 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         if error.errno is None and not isinstance(error, UnreadableError):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, SaidElsewhereError):
+            print(f"error: {error}", file=sys.stderr)
         return 1
     except UnicodeDecodeError as error:
         print(f"error: --config: expected a text file in UTF-8: {error}", file=sys.stderr)

@@ -21,7 +21,7 @@ from torch import nn
 from mmprefix.accounting import Layout, ModelFlops, Record, trained_parts, typical_batch
 from mmprefix.errors import InputError
 from mmprefix.modeling import MMPrefixForConditionalGeneration
-from mmprefix.training.fsdp import layers_of
+from mmprefix.training.layers import layers_of
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
 Group = Literal["shards", "replicas", "devices"]

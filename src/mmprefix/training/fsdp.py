@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -34,6 +35,7 @@ from torch.optim import Optimizer
 from mmprefix.errors import InputError
 from mmprefix.modeling import MMPrefixForConditionalGeneration
 from mmprefix.training import sharded
+from mmprefix.training.agreement import together
 from mmprefix.training.checkpoints import TIED, check_fits, read_checkpoint
 from mmprefix.training.layers import layers_by_part, layers_of
 from mmprefix.training.saving import AtomicCheckpointIO
@@ -86,6 +88,19 @@ class FullyShardedStrategy(ModelParallelStrategy):
             InputError: one process, or replicas that don't divide the processes.
         """
         processes = self.num_nodes * self.num_processes
+        try:
+            self._check(processes)
+        except InputError as error:  # wrong for all of them: the first says it
+            raise InputError("" if rank_zero_only.rank else str(error)) from error
+        # Lightning's default takes the devices of a node for tensor parallelism: ranks would learn from other data.
+        self._data_parallel_size = processes
+        super().setup_environment()
+        if self._checkpoint_io is None:  # the command line brings one
+            self.checkpoint_io = AtomicCheckpointIO()
+        # Its own, for checkpoints that are written while the default one reduces gradients.
+        self._disk_group = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
+
+    def _check(self, processes: int) -> None:
         if processes == 1:
             raise InputError(
                 "trainer.strategy: expected several processes to shard the model over, got one; leave the strategy out, or "
@@ -95,13 +110,6 @@ class FullyShardedStrategy(ModelParallelStrategy):
             raise InputError(
                 f"trainer.strategy.replicas: expected a divisor of the {processes} processes, got {self.replicas}"
             )
-        # Lightning's default takes the devices of a node for tensor parallelism: ranks would learn from other data.
-        self._data_parallel_size = processes
-        super().setup_environment()
-        if self._checkpoint_io is None:  # the command line brings one
-            self.checkpoint_io = AtomicCheckpointIO()
-        # Its own, for checkpoints that are written while the default one reduces gradients.
-        self._disk_group = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
 
     def shard(self, model: MMPrefixForConditionalGeneration) -> None:
         """Replaces the model's parameters by shards of them, in place; the optimizer must be made after it."""
@@ -199,11 +207,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
             stored, checkpoint = sharded.split(checkpoint)
             infos = {name: sharded.TensorInfo(value.shape, value.dtype) for name, value in stored.items()}
         weights = self.lightning_module_state_dict()
-        check_fits(
-            {name: value.shape for name, value in weights.items()},
-            {n.removeprefix(sharded.WEIGHTS): i.shape for n, i in infos.items() if n.startswith(sharded.WEIGHTS)},
-            path, set(checkpoint.get(TIED, {})) | set(self._tied()),
-        )  # fmt: skip
+        with together():
+            check_fits(
+                {name: value.shape for name, value in weights.items()},
+                {n.removeprefix(sharded.WEIGHTS): i.shape for n, i in infos.items() if n.startswith(sharded.WEIGHTS)},
+                path, set(checkpoint.get(TIED, {})) | set(self._tied()),
+            )  # fmt: skip
         wanted: dict[str, Tensor] = {sharded.WEIGHTS + name: value for name, value in weights.items()}
         states: list[dict[int, dict[str, Tensor]]] = []
         for i, optimizer in enumerate(self.optimizers):

@@ -51,6 +51,7 @@ from mmprefix.processing import (
 )
 from mmprefix.prompts import prompt_end
 from mmprefix.sequence import TokenSequence
+from mmprefix.training.agreement import together
 from mmprefix.training.checkpoints import CONTENT_KEY, check_fits, load_model
 from mmprefix.training.fsdp import FullyShardedStrategy
 from mmprefix.training.layers import Recomputing, checkpoint_activations, compile_layers
@@ -452,9 +453,10 @@ class MMPrefixModule(pl.LightningModule):
                 )
             return
         weights = {name: value.shape for name, value in checkpoint["state_dict"].items()}
-        check_fits(
-            {name: value.shape for name, value in self.state_dict().items()}, weights, self.trainer.ckpt_path or ""
-        )
+        with together():
+            check_fits(
+                {name: value.shape for name, value in self.state_dict().items()}, weights, self.trainer.ckpt_path or ""
+            )
         if not cached:
             return
         unused = self.model.config.vision_spec.unused

@@ -23,9 +23,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mmprefix.errors import InputError
+from mmprefix.errors import InputError, SaidElsewhereError
 from mmprefix.files import replacing
 from mmprefix.training import sharded
+from mmprefix.training.agreement import together
 from mmprefix.training.checkpoints import FILE_NAME, FOLDER, Scores, read_checkpoint
 
 
@@ -110,9 +111,8 @@ class _NewestAndBest(ModelCheckpoint):
         """
         super().on_train_start(trainer, pl_module)
         if self.best is not None and not any(trainer.num_val_batches):
-            raise _on_first(
-                trainer, f"checkpoints.best: expected a validation that logs {self.best.metric}, there is none"
-            )
+            with together():
+                raise InputError(f"checkpoints.best: expected a validation that logs {self.best.metric}, there is none")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves what is among the best, if it isn't saved already or will be in a moment.
@@ -159,7 +159,8 @@ class _NewestAndBest(ModelCheckpoint):
         ):
             return None
         listed = ", ".join(logged) or "nothing"
-        raise _on_first(trainer, f"checkpoints.best.metric: expected what validation logs ({listed}), got {metric!r}")
+        with together():
+            raise InputError(f"checkpoints.best.metric: expected what validation logs ({listed}), got {metric!r}")
 
     def _scores_of(self, trainer: pl.Trainer, best: BestArgs) -> Scores:
         """Of a run that goes on, those from before; of steps that it goes back behind, none."""
@@ -192,11 +193,6 @@ class _NewestAndBest(ModelCheckpoint):
     def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         if os.path.basename(filepath) not in self._kept:
             super()._remove_checkpoint(trainer, filepath)
-
-
-def _on_first(trainer: pl.Trainer, message: str) -> InputError:
-    """What all processes found: one of them says it."""
-    return InputError(message if trainer.is_global_zero else "")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -363,4 +359,5 @@ def _named(write: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any], 
         if cause is None:
             raise
         reason = f"cannot save {path}: {cause.strerror}; the checkpoint before it is untouched"
-        raise OSError(cause.errno, reason) from error
+        kind = SaidElsewhereError if isinstance(cause, SaidElsewhereError) else OSError
+        raise kind(cause.errno, reason) from error
