@@ -100,4 +100,4 @@ def compile_layers(model: MMPrefixForConditionalGeneration, backend: str = "indu
     What gathers a layer runs around it, uncompiled, and overlaps with the layer before.
     """
     for layer in layers_of(model):
-        layer.compile(backend=backend, dynamic=True)
+        layer.compile(backend=backend)
