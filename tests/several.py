@@ -24,7 +24,7 @@ def fit_each(folder, num_processes, runs, callbacks=()):
     return {name: lines_of(folder, name) for name in runs}
 
 
-def run_each(folder, num_processes, runs, callbacks=(), timeout=400):
+def run_each(folder, num_processes, runs, callbacks=(), timeout=900):
     """As `fit_each`; of each rank the status of the last run, and what was printed. After a run that fails with another status
     than 2, which all processes end with before they are out of step, come no others."""
     commands = []
