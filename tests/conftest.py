@@ -157,3 +157,19 @@ def bucket(tmp_path: Path, photos: list[Image.Image]) -> Iterator[tuple[str, str
         filesystem.pipe_file(f"/bucket/set/{path.name}", path.read_bytes())
     yield str(tmp_path / "set"), "memory://bucket/set"
     filesystem.rm("/bucket", recursive=True)
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    """A folder with a shard of nine records, of which six have no image."""
+    from tests.test_images import as_json, tar_of
+
+    members = []
+    for n in range(9):
+        key, image, payload = colour_record(n)
+        if n % 3 == 0:
+            members += [(f"{key}.png", image), (f"{key}.json", payload)]
+        else:
+            members.append((f"{key}.json", as_json(images=0, instruction=f"{n} and one?", target=f"{n + 1}")))
+    tar_of(tmp_path / "a.tar", members)
+    return tmp_path

@@ -7,27 +7,14 @@ import torch
 from mmprefix.errors import InputError
 from mmprefix.interop.consolidate import consolidate
 from mmprefix.training.checkpoints import read_checkpoint
-from mmprefix.training.fsdp import FullyShardedStrategy, layers_of
+from mmprefix.training.fsdp import FullyShardedStrategy
+from mmprefix.training.layers import layers_of
 from mmprefix.vision import VisionArgs
-from tests.conftest import colour_record, make_model
-from tests.test_images import as_json, tar_of
+from tests.conftest import make_model
 from tests.test_resume import ROOT, fit
 
 TWO = ["--data.batch_size", "1", "--trainer.devices", "2"]
 SHARDED = [*TWO, "--trainer.strategy", "fsdp2"]
-
-
-@pytest.fixture
-def records(tmp_path):
-    members = []
-    for n in range(9):
-        key, image, payload = colour_record(n)
-        if n % 3 == 0:
-            members += [(f"{key}.png", image), (f"{key}.json", payload)]
-        else:
-            members.append((f"{key}.json", as_json(images=0, instruction=f"{n} and one?", target=f"{n + 1}")))
-    tar_of(tmp_path / "a.tar", members)
-    return tmp_path
 
 
 def state(folder, step):

@@ -221,22 +221,7 @@ def fit(tmp_path, name, every, *arguments, callbacks=(), status=0):
 
     ``callbacks``: class path and arguments of further ones.
     """
-    more = [{"class_path": path, "init_args": init} for path, init in callbacks]
-    content = json.loads(json.dumps(CONFIG))
-    shards = str(tmp_path / "*.tar")
-    content["data"] = {"train": shards, "val": shards, "batch_size": 2, "num_workers": 1}
-    callbacks = [{"class_path": "tests.test_resume.LogIds", "init_args": {"path": str(tmp_path / f"{name}.jsonl")}}]
-    if every:
-        init = {
-            "dirpath": str(tmp_path / name),
-            "filename": "{step:08d}",
-            "every_n_train_steps": every,
-            "save_top_k": -1,
-        }
-        callbacks.append({"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": init})
-    content["trainer"]["callbacks"] = callbacks + more
-    path = tmp_path / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path = write_config(tmp_path, name, every, callbacks)
     command = [
         sys.executable,
         "-m",
@@ -254,8 +239,33 @@ def fit(tmp_path, name, every, *arguments, callbacks=(), status=0):
     (tmp_path / f"{name}.out").write_text(done.stdout)
     (tmp_path / f"{name}.err").write_text(done.stderr)
     assert done.returncode == status, done.stderr
+    return lines_of(tmp_path, name)
+
+
+def lines_of(tmp_path, name):
     lines = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
     return sorted(lines, key=lambda line: (line["epoch"], line["step"], line["rank"]))
+
+
+def write_config(tmp_path, name, every, callbacks=()):
+    """A config that learns from the shards of ``tmp_path`` and logs to ``name.jsonl``; see `fit`."""
+    more = [{"class_path": path, "init_args": init} for path, init in callbacks]
+    content = json.loads(json.dumps(CONFIG))
+    shards = str(tmp_path / "*.tar")
+    content["data"] = {"train": shards, "val": shards, "batch_size": 2, "num_workers": 1}
+    callbacks = [{"class_path": "tests.test_resume.LogIds", "init_args": {"path": str(tmp_path / f"{name}.jsonl")}}]
+    if every:
+        init = {
+            "dirpath": str(tmp_path / name),
+            "filename": "{step:08d}",
+            "every_n_train_steps": every,
+            "save_top_k": -1,
+        }
+        callbacks.append({"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": init})
+    content["trainer"]["callbacks"] = callbacks + more
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
 
 
 def test_one_process_goes_on_as_two_and_two_as_one(tmp_path):

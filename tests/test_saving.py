@@ -1,5 +1,6 @@
 """Checkpoints in the background and in folders: complete or absent, whatever happens while they are written."""
 
+import math
 import os
 import resource
 import signal
@@ -14,12 +15,14 @@ from mmprefix.training import saving, sharded
 from mmprefix.training.checkpoints import (
     CONTENT_KEY,
     TIED,
+    Scores,
+    best_checkpoint,
     check_fits,
     newest_checkpoint,
     read_checkpoint,
     remove_leftovers,
 )
-from mmprefix.training.saving import AtomicCheckpointIO, CheckpointArgs
+from mmprefix.training.saving import AtomicCheckpointIO, BestArgs, CheckpointArgs
 
 
 @pytest.fixture
@@ -93,9 +96,26 @@ def test_settings_are_checked(tmp_path):
         CheckpointArgs(keep_last=0).callbacks(tmp_path)
     with pytest.raises(InputError, match=r"checkpoints\.every_n_steps: expected at least 1, got -1"):
         CheckpointArgs(every_n_steps=-1).callbacks(tmp_path)
-    newest, best = CheckpointArgs(every_n_steps=5, best="val/loss", best_mode="min").callbacks(tmp_path)
-    assert best.dirpath == str(tmp_path / "checkpoints" / "best")
-    assert (newest.save_top_k, best.save_top_k, best.monitor, best.mode) == (2, 1, "val/loss", "min")
+    with pytest.raises(InputError, match=r"checkpoints\.best\.keep: expected at least 1, got 0"):
+        CheckpointArgs(best=BestArgs("val/loss", keep=0)).callbacks(tmp_path)
+
+
+def test_the_best_of_what_is_there(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    assert best_checkpoint(tmp_path) is None
+    names = [f"step={step:08d}.ckpt" for step in (1, 2, 3, 4, 5)]
+    scores = Scores("val/x", "max", dict(zip(names, [0.5, 0.7, 0.7, math.nan, 0.9], strict=True)))
+    assert scores.ranked(names) == [names[4], names[1], names[2], names[0]], "of equals the earlier, never no number"
+    assert Scores("val/x", "min", scores.values).ranked(names) == [names[0], names[1], names[2], names[4]]
+    scores.write(folder)
+    assert best_checkpoint(tmp_path) is None, "none is complete"
+    for name in names[:4]:
+        (folder / name).touch()
+    assert best_checkpoint(tmp_path) == (folder / names[1], "val/x", 0.7)
+    (folder / "best.json").write_text("[1]")
+    with pytest.raises(InputError, match=r"best\.json: expected metric, mode and values as fit writes them"):
+        best_checkpoint(tmp_path)
 
 
 # Folders. Processes of gloo share a scenario each way: starting them takes longer than all that they do.

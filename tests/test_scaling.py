@@ -124,10 +124,13 @@ def test_recomputed_is_the_forward_of_the_layers(photos):
     model, processor = make_model()
     batch, flops = make_batch(processor, photos, packed=False), ModelFlops.of(meta_model(model.config).config)
     forward = flops.step(batch, ())
+    all_of_them = {"vision": 1.0, "decoder": 1.0}
     layers = forward - 3 * flops.connector - batch.labels.numel() * flops.label
-    assert flops.recomputed(batch, PARTS) == layers
-    assert flops.recomputed(batch, ("decoder",)) == layers - 3 * flops.vision
-    assert flops.recomputed(batch, ()) == 0
+    assert flops.recomputed(batch, PARTS, all_of_them) == layers
+    assert flops.recomputed(batch, ("decoder",), all_of_them) == layers - 3 * flops.vision
+    assert flops.recomputed(batch, (), all_of_them) == 0
+    half = flops.recomputed(batch, PARTS, {"decoder": 0.5})
+    assert half == round((layers - 3 * flops.vision) / 2)
 
 
 # Real processes

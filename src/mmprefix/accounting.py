@@ -127,15 +127,20 @@ class ModelFlops:
         label_only = (once - _decoder_flops(model, short, num_labels=0, restricted=True)) // short
         return cls(vision, connector, token, pair, label, label_only, vision_pairs)
 
-    def recomputed(self, batch: PackedBatch, trained: Collection[str]) -> int:
+    def recomputed(self, batch: PackedBatch, trained: Collection[str], shares: Mapping[str, float]) -> int:
         """FLOPs of forward that gradient checkpointing does again in backward: of layers that gradients go through.
 
-        They are no model FLOPs. Args as those of `step`.
+        They are no model FLOPs.
+
+        Args:
+            batch: as for `step`.
+            trained: as for `step`.
+            shares: of the layers of `vision` and `decoder`, which are taken to be alike, those that are computed again.
         """
         encoded = 0 if batch.pixel_values is None else batch.pixel_values.shape[0]
         vision = encoded * self.vision if "vision" in trained else 0
-        decoder = batch.num_tokens * self.token + batch.visible_pairs * self.pair
-        return vision + (decoder if trained else 0)
+        decoder = batch.num_tokens * self.token + batch.visible_pairs * self.pair if trained else 0
+        return round(shares.get("vision", 0.0) * vision + shares.get("decoder", 0.0) * decoder)
 
     def step(self, batch: PackedBatch, trained: Collection[str]) -> int:
         """Model FLOPs of forward and backward of one micro-batch.
@@ -398,6 +403,7 @@ class Layout:
         reduce_dtype: what gradients are reduced in, None for as they are computed.
         reshard_after_forward: layers are given up after forward, and gathered again for backward.
         cpu_offload: parameters, gradients and optimizer state live in the host's memory.
+        prefetch: how many layers ahead are gathered.
     """
 
     devices: int = 1
@@ -407,6 +413,7 @@ class Layout:
     reduce_dtype: torch.dtype | None = None
     reshard_after_forward: bool = True
     cpu_offload: bool = False
+    prefetch: int = 1
 
     def __post_init__(self) -> None:
         """Raises InputError for replicas that don't divide the devices."""
@@ -435,7 +442,8 @@ class MemoryEstimate:
         gradients: of what learns.
         optimizer: AdamW's two moments.
         communication: DDP's buckets, which are as large as the gradients; for FSDP, the gathered weights: those
-            outside of layers, which stay gathered, and the largest layer, or all where layers stay gathered, too.
+            outside of layers, which stay gathered, and the largest layer with as many as are gathered ahead, or all where
+            layers stay gathered, too.
         host: what `Layout.cpu_offload` keeps in the host's memory, for each device; the three above are 0 then.
     """
 
@@ -470,7 +478,8 @@ class MemoryEstimate:
         # Gathered weights are what autocast copies, unless they come in half precision.
         model = model.to(gathered or precision.stored)
         if layout.strategy == "fsdp" and (layout.shards > 1 or gathered or layout.cpu_offload):
-            self.communication = float(_gathered_bytes(model, all_layers=not layout.reshard_after_forward))
+            at_once = 1 + layout.prefetch if layout.reshard_after_forward else None
+            self.communication = float(_gathered_bytes(model, at_once))
         elif layout.strategy == "ddp" and layout.devices > 1:
             self.communication = self.gradients
         if layout.strategy == "fsdp" and layout.cpu_offload:
@@ -580,9 +589,13 @@ def _grad(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def _gathered_bytes(model: nn.Module, all_layers: bool) -> int:
-    """Of the parameters that a rank holds in full at once: all outside of layers, and the largest layer, or all."""
+def _gathered_bytes(model: nn.Module, at_once: int | None) -> int:
+    """Of the parameters that a rank holds in full at once: all outside of layers, and the largest layers, or all."""
     layers = [layer for stack in model.modules() if isinstance(stack, nn.ModuleList | nn.Sequential) for layer in stack]
-    inside = set() if all_layers else {id(p) for layer in layers for p in layer.parameters()}
+    inside = set() if at_once is None else {id(p) for layer in layers for p in layer.parameters()}
     outside = sum(_bytes(p) for p in model.parameters() if id(p) not in inside)
-    return outside + (0 if all_layers else max((sum(map(_bytes, layer.parameters())) for layer in layers), default=0))
+    if at_once is None:
+        return outside
+    nested = {id(m) for layer in layers for m in layer.modules() if m is not layer}  # else they would count twice
+    sizes = [sum(map(_bytes, layer.parameters())) for layer in layers if id(layer) not in nested]
+    return outside + sum(sorted(sizes, reverse=True)[:at_once])

@@ -31,7 +31,7 @@ from mmprefix import __version__, adapters, caching
 from mmprefix.commands import COMMANDS, estimate_command, scaling_command
 from mmprefix.data.datamodule import ShardDataModule
 from mmprefix.doctor import doctor_command
-from mmprefix.errors import InputError, UnreadableError
+from mmprefix.errors import InputError, SaidElsewhereError, UnreadableError
 from mmprefix.evaluation.report import PredictionReport
 from mmprefix.files import replacing, set_aside
 from mmprefix.inspection import inspect_command
@@ -44,7 +44,9 @@ from mmprefix.training.callbacks import (
     drop_rows_after,
 )
 from mmprefix.training.checkpoints import (
+    BEST_FILE,
     FOLDER,
+    best_checkpoint,
     newest_checkpoint,
     read_checkpoint,
     remove_leftovers,
@@ -159,7 +161,7 @@ class MMPrefixCLI(LightningCLI):
         """Nothing: Lightning would read hyper-parameters from the file, which ours don't have, before we can check it."""
 
     def _resolve_checkpoint(self, run_folder: Path) -> Path | None:
-        """Turns ``last`` into a path, and says which.
+        """Turns ``last`` and ``best`` into a path, and says which.
 
         Raises:
             InputError: a checkpoint that is not there.
@@ -169,7 +171,15 @@ class MMPrefixCLI(LightningCLI):
             if self.subcommand != "fit":
                 raise InputError(f"{self.subcommand}: expected --ckpt_path FILE (or `last`), got none")
             return None
-        path = newest_checkpoint(run_folder) if str(wanted) == "last" else Path(wanted)
+        path, why = newest_checkpoint(run_folder) if str(wanted) == "last" else Path(wanted), ""
+        if str(wanted) == "best":
+            best = best_checkpoint(run_folder)
+            if best is None:
+                raise InputError(
+                    f"--ckpt_path best: expected {run_folder / FOLDER}/{BEST_FILE} and a checkpoint that it names, as `fit` "
+                    "leaves them with checkpoints.best, there is none"
+                )
+            path, why = best[0], f", the best by {best[1]}: {best[2]:.6g}"
         if path is None:
             missing = f"--ckpt_path last: there is no {run_folder / FOLDER}/step=*.ckpt"
             if self.subcommand != "fit":
@@ -183,7 +193,7 @@ class MMPrefixCLI(LightningCLI):
         self.resume_step = int(read_checkpoint(path, None)["global_step"])
         self.config_init[self.subcommand]["ckpt_path"] = str(path)
         if rank_zero_only.rank == 0:
-            print(f"{'resuming from' if self.subcommand == 'fit' else 'weights from'} {path}")
+            print(f"{'resuming from' if self.subcommand == 'fit' else 'weights from'} {path}{why}")
         return path
 
     def before_fit(self) -> None:
@@ -329,7 +339,8 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         if error.errno is None and not isinstance(error, UnreadableError):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, SaidElsewhereError):
+            print(f"error: {error}", file=sys.stderr)
         return 1
     except UnicodeDecodeError as error:
         print(f"error: --config: expected a text file in UTF-8: {error}", file=sys.stderr)

@@ -37,7 +37,8 @@ from mmprefix.probe import probe, tiny_copy
 from mmprefix.processing import TokenizerArgs, load_tokenizer, text_vocab_size
 from mmprefix.scaling import Machine, alternatives, computed_flops, expected_step, layout_of, units_of
 from mmprefix.training.checkpoints import load_config, load_model
-from mmprefix.training.module import checkpoint_activations, switch_off_training_mode
+from mmprefix.training.layers import checkpoint_activations, recomputed_shares
+from mmprefix.training.module import switch_off_training_mode
 from mmprefix.vision import ConnectorArgs, VisionArgs, resolve_vision
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -306,7 +307,8 @@ def scaling_rows(
     precision, micro_batches = Precision.from_name(trainer["precision"]), trainer["accumulate_grad_batches"]
     model = configured_model(model_settings)
     units, trained = units_of(model), trained_parts(model)
-    flops = computed_flops(model, record, batch_size, trained, model_settings["gradient_checkpointing"])
+    shares = recomputed_shares(model, model_settings["gradient_checkpointing"])
+    flops = computed_flops(model, record, batch_size, trained, shares)
     # All that can be refused, before the simulations.
     steps = [
         (name, layout, expected_step(units, layout, precision.stored, machine, flops, batch_size, micro_batches))
@@ -410,8 +412,7 @@ def configured_model(settings: Mapping[str, Any]) -> MMPrefixForConditionalGener
     if settings["prefix_visibility"] is not None:
         config.prefix_visibility = settings["prefix_visibility"]
     model = meta_model(config).train()
-    if settings["gradient_checkpointing"]:
-        checkpoint_activations(model)
+    checkpoint_activations(model, settings["gradient_checkpointing"])
     for name in PARTS:
         learning = settings[f"train_{name}"]
         if learning["freeze"]:

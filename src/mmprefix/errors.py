@@ -9,5 +9,9 @@ class InputError(ValueError):
     """Bad input. The message is one line that says what was expected, what came and where (file, key, shard)."""
 
 
+class SaidElsewhereError(OSError):
+    """An error of the disk that stops all processes of a run; another of them says it."""
+
+
 class UnreadableError(OSError):
     """What stayed unreadable after all attempts; the message names it, in one line."""

@@ -494,10 +494,10 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             return embeds
         image_tokens = image_tokens.flatten(0, 1).to(embeds.dtype)
         if plan is not None and plan.image_positions is not None and plan.image_sources is not None:
-            placed = embeds.flatten(0, 1).index_copy(
-                0, plan.image_positions, image_tokens.index_select(0, plan.image_sources)
-            )
-            return placed.view_as(embeds)
+            placed = image_tokens.index_select(0, plan.image_sources)
+            if embeds.shape[0] == 1:  # no view: a layer that is compiled on its own would be compiled for its base, too
+                return embeds.index_copy(1, plan.image_positions, placed.unsqueeze(0))
+            return embeds.flatten(0, 1).index_copy(0, plan.image_positions, placed).view_as(embeds)
         if int(is_image.sum()) != image_tokens.shape[0]:
             raise ValueError(
                 f"expected {self.num_image_tokens} placeholders (token {self.config.image_token_id}) per image, "

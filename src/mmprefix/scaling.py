@@ -21,7 +21,7 @@ from torch import nn
 from mmprefix.accounting import Layout, ModelFlops, Record, trained_parts, typical_batch
 from mmprefix.errors import InputError
 from mmprefix.modeling import MMPrefixForConditionalGeneration
-from mmprefix.training.fsdp import layers_of
+from mmprefix.training.layers import layers_of
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
 Group = Literal["shards", "replicas", "devices"]
@@ -300,7 +300,7 @@ def computed_flops(
     record: Record,
     batch_size: int,
     trained: Collection[str],
-    recomputes: bool,
+    recomputes: Mapping[str, float],
 ) -> int:
     """FLOPs of forward and backward of a micro-batch of ``batch_size`` records on one device.
 
@@ -309,10 +309,10 @@ def computed_flops(
         record: what each of them holds.
         batch_size: records.
         trained: which of `accounting.PARTS` learn.
-        recomputes: under activation checkpointing.
+        recomputes: shares of layers under activation checkpointing, see `accounting.ModelFlops.recomputed`.
     """
     flops, batch = ModelFlops.of(model.config), typical_batch(model, record, batch_size)
-    return flops.step(batch, trained) + (flops.recomputed(batch, trained) if recomputes else 0)
+    return flops.step(batch, trained) + flops.recomputed(batch, trained, recomputes)
 
 
 # Settings
@@ -341,7 +341,7 @@ def layout_of(strategy: Any, devices: int, choice: Literal["ddp", "fsdp"] | None
         devices, "fsdp", args.get("replicas", 1), param_dtype,
         # As `FullyShardedStrategy.shard` has it.
         _DTYPES[args.get("reduce_dtype") or "float32"] if param_dtype else None,
-        args.get("reshard_after_forward", True), args.get("cpu_offload", False),
+        args.get("reshard_after_forward", True), args.get("cpu_offload", False), args.get("prefetch", 1),
     )  # fmt: skip
 
 

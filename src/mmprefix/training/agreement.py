@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,6 +47,29 @@ def difference(of_ranks: Sequence[Mapping[str, str]]) -> str | None:
     return None
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """All processes come here: what is wrong for one of them is raised by all, and said by the first that it is wrong for.
+
+    Else the others would wait for one that has gone. The others' `InputError` is empty.
+    """
+    problem: str | None = None
+    cause: InputError | None = None
+    try:
+        yield
+    except InputError as error:
+        problem, cause = str(error), error
+    problems = [problem]
+    rank = 0
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank = torch.distributed.get_rank()
+        problems = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(problems, problem)
+    first = next((i for i, found in enumerate(problems) if found is not None), None)
+    if first is not None:
+        raise InputError(problems[rank] if rank == first else "") from cause
+
+
 class Agreement(pl.Callback):
     """Compares all processes before the first of them trains."""
 
@@ -60,5 +84,6 @@ class Agreement(pl.Callback):
         found: list[dict[str, str]] = [{}] * trainer.world_size
         torch.distributed.all_gather_object(found, identity(str(pl_module.settings)))
         problem = difference(found)
-        if problem is not None:
-            raise InputError(problem if trainer.global_rank == 0 else "")
+        with together():
+            if problem is not None:
+                raise InputError(problem)

@@ -7,11 +7,13 @@ written under a temporary name and renamed when complete (`saving`), so the one 
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig
@@ -19,12 +21,16 @@ from transformers import GenerationConfig
 from mmprefix.adapters import add_stored, merge
 from mmprefix.decoder import load_exactly
 from mmprefix.errors import InputError
+from mmprefix.files import replacing
 from mmprefix.modeling import MMPrefixConfig, MMPrefixForConditionalGeneration
 from mmprefix.processing import MMPrefixProcessor
 from mmprefix.training import sharded
 
 FOLDER = "checkpoints"
 FILE_NAME = "step={step:08d}"
+BEST_FILE = "best.json"
+"""What validation said of checkpoints, beside them."""
+
 CONTENT_KEY = "mmprefix"
 """Where a checkpoint keeps the model's config and the processor's files."""
 
@@ -40,6 +46,61 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
         int(match.group(1)): path for path in (run_folder / FOLDER).glob("*.ckpt") if (match := _STEP.match(path.name))
     }
     return steps[max(steps)] if steps else None
+
+
+@dataclass
+class Scores:
+    """What validation said of the steps of a run.
+
+    Attributes:
+        metric: its name.
+        mode: whether more or less of it is better.
+        values: name of the checkpoint of a step -> value, in the order of validation; also of steps that were not saved.
+    """
+
+    metric: str
+    mode: Literal["max", "min"]
+    values: dict[str, float] = field(default_factory=dict)
+
+    def ranked(self, names: Collection[str]) -> list[str]:
+        """Those of ``names`` that have a number for a value, best first; of equals, the earlier."""
+        numbers = [name for name in sorted(names) if not math.isnan(self.values.get(name, math.nan))]
+        sign = 1 if self.mode == "min" else -1
+        return sorted(numbers, key=lambda name: sign * self.values[name])
+
+    def write(self, folder: Path) -> None:
+        """Writes ``best.json``."""
+        with replacing(folder / BEST_FILE) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Scores | None:
+        """From ``best.json``, None where there is none.
+
+        Raises:
+            InputError: it is something else.
+        """
+        path = folder / BEST_FILE
+        if not path.is_file():
+            return None
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}: expected metric, mode and values as fit writes them: {error}") from error
+
+
+def best_checkpoint(run_folder: Path) -> tuple[Path, str, float] | None:
+    """Of the complete checkpoints under ``run_folder/checkpoints`` the best, with its metric and value, or None.
+
+    Raises:
+        InputError: a file of scores that can't be read.
+    """
+    folder = run_folder / FOLDER
+    scores = Scores.read(folder)
+    ranked = [] if scores is None else scores.ranked([name for name in scores.values if (folder / name).exists()])
+    if scores is None or not ranked:
+        return None
+    return folder / ranked[0], scores.metric, scores.values[ranked[0]]
 
 
 def remove_leftovers(run_folder: Path) -> None:

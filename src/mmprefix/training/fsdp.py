@@ -9,13 +9,14 @@ from the file of one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -34,7 +35,9 @@ from torch.optim import Optimizer
 from mmprefix.errors import InputError
 from mmprefix.modeling import MMPrefixForConditionalGeneration
 from mmprefix.training import sharded
+from mmprefix.training.agreement import together
 from mmprefix.training.checkpoints import TIED, check_fits, read_checkpoint
+from mmprefix.training.layers import layers_by_part, layers_of
 from mmprefix.training.saving import AtomicCheckpointIO
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,6 +53,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         reduce_dtype: Literal["bfloat16", "float16", "float32"] | None = None,
         reshard_after_forward: bool = True,
         cpu_offload: bool = False,
+        prefetch: int = 1,
         timeout_minutes: float = 30.0,
     ) -> None:
         """Settings.
@@ -60,6 +64,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
             reduce_dtype: what gradients are summed in; by default float32.
             reshard_after_forward: give up gathered layers until backward, for memory; else only after it.
             cpu_offload: parameters, gradients and optimizer state live in the host's memory.
+            prefetch: how many layers ahead are being gathered while one computes, in forward and backward. More hide a slow
+                link behind small layers, for the memory of so many gathered layers.
             timeout_minutes: how long a process waits for the others before the run fails.
         """
         super().__init__(
@@ -69,7 +75,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
         )
         if replicas < 1:
             raise InputError(f"trainer.strategy.replicas: expected at least 1, got {replicas}")
-        self.replicas = replicas
+        if prefetch < 1:
+            raise InputError(f"trainer.strategy.prefetch: expected at least 1, got {prefetch}")
+        self.replicas, self.prefetch = replicas, prefetch
         self.param_dtype, self.reduce_dtype = param_dtype, reduce_dtype
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
 
@@ -80,6 +88,19 @@ class FullyShardedStrategy(ModelParallelStrategy):
             InputError: one process, or replicas that don't divide the processes.
         """
         processes = self.num_nodes * self.num_processes
+        try:
+            self._check(processes)
+        except InputError as error:  # wrong for all of them: the first says it
+            raise InputError("" if rank_zero_only.rank else str(error)) from error
+        # Lightning's default takes the devices of a node for tensor parallelism: ranks would learn from other data.
+        self._data_parallel_size = processes
+        super().setup_environment()
+        if self._checkpoint_io is None:  # the command line brings one
+            self.checkpoint_io = AtomicCheckpointIO()
+        # Its own, for checkpoints that are written while the default one reduces gradients.
+        self._disk_group = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
+
+    def _check(self, processes: int) -> None:
         if processes == 1:
             raise InputError(
                 "trainer.strategy: expected several processes to shard the model over, got one; leave the strategy out, or "
@@ -89,13 +110,6 @@ class FullyShardedStrategy(ModelParallelStrategy):
             raise InputError(
                 f"trainer.strategy.replicas: expected a divisor of the {processes} processes, got {self.replicas}"
             )
-        # Lightning's default takes the devices of a node for tensor parallelism: ranks would learn from other data.
-        self._data_parallel_size = processes
-        super().setup_environment()
-        if self._checkpoint_io is None:  # the command line brings one
-            self.checkpoint_io = AtomicCheckpointIO()
-        # Its own, for checkpoints that are written while the default one reduces gradients.
-        self._disk_group = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
 
     def shard(self, model: MMPrefixForConditionalGeneration) -> None:
         """Replaces the model's parameters by shards of them, in place; the optimizer must be made after it."""
@@ -114,6 +128,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         for layer in layers_of(model):
             fully_shard(layer, **settings, reshard_after_forward=self.reshard_after_forward)
         fully_shard(model, **settings)
+        for part in layers_by_part(model).values():
+            prefetch_neighbours(part, self.prefetch)
         # Passes begin at the model: the first to run would take itself for the root.
         for method in ("target_loss", "image_tokens_of"):
             register_fsdp_forward_method(model, method)
@@ -191,11 +207,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
             stored, checkpoint = sharded.split(checkpoint)
             infos = {name: sharded.TensorInfo(value.shape, value.dtype) for name, value in stored.items()}
         weights = self.lightning_module_state_dict()
-        check_fits(
-            {name: value.shape for name, value in weights.items()},
-            {n.removeprefix(sharded.WEIGHTS): i.shape for n, i in infos.items() if n.startswith(sharded.WEIGHTS)},
-            path, set(checkpoint.get(TIED, {})) | set(self._tied()),
-        )  # fmt: skip
+        with together():
+            check_fits(
+                {name: value.shape for name, value in weights.items()},
+                {n.removeprefix(sharded.WEIGHTS): i.shape for n, i in infos.items() if n.startswith(sharded.WEIGHTS)},
+                path, set(checkpoint.get(TIED, {})) | set(self._tied()),
+            )  # fmt: skip
         wanted: dict[str, Tensor] = {sharded.WEIGHTS + name: value for name, value in weights.items()}
         states: list[dict[int, dict[str, Tensor]]] = []
         for i, optimizer in enumerate(self.optimizers):
@@ -231,24 +248,19 @@ def _fill(value: Tensor, whole: Tensor) -> None:
     value.copy_(whole)
 
 
-def layers_of(model: MMPrefixForConditionalGeneration) -> list[nn.Module]:
-    """The repeated layers of encoder and decoder, in the order that they are used in."""
-    return [*_repeated(model.vision), *_repeated(model.decoder)]
+def prefetch_neighbours(layers: Sequence[nn.Module], number: int) -> None:
+    """Tells each sharded layer of a part which layers to gather while it computes: the next, in backward those before it.
 
+    Not beyond the part: where no gradient goes through the encoder, nobody would give its layers up again.
 
-def _repeated(part: nn.Module) -> list[nn.Module]:
-    """Members of the outermost lists of layers of one class: blocks, stages, decoder layers."""
-    found: list[nn.Module] = []
-    for module in part.children():
-        members = list(module.children())
-        listed = isinstance(module, nn.ModuleList | nn.Sequential) and len({type(m) for m in members}) == 1
-        if not listed or not any(True for _ in members[0].children()):
-            found += _repeated(module)
-        elif len(members) > 1:
-            found += members
-        else:  # a stage of one block, or what holds all blocks
-            found += _repeated(members[0]) or members
-    return found
+    Args:
+        layers: in the order that they are used in.
+        number: how many.
+    """
+    for i, layer in enumerate(layers):
+        assert isinstance(layer, FSDPModule)
+        layer.set_modules_to_forward_prefetch(list(layers[i + 1 : i + 1 + number]))  # type: ignore[arg-type]
+        layer.set_modules_to_backward_prefetch(list(reversed(layers[max(0, i - number) : i])))  # type: ignore[arg-type]
 
 
 if "fsdp2" not in StrategyRegistry:

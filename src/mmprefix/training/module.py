@@ -22,9 +22,12 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from mmprefix import adapters
 from mmprefix.accounting import PARTS
@@ -48,8 +51,10 @@ from mmprefix.processing import (
 )
 from mmprefix.prompts import prompt_end
 from mmprefix.sequence import TokenSequence
+from mmprefix.training.agreement import together
 from mmprefix.training.checkpoints import CONTENT_KEY, check_fits, load_model
 from mmprefix.training.fsdp import FullyShardedStrategy
+from mmprefix.training.layers import Recomputing, checkpoint_activations, compile_layers
 from mmprefix.training.optim import Guard, GuardArgs, OptimizerArgs, PartArgs, build_optimizer
 from mmprefix.varlen import MAX_HEAD_SIZE
 from mmprefix.vision import ConnectorArgs, VisionArgs
@@ -73,12 +78,6 @@ class _Window:
     """How many of them have an image."""
     of_sets: list[Tensor] = field(default_factory=list)
     """Float ``[sets, 2]`` each: loss and count of each set of a mixture."""
-
-
-def checkpoint_activations(model: MMPrefixForConditionalGeneration) -> None:
-    """Makes encoder and decoder keep the inputs of their layers only, and recompute the rest in backward."""
-    model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
-    model.vision.model.set_grad_checkpointing(True)
 
 
 def switch_off_training_mode(part: nn.Module) -> None:
@@ -130,6 +129,15 @@ def _images_by_prompt(image_tokens: Tensor | None, image_of: Tensor) -> Tensor |
     return image_tokens[image_of.clamp(min=0)].flatten(1, 2)
 
 
+def _wrap_again(strategy: DDPStrategy) -> None:
+    """Lets DDP, which decides when it wraps a model which gradients it will reduce, decide anew; all ranks call it."""
+    wrapper = strategy.model
+    assert isinstance(wrapper, DistributedDataParallel)
+    wrapper.reducer._remove_autograd_hooks()  # else they would go on reducing until the wrapper is collected
+    strategy.model = wrapper.module
+    strategy.configure_ddp()
+
+
 def _zero_through(*parts: nn.Module) -> Tensor:
     """0, float scalar, that gives every learning parameter of the parts a gradient of zeros."""
     zeros = [p.sum() * 0.0 for part in parts for p in part.parameters() if p.requires_grad]
@@ -153,7 +161,7 @@ class MMPrefixModule(pl.LightningModule):
         train_vision: PartArgs = PartArgs(),  # noqa: B008
         train_connector: PartArgs = PartArgs(),  # noqa: B008
         train_decoder: PartArgs = PartArgs(),  # noqa: B008
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Recomputing = False,
         compile: bool = False,
         attention: Literal["auto", "dense"] = "auto",
         num_beams: int = 1,
@@ -179,8 +187,9 @@ class MMPrefixModule(pl.LightningModule):
             train_vision: learning rate and freezing of the encoder.
             train_connector: learning rate and freezing of the connector.
             train_decoder: learning rate and freezing of the decoder.
-            gradient_checkpointing: recompute activations in the backward pass, to save memory.
-            compile: run the model through `torch.compile`.
+            gradient_checkpointing: recompute activations in the backward pass, to save memory: `true`, of every layer;
+                `selective`, of every second; a number n, of every n-th.
+            compile: run the training pass through `torch.compile`: the whole model, or each layer where it is sharded.
             attention: `auto`: without a mask, over samples packed into one row, where decoder, device and precision
                 allow it, which is said in one line at the start. `dense`: a row for each sample and a mask.
             num_beams: beams when generating for evaluation; 1 is greedy.
@@ -242,10 +251,7 @@ class MMPrefixModule(pl.LightningModule):
         self._trainable = {name: self._of_part(name) for name in PARTS}
         self._adapters = {name: adapters.learning_modules(self.model, name) for name in adapters.configs_of(self.model)}
         self._set_freezing(step=0)
-        if gradient_checkpointing:
-            checkpoint_activations(self.model)
-        if compile:
-            self.model.compile()
+        checkpoint_activations(self.model, gradient_checkpointing)
 
     def part(self, name: str) -> nn.Module:
         """`vision`, `connector` or `decoder`."""
@@ -301,12 +307,16 @@ class MMPrefixModule(pl.LightningModule):
         }
 
     def configure_model(self) -> None:
-        """Shards the model, where the strategy does."""
+        """Compiles the model, and shards it, where the strategy does."""
+        if self._compiled and self._sharding is None and self.model._compiled_call_impl is None:
+            self.model.compile()
         if self._sharding is not None:
             if self._in_4bit:
                 raise InputError(
                     "model.decoder.load_in_4bit: expected another strategy than FSDP2, which can't shard 4 bits"
                 )
+            if self._compiled and not isinstance(self.model, FSDPModule):
+                compile_layers(self.model)  # each as it is gathered: a graph of all would need all at once
             self._sharding.shard(self.model)
             # Parameters are others now.
             self._trainable = {name: self._of_part(name) for name in PARTS}
@@ -443,9 +453,10 @@ class MMPrefixModule(pl.LightningModule):
                 )
             return
         weights = {name: value.shape for name, value in checkpoint["state_dict"].items()}
-        check_fits(
-            {name: value.shape for name, value in self.state_dict().items()}, weights, self.trainer.ckpt_path or ""
-        )
+        with together():
+            check_fits(
+                {name: value.shape for name, value in self.state_dict().items()}, weights, self.trainer.ckpt_path or ""
+            )
         if not cached:
             return
         unused = self.model.config.vision_spec.unused
@@ -462,7 +473,7 @@ class MMPrefixModule(pl.LightningModule):
         """AdamW over the parts that learn, stepped with a warm-up and cosine schedule.
 
         Raises:
-            InputError: nothing to train, or a part that unfreezes in a multi-process run.
+            InputError: nothing to train, or nothing from the first step.
         """
         if self._scales_loss and self.guard_args.spike_factor is not None:
             raise InputError(
@@ -470,11 +481,10 @@ class MMPrefixModule(pl.LightningModule):
             )
         if all(part.freeze for part in self.part_args.values()):
             raise InputError("model: expected a part that learns, all of vision, connector and decoder are frozen")
-        late = [name for name, part in self.part_args.items() if part.unfreeze_at_step is not None and not part.freeze]
-        if late and self.trainer.world_size > 1:
-            # DistributedDataParallel decides at start which gradients it reduces; a late one would stay local.
+        if all(part.is_frozen(0) for part in self.part_args.values()):
             raise InputError(
-                f"model.train_{late[0]}.unfreeze_at_step: expected one process, got {self.trainer.world_size}"
+                "model: expected a part that learns from the first step, all of vision, connector and decoder are frozen "
+                "until later"
             )
         total_steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(total_steps):
@@ -501,11 +511,18 @@ class MMPrefixModule(pl.LightningModule):
             for parameter in self._trainable[name]:
                 parameter.requires_grad_(not frozen)
 
+    def _parts_that_learn(self) -> list[bool]:
+        return [any(p.requires_grad for p in self._trainable[name]) for name in PARTS]
+
     def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
         """Seeds the step and freezes or unfreezes parts."""
         words = np.random.SeedSequence((self.seed, self.current_epoch, batch_idx, self.global_rank)).generate_state(2)
         torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+        before = self._parts_that_learn()
         self._set_freezing(self.global_step)
+        strategy = self.trainer.strategy
+        if self._parts_that_learn() != before and isinstance(strategy, DDPStrategy):
+            _wrap_again(strategy)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor | None:
         """Summed loss of a micro-batch; None where every sample of it was bad."""

@@ -15,16 +15,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mmprefix.errors import InputError
+from mmprefix.errors import InputError, SaidElsewhereError
 from mmprefix.files import replacing
 from mmprefix.training import sharded
-from mmprefix.training.checkpoints import FILE_NAME, FOLDER, read_checkpoint
+from mmprefix.training.agreement import together
+from mmprefix.training.checkpoints import FILE_NAME, FOLDER, Scores, read_checkpoint
+
+
+@dataclass
+class BestArgs:
+    """Which checkpoints are kept for what validation says of them, beside the newest.
+
+    Attributes:
+        metric: what validation logs: `val/exact_match`, `val/loss`, ...
+        mode: whether more or less of it is better.
+        keep: how many of the best are kept.
+    """
+
+    metric: str
+    mode: Literal["max", "min"] = "max"
+    keep: int = 1
 
 
 @dataclass
@@ -34,16 +52,14 @@ class CheckpointArgs:
     Attributes:
         every_n_steps: also every so many optimizer steps; else at the end of each epoch.
         keep_last: how many of the newest are kept.
-        best: a metric of validation (`val/exact_match`) by which the best one is kept, too, in `checkpoints/best`.
-        best_mode: whether more or less of the metric is better.
+        best: also keep the best by a metric of validation; `--ckpt_path best` finds the best of them.
         asynchronous: write in the background, while training goes on, for a copy of weights and optimizer state in the host's
             memory.
     """
 
     every_n_steps: int | None = None
     keep_last: int = 2
-    best: str | None = None
-    best_mode: Literal["max", "min"] = "max"
+    best: BestArgs | None = None
     asynchronous: bool = True
 
     def callbacks(self, run_folder: Path) -> list[ModelCheckpoint]:
@@ -52,34 +68,131 @@ class CheckpointArgs:
         Raises:
             InputError: a number below 1.
         """
-        for name, value in (("every_n_steps", self.every_n_steps), ("keep_last", self.keep_last)):
+        numbers = {"every_n_steps": self.every_n_steps, "keep_last": self.keep_last}
+        if self.best is not None:
+            numbers["best.keep"] = self.best.keep
+        for name, value in numbers.items():
             if value is not None and value < 1:
                 raise InputError(f"checkpoints.{name}: expected at least 1, got {value}")
-        named: dict[str, Any] = {
-            "auto_insert_metric_name": False,
-            "enable_version_counter": False,
-            "filename": FILE_NAME,
-        }
-        found: list[ModelCheckpoint] = [
-            _Newest(self.every_n_steps, self.keep_last, dirpath=run_folder / FOLDER, **named)
-        ]
-        if self.best is not None:
-            found.append(ModelCheckpoint(run_folder / FOLDER / "best", monitor=self.best, mode=self.best_mode, **named))
-        return found
+        return [_NewestAndBest(self, run_folder / FOLDER)]
 
 
-class _Newest(ModelCheckpoint):
-    """Saves every so many steps and at the end of each epoch, also of those that are not validated; keeps the newest."""
+class _NewestAndBest(ModelCheckpoint):
+    """Saves every so many steps and at the end of each epoch, also of those that are not validated; keeps the newest.
 
-    def __init__(self, every_n_steps: int | None, keep_last: int, **kwargs: Any) -> None:
+    The best by a metric are kept, too, in the same folder: most were saved anyway, and none is written twice. What validation
+    said of each is in a file of its own, `checkpoints.BEST_FILE`, and not in them: they may be written before it is known.
+    """
+
+    def __init__(self, args: CheckpointArgs, folder: Path) -> None:
         # By step, so that the newest stay: a kill while one is written leaves the other.
-        super().__init__(monitor="step", mode="max", save_top_k=keep_last, save_on_train_epoch_end=True, **kwargs)
-        self._every_n_train_steps = every_n_steps or 0  # Lightning's own arguments take either this or epochs
+        super().__init__(
+            folder, FILE_NAME, monitor="step", mode="max", save_top_k=args.keep_last, save_on_train_epoch_end=True,
+            auto_insert_metric_name=False, enable_version_counter=False,
+        )  # fmt: skip
+        self._every_n_train_steps = args.every_n_steps or 0  # Lightning's own arguments take either this or epochs
+        self.best = args.best
+        self._scores: Scores | None = None
+        self._kept: list[str] = []
+        """Names of the best that were saved, best first."""
+        self._awaited: int | None = None
+        """Step of a validation whose checkpoint is saved when the epoch ends."""
 
     @property
     def state_key(self) -> str:
         """The same with other settings: a resumed run knows what to delete."""
         return "mmprefix.training.saving.Newest"
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning's, and looks whether there will be a metric.
+
+        Raises:
+            InputError: no validation.
+        """
+        super().on_train_start(trainer, pl_module)
+        if self.best is not None and not any(trainer.num_val_batches):
+            with together():
+                raise InputError(f"checkpoints.best: expected a validation that logs {self.best.metric}, there is none")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves what is among the best, if it isn't saved already or will be in a moment.
+
+        Raises:
+            InputError: a metric that is not logged.
+        """
+        if self.best is None or trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING:  # type: ignore[attr-defined]
+            return
+        value = self._value(trainer, self.best.metric)
+        if trainer.sanity_checking or value is None:
+            return
+        scores, name = self._scores_of(trainer, self.best), f"{FILE_NAME.format(step=trainer.global_step)}.ckpt"
+        scores.values[name] = value
+        if name in scores.ranked([*self._kept, name])[: self.best.keep]:
+            assert self.dirpath is not None
+            path = os.path.join(self.dirpath, name)
+            if trainer.strategy.broadcast(os.path.exists(path)) or self._last_global_step_saved == trainer.global_step:
+                self._keep(trainer, name)
+            elif trainer.is_last_batch:
+                self._awaited = trainer.global_step
+            else:
+                self._save_checkpoint(trainer, path)
+                self._keep(trainer, name)
+        self._write_scores(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning's; what it saved may be one of the best."""
+        super().on_train_epoch_end(trainer, pl_module)
+        awaited, self._awaited = self._awaited, None
+        if awaited is not None and awaited == self._last_global_step_saved:
+            self._keep(trainer, f"{FILE_NAME.format(step=awaited)}.ckpt")
+
+    def _value(self, trainer: pl.Trainer, metric: str) -> float | None:
+        """The first process's value, so that all decide alike; None while a sanity check may not have come to it."""
+        logged = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
+        found = trainer.callback_metrics.get(metric)
+        value: float | None = trainer.strategy.broadcast(None if found is None else float(found))
+        if value is not None:
+            return value
+        sets = getattr(trainer.datamodule, "set_names", lambda split: ())("val")  # type: ignore[attr-defined]
+        if trainer.sanity_checking and metric.startswith(
+            tuple(f"{name}/" for name in (*logged, *(f"val/{s}" for s in sets)))
+        ):
+            return None
+        listed = ", ".join(logged) or "nothing"
+        with together():
+            raise InputError(f"checkpoints.best.metric: expected what validation logs ({listed}), got {metric!r}")
+
+    def _scores_of(self, trainer: pl.Trainer, best: BestArgs) -> Scores:
+        """Of a run that goes on, those from before; of steps that it goes back behind, none."""
+        if self._scores is None:
+            assert self.dirpath is not None
+            self._scores, folder = Scores(best.metric, best.mode), Path(self.dirpath)
+            before: Scores | None = trainer.strategy.broadcast(Scores.read(folder) if trainer.ckpt_path else None)
+            if before is not None and (before.metric, before.mode) == (best.metric, best.mode):
+                latest = f"{FILE_NAME.format(step=trainer.global_step)}.ckpt"
+                self._scores.values = {name: value for name, value in before.values.items() if name <= latest}
+                there = [name for name in self._scores.values if (folder / name).exists()]
+                self._kept = trainer.strategy.broadcast(self._scores.ranked(there)[: best.keep])
+        return self._scores
+
+    def _write_scores(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero and self._scores is not None and self.dirpath is not None:
+            self._scores.write(Path(self.dirpath))
+
+    def _keep(self, trainer: pl.Trainer, name: str) -> None:
+        assert self.best is not None
+        assert self._scores is not None
+        assert self.dirpath is not None
+        ranked = self._scores.ranked({*self._kept, name})
+        self._kept = ranked[: self.best.keep]
+        for left in ranked[self.best.keep :]:
+            path = os.path.join(self.dirpath, left)
+            if path not in self.best_k_models:
+                self._remove_checkpoint(trainer, path)
+
+    def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        if os.path.basename(filepath) not in self._kept:
+            super()._remove_checkpoint(trainer, filepath)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -246,4 +359,5 @@ def _named(write: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any], 
         if cause is None:
             raise
         reason = f"cannot save {path}: {cause.strerror}; the checkpoint before it is untouched"
-        raise OSError(cause.errno, reason) from error
+        kind = SaidElsewhereError if isinstance(cause, SaidElsewhereError) else OSError
+        raise kind(cause.errno, reason) from error

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from mmprefix.errors import InputError
+from mmprefix.errors import InputError, SaidElsewhereError
 
 STATE_FILE = "state.pt"
 WEIGHTS = "state_dict."
@@ -99,7 +99,7 @@ def write(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], folder: Path, 
                 dict(tensors), storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True), process_group=group
             )  # fmt: skip
     except CheckpointException as error:
-        raise _disk_error(error.failures) from error
+        raise _on_all(group, *_disk_error(error.failures)) from error
     _together(group, lambda: _complete(tensors, rest, part, folder) if first else None)
 
 
@@ -155,15 +155,21 @@ def _together(group: Any, work: Any) -> None:
     torch.distributed.all_gather_object(problems, problem, group=group)
     for rank, found in enumerate(problems):
         if found is not None:
-            raise OSError(found[0], f"{found[1]} (rank {rank})")
+            raise _on_all(group, found[0], f"{found[1]} (rank {rank})")
 
 
-def _disk_error(failures: Mapping[int, Any]) -> OSError:
+def _on_all(group: Any, number: int, message: str) -> OSError:
+    """An error that all processes of ``group`` raise: the first says it."""
+    kind = SaidElsewhereError if torch.distributed.get_rank(group) else OSError
+    return kind(number, message)
+
+
+def _disk_error(failures: Mapping[int, Any]) -> tuple[int, str]:
     """From what PyTorch says of each rank that could not write."""
     rank, (cause, _) = min(failures.items())
     while not isinstance(cause, OSError) and cause.__context__ is not None:
         cause = cause.__context__
-    return OSError(getattr(cause, "errno", None) or 5, f"{getattr(cause, 'strerror', None) or cause} (rank {rank})")
+    return getattr(cause, "errno", None) or 5, f"{getattr(cause, 'strerror', None) or cause} (rank {rank})"
 
 
 def remove(folder: Path) -> None:

@@ -1,0 +1,119 @@
+"""What is done to each layer: recomputing some of them, compiling them one by one."""
+
+import os
+
+import pytest
+import torch
+from torch import multiprocessing
+
+from mmprefix.accounting import Layout, MemoryEstimate, Precision, Record, meta_model
+from mmprefix.errors import InputError
+from mmprefix.training.layers import checkpoint_activations, compile_layers, layers_by_part, recomputed_shares
+from tests.conftest import TINY_DECODER, make_batch, make_model
+
+FOUR = {**TINY_DECODER, "num_hidden_layers": 4}
+
+
+@pytest.mark.parametrize(
+    ("which", "vision", "decoder"),
+    [
+        (False, [1] * 6, [1] * 4), (True, [2] * 6, [2] * 4), ("selective", [2, 1] * 3, [2, 1] * 2),
+        (3, [2, 1, 1] * 2, [2, 1, 1, 2]), (1, [2] * 6, [2] * 4),
+    ],
+)  # fmt: skip
+def test_layers_that_are_recomputed_and_gradients_as_without(which, vision, decoder, photos):
+    model, processor = make_model(FOUR)
+    model.train()
+    batch = make_batch(processor, photos)
+    model.target_loss(batch)[0].backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    checkpoint_activations(model, which)
+    layers = layers_by_part(model)
+    calls = {name: [0] * len(part) for name, part in layers.items()}
+
+    def count(name, i):
+        def hook(*_):
+            calls[name][i] += 1
+
+        return hook
+
+    for name, part in layers.items():
+        for i, layer in enumerate(part):  # inside of the layer: its own hooks are outside of what is recomputed
+            next(layer.children()).register_forward_hook(count(name, i))
+    model.target_loss(batch)[0].backward()
+    assert calls == {"vision": vision, "decoder": decoder}
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert torch.equal(parameter.grad, expected[name]), name
+    shares = recomputed_shares(model, which)
+    assert shares == {
+        name: sum(n == 2 for n in of) / len(of) for name, of in (("vision", vision), ("decoder", decoder))
+    }
+
+
+def test_memory_lies_between():
+    def peak(which):
+        model = meta_model(make_model(FOUR)[0].config).train()
+        checkpoint_activations(model, which)
+        estimate = MemoryEstimate(model, Record(64, 16), Precision.from_name("32-true"), Layout())
+        return estimate.step_peak(16)["activations"]
+
+    all_kept, third, half, none_kept = (peak(which) for which in (False, 3, "selective", True))
+    assert none_kept < half < third < all_kept
+    assert (half - none_kept) / (all_kept - none_kept) == pytest.approx(0.5, abs=0.15)
+
+
+def test_what_can_not_be_recomputed_in_part_is_refused():
+    model, _ = make_model()
+    with pytest.raises(
+        InputError, match="model.gradient_checkpointing: expected false, true, selective or a number, got -1"
+    ):
+        checkpoint_activations(model, -1)
+
+
+def _compiled_and_sharded(rank, port, photos):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    from mmprefix.training.layers import layers_of
+    from tests.test_mask_free import model_of, ragged_batches
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1")
+    torch.distributed.init_process_group("gloo")
+    model, processor = model_of("llama", "full")
+    model.train()
+    batches = list(ragged_batches(processor, photos, 4, bucket=32))
+    assert len({batch.input_ids.shape for batch in batches}) > 1, "lengths must differ"
+
+    def losses():
+        found = []
+        for batch in batches:
+            loss = model.target_loss(batch)[0]
+            model.zero_grad()
+            loss.backward()
+            gradients = (
+                getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in model.parameters() if p.grad is not None
+            )
+            found.append((loss.detach(), torch.stack([g.norm() for g in gradients])))
+        return found
+
+    expected = losses()
+    checkpoint_activations(model, "selective")
+    compile_layers(model, backend="aot_eager")
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "target_loss")
+    compiled = losses()
+    torch.testing.assert_close(compiled, expected, atol=1e-4, rtol=1e-3)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "something was compiled"
+    with torch.compiler.set_stance("fail_on_recompile"):
+        losses()
+    torch.distributed.destroy_process_group()
+
+
+def test_layers_are_compiled_one_by_one_and_not_again(photos):
+    """In a process of its own: a model is sharded where there is a group, here of one."""
+    multiprocessing.spawn(_compiled_and_sharded, (29643, photos), nprocs=1)
