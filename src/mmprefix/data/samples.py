@@ -75,40 +75,49 @@ def parse_record(payload: bytes, key: str, shard: str, *, needs_target: bool = T
         if not isinstance(entry, dict):
             raise InputError(f"{one}: expected an object with {', '.join(FIELDS[:2])}, got {type(entry).__name__}")
         default_id = f"{key}#{number}" if isinstance(content, list) else key
-        samples.append(_parse_sample(entry, one, key, default_id, needs_target))
+        try:
+            samples.append(parse_sample(entry, key, default_id, needs_target=needs_target))
+        except InputError as error:
+            raise InputError(f"{one}: {error}") from error
     return tuple(samples)
 
 
-def _parse_sample(entry: Mapping[str, Any], where: str, key: str, default_id: str, needs_target: bool) -> Sample:
+def parse_sample(entry: Mapping[str, Any], key: str, default_id: str, *, needs_target: bool = True) -> Sample:
+    """One sample's JSON, parsed.
+
+    Args:
+        entry: its fields.
+        key: the record's key.
+        default_id: the sample's id, if it doesn't say one.
+        needs_target: whether a sample without target is refused.
+
+    Raises:
+        InputError: what was expected and what came.
+    """
     instruction, images = entry.get("instruction"), entry.get("images", 1)
     turns: list[Any] = instruction if isinstance(instruction, list) else [instruction]
     if not turns or not all(isinstance(turn, str) for turn in turns):
-        raise InputError(f"{where}: expected a string `instruction`, or a list of turns, got {_shown(instruction)}")
+        raise InputError(f"expected a string `instruction`, or a list of turns, got {_shown(instruction)}")
     if type(images) is not int or not 0 <= images <= MAX_IMAGES:
-        raise InputError(f"{where}: expected a number of `images` from 0 to {MAX_IMAGES}, got {_shown(images)}")
-    try:
-        check_marks(as_turns(turns), images)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+        raise InputError(f"expected a number of `images` from 0 to {MAX_IMAGES}, got {_shown(images)}")
+    check_marks(as_turns(turns), images)
     if "target" in entry and "targets" in entry:
-        raise InputError(f"{where}: expected one of `target` and `targets`, got both")
+        raise InputError("expected one of `target` and `targets`, got both")
     targets = entry.get("targets", [entry["target"]] if "target" in entry else [])
     if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
-        raise InputError(f"{where}: expected a string `target` or a list of strings `targets`, got {_shown(targets)}")
+        raise InputError(f"expected a string `target` or a list of strings `targets`, got {_shown(targets)}")
     if needs_target and not targets:
-        raise InputError(
-            f"{where}: expected a `target` or `targets`, got neither (fields: {', '.join(entry) or 'none'})"
-        )
+        raise InputError(f"expected a `target` or `targets`, got neither (fields: {', '.join(entry) or 'none'})")
     if any(not target.strip() for target in targets):
-        raise InputError(f"{where}: expected a target with text, got an empty one")
+        raise InputError("expected a target with text, got an empty one")
     answers = entry.get("answers", targets)
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-        raise InputError(f"{where}: expected a list of strings `answers`, got {_shown(answers)}")
+        raise InputError(f"expected a list of strings `answers`, got {_shown(answers)}")
     for text in (*turns, *targets, *answers):
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise InputError(f"{where}: expected text in Unicode, got half of a surrogate pair in {text[:40]!a}")
+            raise InputError(f"expected text in Unicode, got half of a surrogate pair in {text[:40]!a}")
     if "answers" in entry and not answers:
-        raise InputError(f"{where}: expected at least one of `answers`, got an empty list")
+        raise InputError("expected at least one of `answers`, got an empty list")
     return Sample(
         id=str(entry.get("id", default_id)),
         image_id=str(entry.get("image_id", key)),

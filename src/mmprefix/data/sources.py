@@ -22,8 +22,8 @@ from typing import Any
 
 import ijson
 
+from mmprefix.data.records import SourceRecord
 from mmprefix.data.staging import Staging
-from mmprefix.data.writing import SourceRecord
 from mmprefix.errors import InputError
 from mmprefix.instructions import IMAGE_MARK
 
@@ -604,7 +604,7 @@ def parquet(options: SourceOptions, staging: Staging) -> Iterator[SourceRecord]:
                 else:
                     name = f"{path.stem}-{first + number}"
                     sample = {"id": name, "image_id": name, **sample}
-                    yield SourceRecord((str(path),), where, (sample,), (group, number), column)
+                    yield SourceRecord((str(path),), where, json.dumps([sample]), (group, number), column)
             first += len(rows)
 
 
@@ -624,7 +624,7 @@ def staged_records(images: Path, staging: Staging) -> Iterator[SourceRecord]:
         if outside:
             staging.refuse(outside[0], "image outside of --images")
         else:
-            yield SourceRecord(tuple([os.path.join(folder, name) for name in names]), called, tuple(samples))
+            yield SourceRecord(tuple([os.path.join(folder, name) for name in names]), called, samples)
 
 
 def _exists(options: SourceOptions, name: str) -> bool:

@@ -1,0 +1,109 @@
+"""What the header of an ordinary JPEG or PNG says, read without Pillow, which takes ten times as long for it.
+
+`ordinary_header` answers only where Pillow's `open` would surely answer the same. Anything unusual, damaged, truncated
+or enormous is None: Pillow is asked then, and its verdict stands.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from zlib import crc32
+
+
+class Header(NamedTuple):
+    """What a picture says about itself.
+
+    Attributes:
+        suffix: of files of its format: jpg or png.
+        width, height: in pixels, both at least 1.
+    """
+
+    suffix: str
+    width: int
+    height: int
+
+
+def ordinary_header(content: bytes) -> Header | None:
+    """The header of a picture whose format is read here and whose header holds nothing unusual; otherwise None.
+
+    Args:
+        content: the whole file, or the beginning of one.
+    """
+    if content.startswith(b"\xff\xd8\xff"):
+        return _jpeg(content)
+    if content.startswith(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"):
+        return _png(content)
+    return None
+
+
+# ITU-T T.81, annex B.
+_SOF_BASELINE, _SOF_PROGRESSIVE, _DHT, _SOS, _DQT, _DRI, _COM, _APP2 = 0xC0, 0xC2, 0xC4, 0xDA, 0xDB, 0xDD, 0xFE, 0xE2
+_APP_AS_SHORT_AS = {0xE0: (b"JFIF\0", 16), 0xE2: (b"ICC_PROFILE\0", 17), 0xEE: (b"Adobe", 14)}
+"""Application segments that are read here: how they begin and their least length. (Exif may hold anything.)"""
+_DQT_TABLE = 65
+"""Bytes of a table of 8-bit values, with the byte that says so."""
+
+
+def _jpeg(content: bytes) -> Header | None:
+    """Walks from segment to segment up to the start of the scan, as Pillow does."""
+    frame = None
+    at, end = 2, len(content) - 4
+    while at <= end:
+        marker, length = content[at + 1], content[at + 2] << 8 | content[at + 3]
+        beyond = at + 2 + length
+        if content[at] != 0xFF or length < 2 or beyond > len(content):
+            return None
+        if marker == _DQT:
+            if (length - 2) % _DQT_TABLE or max(content[at + 4 : beyond : _DQT_TABLE], default=0) > 0x0F:
+                return None
+        elif marker == _SOF_BASELINE or marker == _SOF_PROGRESSIVE:
+            if frame is not None or length not in (11, 17):  # one component, or three
+                return None
+            if content[at + 4] != 8 or 8 + 3 * content[at + 9] != length:  # bits of a sample
+                return None
+            height, width = content[at + 5] << 8 | content[at + 6], content[at + 7] << 8 | content[at + 8]
+            if not height or not width:
+                return None
+            frame = Header("jpg", width, height)
+        elif marker == _SOS:
+            return frame
+        elif marker in _APP_AS_SHORT_AS:
+            start, least = _APP_AS_SHORT_AS[marker]
+            if length < least or not content.startswith(start, at + 4):
+                return None
+        elif marker != _DHT and marker != _DRI and marker != _COM:
+            return None
+        at = beyond
+    return None
+
+
+# PNG (third edition), 11.2.1 and 11.3; a chunk is its length, its type, its content and a checksum of the latter two.
+_BITS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+"""Bits of a sample, by colour type."""
+_LEAST = {b"PLTE": 3, b"gAMA": 4, b"pHYs": 9, b"sRGB": 1, b"cHRM": 32}
+"""Chunks that are read here, and the least that they hold."""
+_FIRST_CHUNK = 8 + 25
+"""The signature and IHDR."""
+
+
+def _png(content: bytes) -> Header | None:
+    """Checks IHDR and what comes between it and the first IDAT, checksums included."""
+    if len(content) < _FIRST_CHUNK or crc32(content[12:29]) != int.from_bytes(content[29:33], "big"):
+        return None
+    width, height = int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+    bits, colour, _, filtering, _ = content[24:29]
+    if not 0 < width < 1 << 31 or not 0 < height < 1 << 31 or bits not in _BITS.get(colour, ()) or filtering:
+        return None
+    at = _FIRST_CHUNK
+    while len(content) >= at + 8:
+        length, kind = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]
+        if kind == b"IDAT":
+            return Header("png", width, height)
+        beyond = at + 8 + length
+        checksum = content[beyond : beyond + 4]
+        if length < _LEAST.get(kind, 1 << 31) or len(checksum) < 4:
+            return None
+        if crc32(content[at + 4 : beyond]) != int.from_bytes(checksum, "big"):
+            return None
+        at = beyond + 4
+    return None
