@@ -51,9 +51,12 @@ def identity(sample: dict[str, Any]) -> tuple[str, ...]:
 
 
 def absorb(first: dict[str, Any], sample: dict[str, Any]) -> None:
-    """Adds the targets and answers of a sample to the first one of the same identity."""
+    """Adds the targets and answers of a sample to the first one of the same identity, whose lists grow."""
     if sample.get("targets"):
-        first["targets"] = [*(first.get("targets") or []), *sample["targets"]]
+        if first.get("targets"):
+            first["targets"] += sample["targets"]
+        else:
+            first["targets"] = sample["targets"]
     if sample.get("answers") and sample["answers"] != first.get("answers"):
         first["answers"] = [*(first.get("answers") or []), *sample["answers"]]
 
