@@ -6,6 +6,7 @@ or enormous is None: Pillow is asked then, and its verdict stands.
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import NamedTuple
 from zlib import crc32
 
@@ -37,42 +38,41 @@ def ordinary_header(content: bytes) -> Header | None:
 
 
 # ITU-T T.81, annex B.
-_SOF_BASELINE, _SOF_PROGRESSIVE, _DHT, _SOS, _DQT, _DRI, _COM, _APP2 = 0xC0, 0xC2, 0xC4, 0xDA, 0xDB, 0xDD, 0xFE, 0xE2
-_APP_AS_SHORT_AS = {0xE0: (b"JFIF\0", 16), 0xE2: (b"ICC_PROFILE\0", 17), 0xEE: (b"Adobe", 14)}
+_SOF_BASELINE, _SOF_PROGRESSIVE, _DHT, _SOS, _DQT, _DRI, _COM = 0xC0, 0xC2, 0xC4, 0xDA, 0xDB, 0xDD, 0xFE
+_APPLICATIONS = {0xE0: (b"JFIF\0", 16), 0xE2: (b"ICC_PROFILE\0", 17), 0xEE: (b"Adobe", 14)}
 """Application segments that are read here: how they begin and their least length. (Exif may hold anything.)"""
 _DQT_TABLE = 65
 """Bytes of a table of 8-bit values, with the byte that says so."""
+_segment, _frame = Struct(">BBH").unpack_from, Struct(">BHHB").unpack_from
 
 
 def _jpeg(content: bytes) -> Header | None:
     """Walks from segment to segment up to the start of the scan, as Pillow does."""
     frame = None
-    at, end = 2, len(content) - 4
-    while at <= end:
-        marker, length = content[at + 1], content[at + 2] << 8 | content[at + 3]
+    at, last = 2, len(content) - 4
+    while at <= last:
+        escape, marker, length = _segment(content, at)
         beyond = at + 2 + length
-        if content[at] != 0xFF or length < 2 or beyond > len(content):
+        if escape != 0xFF or length < 2 or beyond > len(content):
             return None
-        if marker == _DQT:
-            if (length - 2) % _DQT_TABLE or max(content[at + 4 : beyond : _DQT_TABLE], default=0) > 0x0F:
+        if marker == _DHT or marker == _DRI or marker == _COM:
+            pass
+        elif marker == _DQT:
+            if (length - 2) % _DQT_TABLE or (length > 2 and max(content[at + 4 : beyond : _DQT_TABLE]) > 0x0F):
                 return None
         elif marker == _SOF_BASELINE or marker == _SOF_PROGRESSIVE:
             if frame is not None or length not in (11, 17):  # one component, or three
                 return None
-            if content[at + 4] != 8 or 8 + 3 * content[at + 9] != length:  # bits of a sample
-                return None
-            height, width = content[at + 5] << 8 | content[at + 6], content[at + 7] << 8 | content[at + 8]
-            if not height or not width:
+            bits, height, width, components = _frame(content, at + 4)
+            if bits != 8 or not height or not width or 8 + 3 * components != length:
                 return None
             frame = Header("jpg", width, height)
         elif marker == _SOS:
             return frame
-        elif marker in _APP_AS_SHORT_AS:
-            start, least = _APP_AS_SHORT_AS[marker]
+        else:
+            start, least = _APPLICATIONS.get(marker, (b"", 1 << 16))
             if length < least or not content.startswith(start, at + 4):
                 return None
-        elif marker != _DHT and marker != _DRI and marker != _COM:
-            return None
         at = beyond
     return None
 

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,15 +220,16 @@ def _coco_images(entries: Iterable[dict[str, Any]], staging: Staging) -> None:
 
 
 def _coco_captions(entries: Iterable[dict[str, Any]], options: SourceOptions, staging: Staging) -> None:
+    begin = partial(_caption, options, captions=())
     for entry in entries:
-        number, caption = entry.get("image_id"), entry.get("caption")
-        if number is None or not isinstance(caption, str):
+        number, caption = entry.get("image_id"), _text(entry.get("caption"))
+        if number is None or caption is None:
             staging.refuse(f"caption {_name(entry, 'id')}", "bad entry", "expected `image_id` and `caption`")
         else:
-            staging.add(str(number), _caption(options, str(number), [caption]))
+            staging.add_target(str(number), caption, begin)
 
 
-def _caption(options: SourceOptions, number: str, captions: list[Any]) -> dict[str, Any]:
+def _caption(options: SourceOptions, number: str, captions: Iterable[Any]) -> dict[str, Any]:
     texts = [text for caption in captions if (text := _text(caption)) is not None]
     return {
         "id": number, "image_id": number, "instruction": options.caption_instruction(), "targets": texts,

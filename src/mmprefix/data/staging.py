@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -63,6 +63,7 @@ class Staging:
             self._db.execute(f"CREATE TABLE {table} {columns}")
         self._waiting: dict[str, list[tuple[Any, ...]]] = {table: [] for table in _TABLES}
         self._held: dict[tuple[str, ...], dict[str, Any]] = {}  # samples, by image and identity
+        self._growing: dict[str, list[str]] = {}  # targets of those that `add_target` began, by image
         self._room = _ROOM
         self._joined = False
         self._named = self._answered = False
@@ -89,34 +90,52 @@ class Staging:
         self._db.executemany(_INSERT[table], self._waiting[table])
         self._waiting[table].clear()
 
-    def add(self, image: str | Sequence[str], sample: dict[str, Any], group: str = "") -> None:
-        """A sample of an image, of several or of none.
+    def add(self, image: str | Sequence[str], sample: dict[str, Any], group: str = "") -> dict[str, Any]:
+        """A sample of an image, of several or of none; it is this object's from now on.
 
         Args:
             image: its name; or its key, if `name` says what keys are called; or the names of several, or none.
             sample: with its ``id``, if `answer` says what is answered to it.
             group: of samples without an image, those that make up a record.
+
+        Returns:
+            The sample as it waits: this one, or the one of the same identity that it was added to.
         """
         if isinstance(image, str):
             key = image
         else:
             key = _BETWEEN.join(image) if image else _BETWEEN + group
         same = key, *identity(sample)
-        first = self._held.get(same)
-        if first is None:
-            self._held[same] = sample
+        if self._room < 0:
+            self._put_held()
+        self._room -= sum([_OF_A_TEXT + len(text) for text in sample.get("targets") or ()])
+        first = self._held.setdefault(same, sample)
+        if first is sample:
             self._room -= _OF_A_SAMPLE + 2 * len(same[-1])
         else:
             absorb(first, sample)
-        for text in sample.get("targets") or ():
-            self._room -= _OF_A_TEXT + len(text)
-        if self._room < 0:
-            self._put_held()
+        return first
+
+    def add_target(self, image: str, target: str, begin: Callable[[str], dict[str, Any]]) -> None:
+        """One more target of an image's only sample: `add`, in a third of the time.
+
+        Args:
+            image: its name or key.
+            target: a text.
+            begin: makes the sample, with an empty list of ``targets``, for the image.
+        """
+        targets = self._growing.get(image)
+        if targets is None or self._room < 0:
+            targets = self.add(image, begin(image))["targets"]
+            self._growing[image] = targets
+        targets.append(target)
+        self._room -= _OF_A_TEXT + len(target)
 
     def _put_held(self) -> None:
         for (key, number, *_), sample in self._held.items():
             self._put("samples", key, number, json.dumps(sample))
         self._held.clear()
+        self._growing.clear()
         self._room = _ROOM
 
     def name(self, image: str, name: str) -> None:

@@ -12,6 +12,7 @@ This module knows no data set: `sources` reads those.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import json
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from mmprefix.data.headers import ordinary_header
 from mmprefix.data.index import read_index, write_split
 from mmprefix.data.records import Refusal, SourceRecord
-from mmprefix.data.samples import MAX_IMAGE_BYTES, parse_sample
+from mmprefix.data.samples import MAX_IMAGE_BYTES, check_sample
 from mmprefix.errors import InputError
 from mmprefix.files import replacing
 
@@ -101,6 +102,7 @@ _start_error = ""
 
 def _start_worker(tokenizer: str | None) -> None:
     global _count_tokens
+    gc.freeze()  # what was there before the fork is never looked at, which would copy its pages
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the main process ends us
     if tokenizer is not None:
         from transformers import AutoTokenizer
@@ -259,7 +261,7 @@ def _usable(
             continue
         try:
             payload = _as_json(sample).encode()
-            parse_sample(sample, "", "", needs_target=needs_target)
+            check_sample(sample, needs_target=needs_target)
         except (InputError, UnicodeEncodeError) as error:  # half of a surrogate pair, in whatever field
             refuse(f"{record.name}: {entry.get('id', number)}", "bad sample", str(error))
             continue
