@@ -41,7 +41,7 @@ class JsonStream:
         self._text, self._at = "", 0
         self._before = 0  # characters of the document in front of `_text`
 
-    def _read(self, size: int = _PIECE) -> bool:
+    def _read(self, size: int) -> bool:
         """Forgets what was read; reads on behind the rest. False at the end of the file."""
         more = self._file.read(size)
         text = self._decoder.decode(more, final=not more)
@@ -59,7 +59,7 @@ class JsonStream:
             self._at = _BLANKS.match(self._text, self._at).end()  # type: ignore[union-attr]  # it always matches
             if self._at < len(self._text):
                 return self._text[self._at]
-            if not self._read():
+            if not self._read(_PIECE):
                 return ""
 
     def _pass(self, characters: str, expected: str) -> str:
@@ -113,7 +113,7 @@ class JsonStream:
         What stands in front of a brace parses as elements of an array only if the brace closes one of them.
         """
         if len(self._text) - self._at < _PIECE // 2:
-            self._read()
+            self._read(_PIECE)
         brace = self._text.rfind("}", self._at) + 1
         try:
             block: list[Any]
