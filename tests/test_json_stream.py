@@ -56,7 +56,9 @@ def test_verdicts_on_damaged_documents_match_json(piece):
         content = bytearray(json.dumps(DOCUMENTS[number % 4], separators=(",", ":") if number % 2 else None).encode())
         for _ in range(draw.choice((1, 1, 2))):
             at = draw.randrange(len(content) + 1)
-            content[at : at + draw.choice((0, 1, 1, 30))] = draw.choice((b"", b",", b"]", b"}", b"{", b'"', b":", b"1", b"\xff", b"[]"))
+            content[at : at + draw.choice((0, 1, 1, 30))] = draw.choice(
+                (b"", b",", b"]", b"}", b"{", b'"', b":", b"1", b"\xff", b"[]")
+            )
         try:
             expected = json.loads(bytes(content))
         except ValueError:
@@ -68,7 +70,9 @@ def test_verdicts_on_damaged_documents_match_json(piece):
     assert 100 < refused < 600
 
 
-@pytest.mark.parametrize("content", [b"", b" ", b"[NaN]", b"[1,]", b"[{},]", b'{"a":1,}', b"[] []", b"{1:2}", b"[{}", b"[-Infinity]"])
+@pytest.mark.parametrize(
+    "content", [b"", b" ", b"[NaN]", b"[1,]", b"[{},]", b'{"a":1,}', b"[] []", b"{1:2}", b"[{}", b"[-Infinity]"]
+)
 def test_what_is_no_json_is_refused(piece, content):
     with pytest.raises(ValueError):  # noqa: PT011
         read(content)

@@ -190,9 +190,7 @@ class _Bar:
         if self._bar is None and time.monotonic() > self._shown_at:
             from tqdm import tqdm
 
-            self._bar = tqdm(
-                desc=self._name, total=self._total, unit="image", leave=False, mininterval=self._interval
-            )
+            self._bar = tqdm(desc=self._name, total=self._total, unit="image", leave=False, mininterval=self._interval)
             number = self._done
         if self._bar is not None:
             self._bar.update(number)

@@ -38,7 +38,9 @@ def ordinary_header(content: bytes) -> Header | None:
 
 
 # ITU-T T.81, annex B.
-_SOF_BASELINE, _SOF_PROGRESSIVE, _DHT, _SOS, _DQT, _DRI, _COM = 0xC0, 0xC2, 0xC4, 0xDA, 0xDB, 0xDD, 0xFE
+_SOS, _DQT = 0xDA, 0xDB
+_FRAMES = frozenset((0xC0, 0xC2))  # baseline, progressive
+_SKIPPED = frozenset((0xC4, 0xDD, 0xFE))  # Huffman tables, restart interval, comment: Pillow, too, skips them
 _APPLICATIONS = {0xE0: (b"JFIF\0", 16), 0xE2: (b"ICC_PROFILE\0", 17), 0xEE: (b"Adobe", 14)}
 """Application segments that are read here: how they begin and their least length. (Exif may hold anything.)"""
 _DQT_TABLE = 65
@@ -55,12 +57,12 @@ def _jpeg(content: bytes) -> Header | None:
         beyond = at + 2 + length
         if escape != 0xFF or length < 2 or beyond > len(content):
             return None
-        if marker == _DHT or marker == _DRI or marker == _COM:
+        if marker in _SKIPPED:
             pass
         elif marker == _DQT:
             if (length - 2) % _DQT_TABLE or (length > 2 and max(content[at + 4 : beyond : _DQT_TABLE]) > 0x0F):
                 return None
-        elif marker == _SOF_BASELINE or marker == _SOF_PROGRESSIVE:
+        elif marker in _FRAMES:
             if frame is not None or length not in (11, 17):  # one component, or three
                 return None
             bits, height, width, components = _frame(content, at + 4)

@@ -98,9 +98,7 @@ def _parse_sample(entry: Mapping[str, Any], key: str, default_id: str, needs_tar
     )
 
 
-def check_sample(
-    entry: Mapping[str, Any], *, needs_target: bool = True
-) -> tuple[list[str], list[str], list[str], int]:
+def check_sample(entry: Mapping[str, Any], *, needs_target: bool = True) -> tuple[list[str], list[str], list[str], int]:
     """Turns, targets, answers and number of images of a sample's JSON.
 
     Args:
