@@ -12,6 +12,7 @@ adds. Steps of the main process come one after the other; those of workers run o
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import os
 import pickle
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    gc.freeze()  # torch came with the package: its objects are not to be looked through in the middle of a step
     steps = Steps()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

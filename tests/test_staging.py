@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from mmprefix.data.records import SourceRecord
 from mmprefix.data.sources import READERS, SourceOptions, staged_records
 from mmprefix.data.staging import Staging
@@ -39,3 +41,15 @@ def test_an_image_of_any_size_is_read_whole(tmp_path, monkeypatch):
         assert _read(SourceRecord((str(tmp_path / "x"),), "x", "[]"), 0) == bytes(range(size))
     (tmp_path / "x").write_bytes(bytes(80))
     assert len(_read(SourceRecord((str(tmp_path / "x"),), "x", "[]"), 0)) == 51, "one more than allowed, to be refused"
+
+
+@pytest.mark.parametrize("room", [0, 1 << 20])
+def test_a_question_that_is_listed_twice_is_one_however_few_samples_wait(tmp_path, monkeypatch, room):
+    monkeypatch.setattr("mmprefix.data.staging._ROOM", room)
+    with Staging(tmp_path, "twice") as staging:
+        staging.answer("1", {"targets": ["yes"], "kind": "k"})
+        for _ in range(2):
+            staging.add("a.png", {"id": "1", "instruction": "q?"})
+        ((_, _, samples),) = staging
+        (sample,) = SourceRecord(("a.png",), "a.png", samples).read_samples()
+    assert sample == {"id": "1", "instruction": "q?", "targets": ["yes", "yes"], "kind": "k"}

@@ -171,7 +171,7 @@ def prepare(arguments: list[str]) -> int:
 
 
 class _Bar:
-    """A progress bar for who waits; to import tqdm takes as long as to convert a thousand small pictures."""
+    """A progress bar that is made, and tqdm imported, only where somebody waits."""
 
     def __init__(self, name: str, total: int | None) -> None:
         self._name, self._total = name, total

@@ -1,4 +1,4 @@
-"""What the header of an ordinary JPEG or PNG says, read without Pillow, which takes ten times as long for it.
+"""What the header of an ordinary JPEG or PNG says, read without Pillow, whose look takes many times as long.
 
 `ordinary_header` answers only where Pillow's `open` would surely answer the same. Anything unusual, damaged, truncated
 or enormous is None: Pillow is asked then, and its verdict stands.

@@ -192,7 +192,7 @@ _CONSTANT_SUM = sum(_MODE_OWNER + _TIME + _REST) + 8 * ord(" ")
 
 
 def _header(name: str, size: int) -> bytes:
-    """The ustar header of a file. `tarfile` takes forty times as long, longer than reading a small picture."""
+    """The ustar header of a file. `tarfile` takes longer for it than reading a small picture does."""
     encoded = name.encode("ascii")
     assert len(encoded) < 100
     assert size < 8**11
@@ -288,7 +288,7 @@ def _image_of(record: SourceRecord, number: int, resize: int | None) -> tuple[by
 def _seen_by_pillow(content: bytes, resize: int | None) -> tuple[bytes, str]:
     if len(content) > MAX_IMAGE_BYTES:
         raise _Unusable("image too large", f"{len(content)} bytes, at most {MAX_IMAGE_BYTES}")
-    from PIL import Image  # takes as long as a thousand ordinary pictures, which don't need it
+    from PIL import Image  # not at the start: a set of ordinary pictures needs none of it
 
     try:
         with warnings.catch_warnings():
