@@ -9,8 +9,9 @@
 Cases:
     convert   `prepare coco` of many small images with five captions each, against `tar` of the same files. Counted with
               everything: Python's start, reading the annotations, checking each picture, JSON, checksums, index.
-              Small images, then photographs. `peak_memory` is that of the main process, and of a conversion of a quarter
-              as many images beside it.
+              Small images, then photographs; `cpu_seconds` are those of all processes, user and system, which a busy
+              machine disturbs less. `peak_memory` is that of the main process, for four times as many small images
+              beside these. (Fewer than these all wait in memory together, and need less.)
     loader    images per second of our loader with two processes (decode, resize, normalise, tokenize, collate), against
               two processes that decode and resize the same files with Pillow and do nothing else
     resume    seconds from nothing to the first batch's records behind sample 1,000,000, on an index of 2,000 shards;
@@ -25,11 +26,13 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -86,24 +89,36 @@ sys.exit(status)
 
 
 def timed(command: list[str]) -> dict[str, float]:
-    """Seconds of a command, and the number in its last line if there is one."""
-    start = time.perf_counter()
+    """Seconds of a command, those of its processes on a core, and the number in its last line if that is one."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    seconds = time.perf_counter() - start
-    lines = done.stdout.splitlines()
-    return {"seconds": seconds, "memory": 1024.0 * int(lines[-1]) if lines else 0.0}
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    last = done.stdout.splitlines()[-1:]
+    return {
+        "seconds": seconds,
+        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "memory": 1024.0 * int(last[0]) if last and last[0].isdigit() else 0.0,
+    }
 
 
 # convert --------------------------------------------------------------------------------------------------------------
 
 
-def write_small(folder: Path, number: int) -> Path:
-    """So many JPEGs of 64 pixels and their captions, in no order; returns the captions."""
+def write_small(folder: Path, number: int, linked: Path | None = None) -> Path:
+    """So many JPEGs of 64 pixels and their captions, in no order; returns the captions.
+
+    Images are links to those of ``linked``, in turn, if that is given.
+    """
+    originals = sorted((linked / "images").iterdir()) if linked else []
     (folder / "images").mkdir(parents=True)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     images, captions = [], []
     for n in range(number):
-        noise.rotate(n % 360).save(folder / "images" / f"{n:012d}.jpg", quality=75)
+        path = folder / "images" / f"{n:012d}.jpg"
+        if originals:
+            path.hardlink_to(originals[n % len(originals)])
+        else:
+            noise.rotate(n % 360).save(path, quality=75)
         images.append({"id": n, "file_name": f"{n:012d}.jpg"})
         captions += [{"id": 5 * n + k, "image_id": n, "caption": f"picture number {n}, caption {k}"} for k in range(5)]
     order = np.random.default_rng(1).permutation(len(captions))
@@ -123,16 +138,17 @@ def write_photos(folder: Path, number: int) -> None:
 def convert(size: Size, work: Path, repeats: int) -> Iterator[Measured]:
     """Against `tar`."""
 
-    def prepare(folder: Path) -> dict[str, float]:
+    def prepare(folder: Path, python: Sequence[str] = ("-m", "mmprefix")) -> dict[str, float]:
         out = folder / "shards"
-        command = [sys.executable, "-c", _WITH_MEMORY, "prepare", "coco", "--annotations", str(folder / "captions.json"),
+        command = [sys.executable, *python, "prepare", "coco", "--annotations", str(folder / "captions.json"),
                    "--images", str(folder / "images"), "--out", str(out), "--overwrite"]  # fmt: skip
         return timed(command)
 
-    few, many = work / "few", work / "many"
-    write_small(few, size.small_images // 4)
+    many, more = work / "many", work / "more"
     write_small(many, size.small_images)
-    memory = prepare(few)["memory"], prepare(many)["memory"]
+    write_small(more, 4 * size.small_images, linked=many)
+    memory = [prepare(folder, ("-c", _WITH_MEMORY))["memory"] for folder in (many, more)]
+    shutil.rmtree(more)  # otherwise each image of `many` would be one of several links, which tar looks after
     shards = ShardCollection(str(many / "shards"), "shards")
     assert len(shards) == size.small_images
     assert shards.num_samples == size.small_images
@@ -148,7 +164,8 @@ def convert(size: Size, work: Path, repeats: int) -> Iterator[Measured]:
     for folder, peer in ((many, "tar"), (photos, "tar, photographs")):
         tar = ["tar", "-cf", str(work / "plain.tar"), "-C", str(folder), "images"]
         values = take_turns({"tar": partial(timed, tar), "mmprefix": partial(prepare, folder)}, repeats)
-        yield peer, "seconds", values["tar"]["seconds"], values["mmprefix"]["seconds"]
+        for metric in ("seconds", "cpu_seconds"):
+            yield peer, metric, values["tar"][metric], values["mmprefix"][metric]
     yield "a quarter of the images", "peak_memory", [memory[0]], [memory[1]]
 
 

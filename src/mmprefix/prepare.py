@@ -12,9 +12,7 @@ import time
 from argparse import Namespace
 from itertools import chain
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmprefix import __version__
 from mmprefix.arguments import CommandParser, available_cores
@@ -22,6 +20,9 @@ from mmprefix.data.sources import PICTURES, READERS, Columns, SourceOptions, sta
 from mmprefix.data.staging import Staging
 from mmprefix.data.writing import Converted, Job, convert, finished_entry, remove_split, workers
 from mmprefix.errors import InputError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 DIGITS = "digits"
 TABLES = ("jsonl", "csv", "parquet")
@@ -150,18 +151,11 @@ def prepare(arguments: list[str]) -> int:
             _say(Converted(entry), options)
             return 0
     job = Job(options.out, options.split, options.resize, options.tokenizer, needs_target=not options.no_targets)
-    # In a log file each refresh is a line of its own.
-    bar_settings: dict[str, Any] = {
-        "mininterval": 0.1 if sys.stderr.isatty() else 30.0,
-        "unit": "image",
-        "leave": False,
-        "delay": 0.5,
-    }
     try:
         with workers(options.processes, options.tokenizer) as pool, Staging(options.out, options.split) as staging:
             inside = READERS[options.source](source, staging)  # only Parquet with pictures inside gives records itself
             records = chain(inside or (), staged_records(options.images or Path(), staging))
-            with tqdm(desc=options.split, total=None if inside else len(staging), **bar_settings) as bar:
+            with _Bar(options.split, None if inside else len(staging)) as bar:
                 converted = convert(
                     job, records, fingerprint, shard_size=options.shard_size, pool=pool, processes=options.processes,
                     refused=staging.refused, advance=bar.update,
@@ -174,6 +168,36 @@ def prepare(arguments: list[str]) -> int:
         f"{time.monotonic() - started:.1f} seconds; train on it with --data.train '{options.out}/{options.split}-*.tar'"
     )
     return 0 if converted.entry["samples"] else 1
+
+
+class _Bar:
+    """A progress bar that is made, and tqdm imported, only where somebody waits."""
+
+    def __init__(self, name: str, total: int | None) -> None:
+        self._name, self._total = name, total
+        # In a log file each refresh is a line of its own.
+        self._interval = 0.1 if sys.stderr.isatty() else 30.0
+        self._shown_at = time.monotonic() + max(0.5, self._interval)
+        self._done = 0
+        self._bar: tqdm[NoReturn] | None = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def update(self, number: int) -> None:
+        """So many more images are done."""
+        self._done += number
+        if self._bar is None and time.monotonic() > self._shown_at:
+            from tqdm import tqdm
+
+            self._bar = tqdm(desc=self._name, total=self._total, unit="image", leave=False, mininterval=self._interval)
+            number = self._done
+        if self._bar is not None:
+            self._bar.update(number)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 def _say(converted: Converted, options: Namespace) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ MAX_IMAGES = 1024
 MAX_IMAGE_BYTES = 256 << 20
 MAX_JSON_BYTES = 64 << 20
 """Larger members are refused unread: a shard may come from strangers."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -75,40 +78,15 @@ def parse_record(payload: bytes, key: str, shard: str, *, needs_target: bool = T
         if not isinstance(entry, dict):
             raise InputError(f"{one}: expected an object with {', '.join(FIELDS[:2])}, got {type(entry).__name__}")
         default_id = f"{key}#{number}" if isinstance(content, list) else key
-        samples.append(_parse_sample(entry, one, key, default_id, needs_target))
+        try:
+            samples.append(_parse_sample(entry, key, default_id, needs_target))
+        except InputError as error:
+            raise InputError(f"{one}: {error}") from error
     return tuple(samples)
 
 
-def _parse_sample(entry: Mapping[str, Any], where: str, key: str, default_id: str, needs_target: bool) -> Sample:
-    instruction, images = entry.get("instruction"), entry.get("images", 1)
-    turns: list[Any] = instruction if isinstance(instruction, list) else [instruction]
-    if not turns or not all(isinstance(turn, str) for turn in turns):
-        raise InputError(f"{where}: expected a string `instruction`, or a list of turns, got {_shown(instruction)}")
-    if type(images) is not int or not 0 <= images <= MAX_IMAGES:
-        raise InputError(f"{where}: expected a number of `images` from 0 to {MAX_IMAGES}, got {_shown(images)}")
-    try:
-        check_marks(as_turns(turns), images)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    if "target" in entry and "targets" in entry:
-        raise InputError(f"{where}: expected one of `target` and `targets`, got both")
-    targets = entry.get("targets", [entry["target"]] if "target" in entry else [])
-    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
-        raise InputError(f"{where}: expected a string `target` or a list of strings `targets`, got {_shown(targets)}")
-    if needs_target and not targets:
-        raise InputError(
-            f"{where}: expected a `target` or `targets`, got neither (fields: {', '.join(entry) or 'none'})"
-        )
-    if any(not target.strip() for target in targets):
-        raise InputError(f"{where}: expected a target with text, got an empty one")
-    answers = entry.get("answers", targets)
-    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-        raise InputError(f"{where}: expected a list of strings `answers`, got {_shown(answers)}")
-    for text in (*turns, *targets, *answers):
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise InputError(f"{where}: expected text in Unicode, got half of a surrogate pair in {text[:40]!a}")
-    if "answers" in entry and not answers:
-        raise InputError(f"{where}: expected at least one of `answers`, got an empty list")
+def _parse_sample(entry: Mapping[str, Any], key: str, default_id: str, needs_target: bool) -> Sample:
+    turns, targets, answers, images = check_sample(entry, needs_target=needs_target)
     return Sample(
         id=str(entry.get("id", default_id)),
         image_id=str(entry.get("image_id", key)),
@@ -118,6 +96,47 @@ def _parse_sample(entry: Mapping[str, Any], where: str, key: str, default_id: st
         answers=tuple(answers),
         images=images,
     )
+
+
+def check_sample(entry: Mapping[str, Any], *, needs_target: bool = True) -> tuple[list[str], list[str], list[str], int]:
+    """Turns, targets, answers and number of images of a sample's JSON.
+
+    Args:
+        entry: the sample's fields.
+        needs_target: whether a sample without target is refused.
+
+    Raises:
+        InputError: what was expected and what came.
+    """
+    instruction, images = entry.get("instruction"), entry.get("images", 1)
+    turns: list[Any] = instruction if isinstance(instruction, list) else [instruction]
+    if not turns or not _are_texts(turns):
+        raise InputError(f"expected a string `instruction`, or a list of turns, got {_shown(instruction)}")
+    if type(images) is not int or not 0 <= images <= MAX_IMAGES:
+        raise InputError(f"expected a number of `images` from 0 to {MAX_IMAGES}, got {_shown(images)}")
+    check_marks(as_turns(turns), images)
+    if "target" in entry and "targets" in entry:
+        raise InputError("expected one of `target` and `targets`, got both")
+    targets = entry.get("targets", [entry["target"]] if "target" in entry else [])
+    if not isinstance(targets, list) or not _are_texts(targets):
+        raise InputError(f"expected a string `target` or a list of strings `targets`, got {_shown(targets)}")
+    if needs_target and not targets:
+        raise InputError(f"expected a `target` or `targets`, got neither (fields: {', '.join(entry) or 'none'})")
+    if not all(map(str.strip, targets)):
+        raise InputError("expected a target with text, got an empty one")
+    answers = entry.get("answers", targets)
+    if not isinstance(answers, list) or not _are_texts(answers):
+        raise InputError(f"expected a list of strings `answers`, got {_shown(answers)}")
+    for text in (*turns, *targets, *answers):
+        if not text.isascii() and _SURROGATE.search(text):
+            raise InputError(f"expected text in Unicode, got half of a surrogate pair in {text[:40]!a}")
+    if "answers" in entry and not answers:
+        raise InputError("expected at least one of `answers`, got an empty list")
+    return turns, targets, answers, images
+
+
+def _are_texts(values: list[Any]) -> bool:
+    return set(map(type, values)) <= {str}  # as JSON has them: no subclasses
 
 
 def _shown(value: Any) -> str:

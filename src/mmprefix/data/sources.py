@@ -16,14 +16,15 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ijson
-
+from mmprefix.data.json_stream import JsonStream
+from mmprefix.data.records import SourceRecord
 from mmprefix.data.staging import Staging
-from mmprefix.data.writing import SourceRecord
 from mmprefix.errors import InputError
 from mmprefix.instructions import IMAGE_MARK
 
@@ -84,39 +85,79 @@ class SourceOptions:
 # Streams --------------------------------------------------------------------------------------------------------------
 
 
-def _items(path: Path, prefix: str) -> Iterator[Any]:
-    """Elements of a JSON array, one after the other; nothing where the file has no such array.
+def _lists(path: Path, *names: str) -> Iterator[tuple[str, list[Any]]]:
+    """Elements of the arrays that are members of a JSON object with these names, some at a time, as the file has them;
+    nothing where it has none, or is no object."""
+    with _opened(path) as document:
+        if document.peek() != "{":
+            document.skip()
+        else:
+            for name in document.members():
+                if name in names and document.peek() == "[":
+                    for block in document.elements():
+                        yield name, block
+                else:
+                    document.skip()
+        document.end()
 
-    Args:
-        path: a JSON file.
-        prefix: ``annotations.item``, ``item`` for an array that is the file.
-    """
-    yield from _streamed(path, lambda file: ijson.items(file, prefix, use_float=True))
+
+def _items(path: Path) -> Iterator[Any]:
+    """Elements of a file that is a JSON array, one after the other; nothing where it is something else."""
+    with _opened(path) as document:
+        if document.peek() == "[":
+            for block in document.elements():
+                yield from block
+        else:
+            document.skip()
+        document.end()
 
 
-def _objects(path: Path, prefix: str, staging: Staging) -> Iterator[dict[str, Any]]:
-    """The elements of an array that are objects; others are refused."""
-    for number, entry in enumerate(_items(path, prefix)):
+def _entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Members of a file that is a JSON object; nothing where it is something else."""
+    with _opened(path) as document:
+        if document.peek() == "{":
+            for name in document.members():
+                yield name, document.value()
+        else:
+            document.skip()
+        document.end()
+
+
+def _member(path: Path, name: str) -> Any:
+    """The value of a member of a file that is a JSON object; "" where there is none."""
+    with _opened(path) as document:
+        for found in document.members() if document.peek() == "{" else ():
+            if found == name:
+                return document.value()
+            document.skip()
+    return ""
+
+
+def _objects(path: Path, name: str, staging: Staging) -> Iterator[dict[str, Any]]:
+    """The elements of an array in a JSON object that are objects; others are refused."""
+    number = 0
+    for _, block in _lists(path, name):
+        yield from _only_objects(block, f"{path.name}: {name}", number, staging)
+        number += len(block)
+
+
+def _only_objects(block: list[Any], where: str, first: int, staging: Staging) -> Iterator[dict[str, Any]]:
+    for number, entry in enumerate(block, first):
         if isinstance(entry, dict):
             yield entry
         else:
-            staging.refuse(
-                f"{path.name}: {prefix.removesuffix('.item')}[{number}]", "bad entry", f"a {type(entry).__name__}"
-            )
+            staging.refuse(f"{where}[{number}]", "bad entry", f"a {type(entry).__name__}")
 
 
-def _entries(path: Path, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Members of a JSON object."""
-    yield from _streamed(path, lambda file: ijson.kvitems(file, prefix, use_float=True))
-
-
-def _streamed(path: Path, read: Callable[[Any], Iterable[Any]]) -> Iterator[Any]:
+@contextmanager
+def _opened(path: Path) -> Iterator[JsonStream]:
+    """The document in a file. What can't be read, or isn't JSON, is an `InputError`."""
     try:
         with path.open("rb") as file:
-            yield from read(file)
+            yield JsonStream(file)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ijson.JSONError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, among others
         raise InputError(f"{path}: expected JSON, got {' '.join(str(error).split())[:200]}") from error
 
 
@@ -148,33 +189,47 @@ def _most_common(answers: list[str]) -> str:
 def coco(options: SourceOptions, staging: Staging) -> None:
     """COCO captions (``captions_train2017.json``), or Karpathy's split of them (``dataset_coco.json``)."""
     path = _only(options, "one captions file")
-    first = next(_items(path, "images.item"), None)
+    first = next((block[0] for _, block in _lists(path, "images")), None)
     if not isinstance(first, dict):
         raise InputError(f"{path}: expected COCO captions with a list `images`, got none")
     if "sentences" in first:
         _karpathy(path, options, staging)
         return
-    for image in _objects(path, "images.item", staging):
-        if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or "id" not in image:
-            staging.refuse(_name(image, "id"), "bad entry", "an image without id or file_name")
+    seen: Counter[str] = Counter()
+    for name, block in _lists(path, "images", "annotations"):
+        entries = _only_objects(block, f"{path.name}: {name}", seen[name], staging)
+        seen[name] += len(block)
+        if name == "images":
+            _coco_images(entries, staging)
         else:
-            staging.name(str(image["id"]), image["file_name"])
-    captions = 0
-    for entry in _objects(path, "annotations.item", staging):
-        captions += 1
-        number = entry.get("image_id") if isinstance(entry, dict) else None
-        if number is None or _text(entry.get("caption")) is None:
-            staging.refuse(f"caption {_name(entry, 'id')}", "bad entry", "expected `image_id` and `caption`")
-        else:
-            staging.add(str(number), _caption(options, str(number), [entry["caption"]]))
+            _coco_captions(entries, options, staging)
     for number, name in staging.unused_names():
-        if captions:
+        if seen["annotations"]:
             staging.refuse(name, "no caption")
         else:  # a test file: pictures to caption
             staging.add(number, _caption(options, number, []))
 
 
-def _caption(options: SourceOptions, number: str, captions: list[Any]) -> dict[str, Any]:
+def _coco_images(entries: Iterable[dict[str, Any]], staging: Staging) -> None:
+    for image in entries:
+        name = image.get("file_name")
+        if isinstance(name, str) and "id" in image:
+            staging.name(str(image["id"]), name)
+        else:
+            staging.refuse(_name(image, "id"), "bad entry", "an image without id or file_name")
+
+
+def _coco_captions(entries: Iterable[dict[str, Any]], options: SourceOptions, staging: Staging) -> None:
+    begin = partial(_caption, options, captions=())
+    for entry in entries:
+        number, caption = entry.get("image_id"), _text(entry.get("caption"))
+        if number is None or caption is None:
+            staging.refuse(f"caption {_name(entry, 'id')}", "bad entry", "expected `image_id` and `caption`")
+        else:
+            staging.add_target(str(number), caption, begin)
+
+
+def _caption(options: SourceOptions, number: str, captions: Iterable[Any]) -> dict[str, Any]:
     texts = [text for caption in captions if (text := _text(caption)) is not None]
     return {
         "id": number, "image_id": number, "instruction": options.caption_instruction(), "targets": texts,
@@ -188,7 +243,7 @@ _KARPATHY = {"train": ("train", "restval")}
 def _karpathy(path: Path, options: SourceOptions, staging: Staging) -> None:
     wanted = _KARPATHY.get(options.split, (options.split,))
     seen: Counter[str] = Counter()
-    for image in _objects(path, "images.item", staging):
+    for image in _objects(path, "images", staging):
         part = str(image.get("split"))
         seen[part] += 1
         if part not in wanted:
@@ -249,7 +304,7 @@ def vqa(options: SourceOptions, staging: Staging) -> None:
         return
     for path in options.annotations:
         found = False
-        for entry in _objects(path, "annotations.item", staging):
+        for entry in _objects(path, "annotations", staging):
             found = True
             if isinstance(entry, dict) and entry.get("question_id") is not None:
                 staging.answer(str(entry["question_id"]), _answers(entry))
@@ -257,9 +312,9 @@ def vqa(options: SourceOptions, staging: Staging) -> None:
                 staging.refuse("an annotation", "bad entry", "expected `question_id`")
         if not found:
             raise InputError(f"{path}: expected VQA annotations with a list `annotations`, got none")
-    subtype = next(_items(options.questions, "data_subtype"), "")
+    subtype = _member(options.questions, "data_subtype")
     name_of, found = None, False
-    for entry in _objects(options.questions, "questions.item", staging):
+    for entry in _objects(options.questions, "questions", staging):
         found = True
         number, image, question = entry.get("question_id"), entry.get("image_id"), _text(entry.get("question"))
         if number is None or not isinstance(image, int | str) or question is None:
@@ -290,7 +345,7 @@ def _answers(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _vizwiz(path: Path, options: SourceOptions, staging: Staging) -> None:
-    for number, entry in enumerate(_items(path, "item")):
+    for number, entry in enumerate(_items(path)):
         question = _text(entry.get("question")) if isinstance(entry, dict) else None
         if question is None or not isinstance(entry.get("image"), str):
             staging.refuse(f"entry {number}", "bad entry", "expected `image` and `question`")
@@ -328,7 +383,7 @@ def textvqa(options: SourceOptions, staging: Staging) -> None:
     """TextVQA (``TextVQA_0.5.1_train.json``) and DocVQA (``train_v1.0.json``): questions and answers in one `data`."""
     found = False
     for path in options.annotations:
-        for entry in _objects(path, "data.item", staging):
+        for entry in _objects(path, "data", staging):
             found = True
             number = entry.get("question_id", entry.get("questionId"))
             question, picture = _text(entry.get("question")), entry.get("image")
@@ -402,7 +457,7 @@ def llava(options: SourceOptions, staging: Staging) -> None:
     for path in options.annotations:
         if not _is_array(path):
             raise InputError(f"{path}: expected LLaVA, a list of conversations, got none")
-        for number, entry in enumerate(_items(path, "item")):
+        for number, entry in enumerate(_items(path)):
             _conversation(entry, number, staging)
 
 
@@ -604,7 +659,7 @@ def parquet(options: SourceOptions, staging: Staging) -> Iterator[SourceRecord]:
                 else:
                     name = f"{path.stem}-{first + number}"
                     sample = {"id": name, "image_id": name, **sample}
-                    yield SourceRecord((str(path),), where, (sample,), (group, number), column)
+                    yield SourceRecord((str(path),), where, json.dumps([sample]), (group, number), column)
             first += len(rows)
 
 
@@ -624,7 +679,7 @@ def staged_records(images: Path, staging: Staging) -> Iterator[SourceRecord]:
         if outside:
             staging.refuse(outside[0], "image outside of --images")
         else:
-            yield SourceRecord(tuple([os.path.join(folder, name) for name in names]), called, tuple(samples))
+            yield SourceRecord(tuple([os.path.join(folder, name) for name in names]), called, samples)
 
 
 def _exists(options: SourceOptions, name: str) -> bool:

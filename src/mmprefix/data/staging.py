@@ -2,7 +2,8 @@
 
 Published annotation files list captions and questions in an order of their own, name images in one list and use them in
 another, and some keep a question in one file and its answers in another. A temporary SQLite file takes all of it in as
-it comes, joins it, and gives it back image by image, in the order of each image's first sample.
+it comes, joins it, and gives it back image by image, in the order of each image's first sample. Samples wait in memory
+until there are `_ROOM` bytes of them, so that captions of one image mostly go to the file as one row.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from __future__ import annotations
 import json
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mmprefix.data.writing import Refusal
+from mmprefix.data.records import Refusal, absorb, identity
 
 _TABLES = {
     "samples": "(number INTEGER PRIMARY KEY, image TEXT, id TEXT, payload TEXT)",
@@ -35,6 +36,12 @@ _BETWEEN = "\x1f"
 """Between the names of several images: ASCII's own separator. In front of what isn't one."""
 _AT_ONCE = 2000
 """Rows that are inserted together: one by one they take ten times as long."""
+_ROOM = 32 << 20
+"""Bytes of samples that wait in memory, about."""
+_OF_A_SAMPLE, _OF_A_TEXT = 800, 60
+"""Bytes of a sample and of a text, without their characters: what CPython takes for the objects."""
+_INSTRUCTION = 3
+"""Its place behind an image's key and in front of what else tells samples apart."""
 
 
 class Staging:
@@ -57,6 +64,9 @@ class Staging:
         for table, columns in _TABLES.items():
             self._db.execute(f"CREATE TABLE {table} {columns}")
         self._waiting: dict[str, list[tuple[Any, ...]]] = {table: [] for table in _TABLES}
+        self._held: dict[tuple[str, ...], dict[str, Any]] = {}  # samples, by image and identity
+        self._growing: dict[str, list[str]] = {}  # targets of those that `add_target` began, by image
+        self._room = _ROOM
         self._joined = False
         self._named = self._answered = False
 
@@ -82,17 +92,56 @@ class Staging:
         self._db.executemany(_INSERT[table], self._waiting[table])
         self._waiting[table].clear()
 
-    def add(self, image: str | Sequence[str], sample: dict[str, Any], group: str = "") -> None:
-        """A sample of an image, of several or of none.
+    def add(self, image: str | Sequence[str], sample: dict[str, Any], group: str = "") -> dict[str, Any]:
+        """A sample of an image, of several or of none; it is this object's from now on.
 
         Args:
             image: its name; or its key, if `name` says what keys are called; or the names of several, or none.
             sample: with its ``id``, if `answer` says what is answered to it.
             group: of samples without an image, those that make up a record.
+
+        Returns:
+            The sample as it waits: this one, or the one of the same identity that it was added to.
         """
-        names = [image] if isinstance(image, str) else image
-        key = _BETWEEN.join(names) if names else _BETWEEN + group
-        self._put("samples", key, str(sample.get("id")), json.dumps(sample))
+        if isinstance(image, str):
+            key = image
+        else:
+            key = _BETWEEN.join(image) if image else _BETWEEN + group
+        same = key, *identity(sample)
+        if self._answered:  # a kind may come with the answers: what is one is seen only then
+            same = *same, str(len(self._held))
+        if self._room < 0:
+            self._put_held()
+        texts = *(sample.get("targets") or ()), *(sample.get("answers") or ())
+        self._room -= sum([_OF_A_TEXT + len(text) for text in texts])
+        first = self._held.setdefault(same, sample)
+        if first is sample:
+            self._room -= _OF_A_SAMPLE + 2 * len(same[_INSTRUCTION])
+        else:
+            absorb(first, sample)
+        return first
+
+    def add_target(self, image: str, target: str, begin: Callable[[str], dict[str, Any]]) -> None:
+        """One more target of an image's only sample: for most captions, less work than `add`.
+
+        Args:
+            image: its name or key.
+            target: a text.
+            begin: makes the sample, with an empty list of ``targets``, for the image.
+        """
+        targets = self._growing.get(image)
+        if targets is None or self._room < 0:
+            targets = self.add(image, begin(image))["targets"]
+            self._growing[image] = targets
+        targets.append(target)
+        self._room -= _OF_A_TEXT + len(target)
+
+    def _put_held(self) -> None:
+        for (key, number, *_), sample in self._held.items():
+            self._put("samples", key, number, json.dumps(sample))
+        self._held.clear()
+        self._growing.clear()
+        self._room = _ROOM
 
     def name(self, image: str, name: str) -> None:
         """What the image with a key is called. Once there is one, images without a name are refused."""
@@ -100,7 +149,8 @@ class Staging:
         self._put("names", image, name)
 
     def answer(self, sample: str, fields: dict[str, Any]) -> None:
-        """Fields of the sample with an id. Once there is one, samples without are refused."""
+        """Fields (at least one) of the sample with an id, which comes later. Once there is one, samples without are
+        refused."""
         self._answered = True
         self._put("answers", sample, json.dumps(fields))
 
@@ -116,6 +166,7 @@ class Staging:
 
     def unused_names(self) -> list[tuple[str, str]]:
         """Keys and names of images without a sample."""
+        self._put_held()
         for table in ("samples", "names"):
             self._flush(table)
         self._db.execute("CREATE INDEX IF NOT EXISTS of_image ON samples (image, number)")
@@ -127,6 +178,7 @@ class Staging:
         if self._joined:
             return
         self._joined = True
+        self._put_held()
         for table in _TABLES:
             self._flush(table)
         self._db.execute("CREATE INDEX IF NOT EXISTS of_image ON samples (image, number)")
@@ -151,9 +203,8 @@ class Staging:
         self._join()
         return int(self._db.execute("SELECT count(*) FROM firsts").fetchone()[0])
 
-    def __iter__(self) -> Iterator[tuple[tuple[str, ...], str, list[dict[str, Any]]]]:
-        """Names of a record's images, what to call it, and its samples: those with the same id, kind and instruction are
-        one, with all of their targets."""
+    def __iter__(self) -> Iterator[tuple[tuple[str, ...], str, str]]:
+        """Names of a record's images, what to call it, and its samples, as in `SourceRecord`."""
         self._join()
         rows = self._db.execute(
             "SELECT firsts.number, coalesce(names.name, firsts.image), samples.payload, answers.payload FROM firsts "
@@ -161,32 +212,11 @@ class Staging:
             "LEFT JOIN answers ON answers.id = samples.id ORDER BY firsts.number, samples.number"
         )
         for (_, name), of_image in groupby(rows, key=itemgetter(0, 1)):
+            samples = [_united(sample, answers) for _, _, sample, answers in of_image]
             images = () if name.startswith(_BETWEEN) else tuple(name.split(_BETWEEN))
-            yield (
-                images,
-                name.strip(_BETWEEN).replace(_BETWEEN, ", "),
-                _merged(_loaded([(a, b) for _, _, a, b in of_image])),
-            )
+            yield images, name.strip(_BETWEEN).replace(_BETWEEN, ", "), f"[{','.join(samples)}]"
 
 
-def _loaded(payloads: list[tuple[str, str | None]]) -> list[dict[str, Any]]:
-    """Samples with the answers to them; parsed in one call, which takes half the time."""
-    samples: list[dict[str, Any]] = json.loads(f"[{','.join([sample for sample, _ in payloads])}]")
-    return [
-        sample if answers is None else sample | json.loads(answers)
-        for sample, (_, answers) in zip(samples, payloads, strict=True)
-    ]
-
-
-def _merged(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    merged: dict[tuple[str, ...], dict[str, Any]] = {}
-    for sample in samples:
-        same = tuple(str(sample.get(name)) for name in ("id", "kind", "instruction"))
-        if same not in merged:
-            merged[same] = {**sample, "targets": list(sample.get("targets") or [])}
-            continue
-        first = merged[same]
-        first["targets"] += sample.get("targets") or []
-        if sample.get("answers") and sample["answers"] != first.get("answers"):
-            first["answers"] = [*(first.get("answers") or []), *sample["answers"]]
-    return list(merged.values())
+def _united(sample: str, answers: str | None) -> str:
+    """JSON of a sample with the answers to it. Of a field that both have, JSON's readers take the last."""
+    return sample if answers is None else f"{sample[:-1]},{answers[1:]}"

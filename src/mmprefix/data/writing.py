@@ -12,6 +12,7 @@ This module knows no data set: `sources` reads those.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import json
@@ -19,70 +20,43 @@ import multiprocessing
 import os
 import shutil
 import signal
-import tarfile
 import threading
 import warnings
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageOps
-
+from mmprefix.data.headers import ordinary_header
 from mmprefix.data.index import read_index, write_split
-from mmprefix.data.samples import MAX_IMAGE_BYTES, parse_record
+from mmprefix.data.records import Refusal, SourceRecord
+from mmprefix.data.samples import MAX_IMAGE_BYTES, check_sample
 from mmprefix.errors import InputError
 from mmprefix.files import replacing
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "MPO": "jpg"}
 """Formats that are copied, as Pillow names them, and the suffix of their members."""
 MAX_PIXELS = 178_956_970
 """Twice Pillow's own limit, where it raises: a small file may claim to be enormous."""
 _BLOCK = 512
+_ZEROS = bytes(_BLOCK)
+_PIECE = 1 << 20
+"""Bytes of a shard that are hashed and written together."""
+_FIRST_READ = 1 << 16
+"""Bytes of a picture that are asked for first."""
 _LOOK = 0.5
 """Seconds between looks for Ctrl-C."""
 _AHEAD = 2
 """Chunks for each worker that are at work or wait, at most: their texts are in memory, their images are not."""
 _QUANTILES = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-
-
-@dataclass(frozen=True)
-class SourceRecord:
-    """The images of a record with their samples, before anything of them was read.
-
-    Attributes:
-        images: paths of the files, mostly one; or, with ``row``, the path of a Parquet file.
-        name: the image (or what stands for it) as its annotations call it, for messages and as its default id.
-        samples: dicts with the fields of `KEY.json`.
-        row: row group and row of an image that a Parquet file holds.
-        column: and the column.
-    """
-
-    images: tuple[str, ...]
-    name: str
-    samples: tuple[dict[str, Any], ...]
-    row: tuple[int, int] | None = None
-    column: str = ""
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Something that could not be used.
-
-    Attributes:
-        what: image or sample, as its annotations call it.
-        reason: one of a few, to be counted.
-        detail: what came instead.
-    """
-
-    what: str
-    reason: str
-    detail: str = ""
 
 
 @dataclass
@@ -128,6 +102,7 @@ _start_error = ""
 
 def _start_worker(tokenizer: str | None) -> None:
     global _count_tokens
+    gc.freeze()  # what was there before the fork is never looked at, which would copy its pages
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the main process ends us
     if tokenizer is not None:
         from transformers import AutoTokenizer
@@ -149,54 +124,58 @@ def _length(text: str) -> int:
     return len(text.encode()) if _count_tokens is None else _count_tokens(text)
 
 
-def write_chunk(job: Job, number: int, records: list[SourceRecord]) -> ShardReport:
+def write_chunk(job: Job, number: int, records: Sequence[SourceRecord]) -> ShardReport:
     """Writes one shard and says what it holds."""
     report, kinds, name = ShardReport(number), Counter[str](), f"{job.split}-{number:06d}.tar"
-    lengths = {"instruction": Counter[int](), "target": Counter[int]()}
+    # Counted at the end, all at once: a Counter takes longer for each text than its length does.
+    instruction_lengths: list[int] = []
+    target_lengths: list[int] = []
     members: list[int] = []
     num_images: list[int] = []
-    num_samples = num_targets = 0
 
     def refuse(what: str, reason: str, detail: str) -> None:
-        report.refused.append(asdict(Refusal(what, reason, detail)))
+        report.refused.append(Refusal(what, reason, detail)._asdict())
 
-    with suppress(_NothingUsable), replacing(job.folder / name) as temporary, temporary.open("wb") as file:
+    with (
+        suppress(_NothingUsable),
+        replacing(job.folder / name) as temporary,
+        open(temporary, "wb", buffering=0) as file,
+    ):
         shard = _HashingTar(file)
         for place, record in enumerate(records):
-            key = f"{number:06d}{place:05d}"
             try:
-                samples = _usable(record, key, job.needs_target, refuse)
+                samples = _usable(record, job.needs_target, refuse)
                 images = [_image_of(record, of_record, job.resize) for of_record in range(len(record.images))]
             except _Unusable as error:
                 refuse(record.name, error.reason, error.detail)
                 continue
-            payload = _as_json(samples[0] if len(samples) == 1 else samples)
+            key = f"{number:06d}{place:05d}"
             for of_record, (content, suffix) in enumerate(images):
                 of_several = f"{of_record}." if len(images) > 1 else ""
-                members += [shard.add(f"{key}.{of_several}{suffix}", content), len(content)]
-            members += [shard.add(f"{key}.json", payload), len(payload)]
+                members += shard.add(f"{key}.{of_several}{suffix}", content), len(content)
+            payload = samples[0][1] if len(samples) == 1 else b"[%b]" % b", ".join([text for _, text in samples])
+            members += shard.add(f"{key}.json", payload), len(payload)
             num_images.append(len(images))
-            for sample in samples:
-                num_samples += 1
-                num_targets += len(sample["targets"])
+            for sample, _ in samples:
                 kinds[sample.get("kind", "all")] += 1
                 turns = sample["instruction"]
-                lengths["instruction"][sum(map(_length, [turns] if isinstance(turns, str) else turns))] += 1
-                lengths["target"].update(map(_length, sample["targets"]))
+                instruction_lengths.append(_length(turns) if isinstance(turns, str) else sum(map(_length, turns)))
+                target_lengths += map(_length, sample["targets"])
         shard.close()
         if not members:
             raise _NothingUsable
         os.fsync(file.fileno())
         report.shard = {
             "name": name, "bytes": shard.size, "sha256": shard.digest.hexdigest(), "records": len(num_images),
-            "samples": num_samples, "targets": num_targets,
+            "samples": len(instruction_lengths), "targets": len(target_lengths),
             # Said only where it isn't one each.
             **({} if set(num_images) == {1} else {"images": num_images}), "members": members,
         }  # fmt: skip
     report.kinds = dict(kinds)
+    lengths = {"instruction": Counter(instruction_lengths), "target": Counter(target_lengths)}
     report.lengths = {what: {str(k): n for k, n in counts.items()} for what, counts in lengths.items()}
     with replacing(_progress(job.folder, job.split) / f"{number:06d}.json") as temporary:
-        temporary.write_text(json.dumps(asdict(report)))
+        temporary.write_text(json.dumps(vars(report)))
     return report
 
 
@@ -204,72 +183,89 @@ class _NothingUsable(Exception):
     """Of a whole chunk: the file that was begun is removed on the way out."""
 
 
-_TEMPLATE = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # time 0, no owner: equal content makes equal bytes
+# The ustar header of a file, in pieces: time 0, no owner, so that equal content makes equal bytes. (POSIX.1-1988.)
+_MODE_OWNER = b"0000644\0" + 2 * b"0000000\0"
+_TIME = 11 * b"0" + b"\0"
+_REST = b"0".ljust(101, b"\0") + b"ustar\00000".ljust(255, b"\0")
+_CONSTANT_SUM = sum(_MODE_OWNER + _TIME + _REST) + 8 * ord(" ")
+"""What the checksum adds up that is the same for all; its own field counts as eight spaces."""
 
 
 def _header(name: str, size: int) -> bytes:
-    """The ustar header of a file. `tarfile` takes ten times as long, as long as reading a small picture."""
-    header = bytearray(_TEMPLATE)
+    """The ustar header of a file. `tarfile` takes longer for it than reading a small picture does."""
     encoded = name.encode("ascii")
     assert len(encoded) < 100
     assert size < 8**11
-    header[: len(encoded)] = encoded
-    header[124:136] = b"%011o\0" % size
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header)
+    octal = b"%011o\0" % size
+    checksum = _CONSTANT_SUM + sum(encoded) + sum(octal)
+    return b"%b%b%b%b%06o\0 %b" % (encoded.ljust(100, b"\0"), _MODE_OWNER, octal, _TIME, checksum, _REST)
 
 
 class _HashingTar:
-    """A ustar file, written once from front to back and hashed on the way."""
+    """A ustar file, written once from front to back and hashed on the way, a good piece at a time."""
 
-    def __init__(self, file: io.BufferedWriter) -> None:
+    def __init__(self, file: io.FileIO) -> None:
         self._file, self.size, self.digest = file, 0, hashlib.sha256()
-
-    def _write(self, content: bytes) -> None:
-        self._file.write(content)
-        self.digest.update(content)
-        self.size += len(content)
+        self._waiting: list[bytes] = []
+        self._written = 0
 
     def add(self, name: str, content: bytes) -> int:
         """Returns the offset of the content."""
-        self._write(_header(name, len(content)))
-        offset = self.size
-        self._write(content + bytes(-len(content) % _BLOCK))
+        padding = -len(content) % _BLOCK
+        self._waiting += _header(name, len(content)), content, _ZEROS[:padding]
+        offset = self.size + _BLOCK
+        self.size = offset + len(content) + padding
+        if self.size - self._written >= _PIECE:
+            self._write()
         return offset
 
+    def _write(self) -> None:
+        piece = memoryview(b"".join(self._waiting))
+        self._waiting.clear()
+        self._written = self.size
+        self.digest.update(piece)
+        while piece:
+            piece = piece[self._file.write(piece) :]
+
     def close(self) -> None:
-        self._write(bytes(2 * _BLOCK))
+        """Ends the archive; the file stays open."""
+        self._waiting.append(_ZEROS * 2)
+        self.size += 2 * _BLOCK
+        self._write()
 
 
-def _as_json(content: Any) -> bytes:
-    return json.dumps(content, ensure_ascii=False).encode()
+_as_json = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` would make an encoder each time
 
 
 def _usable(
-    record: SourceRecord, key: str, needs_target: bool, refuse: Callable[[str, str, str], None]
-) -> list[dict[str, Any]]:
-    """The record's samples, normalised; the others are refused one by one."""
+    record: SourceRecord, needs_target: bool, refuse: Callable[[str, str, str], None]
+) -> list[tuple[dict[str, Any], bytes]]:
+    """The record's samples, normalised, and the JSON of each; the others are refused one by one."""
     usable = []
-    for number, entry in enumerate(record.samples):
-        what = f"{record.name}: {entry.get('id', number)}"
+    for number, entry in enumerate(record.read_samples()):
         alone = len(record.images) == 1
-        sample = {"image_id": Path(record.name).stem if alone else record.name, **entry}
+        if "image_id" in entry:
+            image_id = entry["image_id"]
+        else:
+            image_id = Path(record.name).stem if alone else record.name
+        sample = {"image_id": image_id, **entry}
         if not alone:
             sample["images"] = len(record.images)
-        sample["targets"] = [text for text in sample.get("targets", ()) if not isinstance(text, str) or text.strip()]
-        for _ in range(len(entry.get("targets", ())) - len(sample["targets"])):
-            refuse(what, "empty target", "")
+        given = entry.get("targets") or ()
+        sample["targets"] = [text for text in given if not isinstance(text, str) or text.strip()]
+        for _ in range(len(given) - len(sample["targets"])):
+            refuse(f"{record.name}: {entry.get('id', number)}", "empty target", "")
         if needs_target and not sample["targets"]:
-            if not entry.get("targets"):
-                refuse(what, "no target", "")
+            if not given:
+                refuse(f"{record.name}: {entry.get('id', number)}", "no target", "")
             continue
         try:
-            parse_record(_as_json(sample), key, "", needs_target=needs_target)
+            payload = _as_json(sample).encode()
+            check_sample(sample, needs_target=needs_target)
         except (InputError, UnicodeEncodeError) as error:  # half of a surrogate pair, in whatever field
-            refuse(what, "bad sample", str(error).removeprefix(f": {key}.json: "))
+            refuse(f"{record.name}: {entry.get('id', number)}", "bad sample", str(error))
             continue
-        usable.append(sample)
+        usable.append((sample, payload))
     if not usable:
         raise _Unusable("image without a usable sample" if record.images else "text without a usable sample")
     return usable
@@ -278,8 +274,22 @@ def _usable(
 def _image_of(record: SourceRecord, number: int, resize: int | None) -> tuple[bytes, str]:
     """One of a record's images, encoded, and the suffix of its format."""
     content = _read(record, number)
+    header = ordinary_header(content)
+    if (
+        header is not None
+        and len(content) <= MAX_IMAGE_BYTES
+        and header.width * header.height <= MAX_PIXELS
+        and (resize is None or max(header.width, header.height) <= resize)
+    ):
+        return content, header.suffix
+    return _seen_by_pillow(content, resize)
+
+
+def _seen_by_pillow(content: bytes, resize: int | None) -> tuple[bytes, str]:
     if len(content) > MAX_IMAGE_BYTES:
         raise _Unusable("image too large", f"{len(content)} bytes, at most {MAX_IMAGE_BYTES}")
+    from PIL import Image  # not at the start: a set of ordinary pictures needs none of it
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -305,6 +315,8 @@ def _image_of(record: SourceRecord, number: int, resize: int | None) -> tuple[by
 
 def _resized(image: Image.Image, longest: int) -> bytes:
     """Upright, the longest side as given, in the format it came in or as PNG."""
+    from PIL import Image, ImageOps
+
     jpeg = image.format in ("JPEG", "MPO")
     upright = ImageOps.exif_transpose(image)
     if upright.mode == "P":
@@ -324,8 +336,16 @@ def _read(record: SourceRecord, number: int) -> bytes:
         return _from_parquet(record)
     path = record.images[number]
     try:
-        with open(path, "rb") as file:
-            return file.read(MAX_IMAGE_BYTES + 1)
+        # Not `open`: its buffers and questions take longer than reading a small picture.
+        file = os.open(path, os.O_RDONLY)
+        try:
+            content = os.read(file, _FIRST_READ)
+            # As much again each time: what is asked for is allocated, whatever comes.
+            while more := os.read(file, min(len(content), MAX_IMAGE_BYTES + 1 - len(content))):
+                content += more
+        finally:
+            os.close(file)
+        return content
     except FileNotFoundError as error:
         raise _Unusable("no file", path) from error
     except OSError as error:
@@ -562,7 +582,7 @@ def _entry(
         for report in reports:
             counts.update({int(length): n for length, n in report.lengths.get(what, {}).items()})
         lengths[what] = quantiles(counts)
-    refused = [asdict(refusal) for refusal in refusals] + [entry for report in reports for entry in report.refused]
+    refused = [refusal._asdict() for refusal in refusals] + [entry for report in reports for entry in report.refused]
     path = job.folder / f"{job.split}.refused.jsonl"
     if refused:
         # Names may be anything: what isn't Unicode is written as its number.
