@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import transformers
 
 MIB = 1 << 20
 SIZES = {"full": (1024, 8), "smoke": (512, 8)}
@@ -113,69 +115,80 @@ def measure(rank: int, processes: int, folder: Path, meta_start: bool) -> dict[s
     return {"rank": rank, "peak": peak, "share": share, "above_share": peak - share, "seconds": seconds}
 
 
-def run(processes: int, folder: Path, meta_start: bool) -> list[dict[str, Any]]:
-    """`measure` in processes of their own."""
+def in_processes(number: int, work: Callable[..., Any], *arguments: Any, timeout: float = 600.0) -> list[Any]:
+    """``work(rank, number, *arguments)`` in as many forked processes, which share what was imported; their results.
+
+    Raises:
+        RuntimeError: one failed or was killed.
+    """
+    context = multiprocessing.get_context("fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {
-        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed is given back, and not counted
-    }  # fmt: skip
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--worker", str(rank), str(processes), str(folder), str(int(meta_start))],
-            env={**environment, "NODE_RANK": "0", "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, text=True,
-        )
-        for rank in range(processes)
-    ]  # fmt: skip
+
+    def run(rank: int, pipe: Any) -> None:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", LOCAL_RANK=str(rank))
+        pipe.send(work(rank, number, *arguments))
+
+    pipes = [context.Pipe(duplex=False) for _ in range(number)]
+    workers = [context.Process(target=run, args=(rank, pipes[rank][1])) for rank in range(number)]
+    for worker, (_, end) in zip(workers, pipes, strict=True):
+        worker.start()
+        end.close()
     try:
-        outputs = [worker.communicate(timeout=600)[0] for worker in workers]
+        results = []
+        for rank, (receiver, _) in enumerate(pipes):
+            if not receiver.poll(timeout):
+                raise RuntimeError(f"process {rank} did not answer")
+            try:
+                results.append(receiver.recv())
+            except EOFError as error:
+                raise RuntimeError(f"process {rank} failed") from error
+        return results
     finally:
         for worker in workers:
+            worker.join(1)
             worker.kill()
-    if any(worker.returncode for worker in workers):
-        raise SystemExit("a process failed")
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def _written(rank: int, number: int, folder: Path, width: int, layers: int) -> list[int]:
+    write_model(folder, width, layers)
+    return sorted((path.stat().st_size for path in folder.glob("*.safetensors")), reverse=True)
+
+
+def compare(width: int, layers: int, numbers: Sequence[int]) -> dict[str, Any]:
+    """Starts of both kinds; sizes of files in bytes, and of each start the process that needs most above its share."""
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        (files,) = in_processes(1, _written, folder, width, layers)
+        for processes in numbers:
+            for meta_start in (False, True):
+                of_ranks = in_processes(processes, measure, folder, meta_start)
+                worst = max(of_ranks, key=lambda one: one["above_share"])
+                rows.append({"processes": processes, "start": "share" if meta_start else "whole", **worst})
+    return {"files": files, "rows": rows}
 
 
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="a small model, two processes")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
-    parser.add_argument("--write", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker:
-        rank, processes, folder, meta_start = options.worker
-        print(json.dumps(measure(int(rank), int(processes), Path(folder), meta_start == "1")))
-        return
-    if options.write:
-        folder, width, layers = options.write
-        write_model(Path(folder), int(width), int(layers))
-        return
-    width, layers = SIZES["smoke" if options.smoke else "full"]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model"
-        subprocess.run([sys.executable, __file__, "--write", folder, str(width), str(layers)], check=True)
-        files = sorted((path.stat().st_size for path in folder.glob("*.safetensors")), reverse=True)
-        rows = []
-        for processes in (2,) if options.smoke else (2, 4):
-            for meta_start in (False, True):
-                of_ranks = run(processes, folder, meta_start)
-                worst = max(of_ranks, key=lambda one: one["above_share"])
-                rows.append({"processes": processes, "start": "share" if meta_start else "whole", **worst})
+    import mmprefix.training.module  # noqa: F401  (before forking)
+
+    transformers.utils.logging.disable_progress_bar()
+    found = compare(*SIZES["smoke" if options.smoke else "full"], (2,) if options.smoke else (2, 4))
     if options.json:
-        print(json.dumps({"files": files, "rows": rows}))
+        print(json.dumps(found))
         return
+    files = found["files"]
     print(f"{len(files)} files, {sum(files) / MIB:.0f} MiB, the largest {files[0] / MIB:.0f} MiB; MiB of the worst process")
     print("processes  made first   peak  share  above share  seconds")
-    for row in rows:
+    for row in found["rows"]:
         peak, share, above = (row[name] / MIB for name in ("peak", "share", "above_share"))
-        print(
-            f"{row['processes']:9}  {row['start']:10} {peak:6.0f} {share:6.0f} {above:12.0f} {row['seconds']:8.1f}"
-        )  # fmt: skip
+        print(f"{row['processes']:9}  {row['start']:10} {peak:6.0f} {share:6.0f} {above:12.0f} {row['seconds']:8.1f}")
 
 
 if __name__ == "__main__":
