@@ -74,6 +74,7 @@ def strategy_of(rank: int, processes: int) -> Any:
     environment.set_world_size(processes)
     environment.set_global_rank(rank)
     strategy.cluster_environment = environment
+    strategy._lightning_module = SimpleNamespace()  # is told of the mesh
     strategy.setup_environment()
     return strategy
 
@@ -184,7 +185,9 @@ def main() -> None:
         print(json.dumps(found))
         return
     files = found["files"]
-    print(f"{len(files)} files, {sum(files) / MIB:.0f} MiB, the largest {files[0] / MIB:.0f} MiB; MiB of the worst process")
+    print(
+        f"{len(files)} files, {sum(files) / MIB:.0f} MiB, the largest {files[0] / MIB:.0f} MiB; MiB of the worst process"
+    )
     print("processes  made first   peak  share  above share  seconds")
     for row in found["rows"]:
         peak, share, above = (row[name] / MIB for name in ("peak", "share", "above_share"))

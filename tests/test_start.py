@@ -8,10 +8,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from benchmarks.start import compare, in_processes, start, strategy_of
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.start import compare, in_processes, start, strategy_of
 from mmprefix import lazy
 from mmprefix.adapters import LoraArgs
 from mmprefix.decoder import DecoderArgs
@@ -28,7 +28,11 @@ DECODERS = {
     "llama": TINY_DECODER,
     "gpt_neo": {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
-    "mixtral": {**TINY_DECODER, "model_type": "mixtral", "num_local_experts": 4},  # its experts are fused while it is loaded
+    "mixtral": {
+        **TINY_DECODER,
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+    },  # its experts are fused while it is loaded
     "gemma2": {**TINY_DECODER, "model_type": "gemma2", "head_dim": 16},  # tied
 }
 for name, config in DECODERS.items():
@@ -138,12 +142,15 @@ def test_what_cannot_be_followed_is_made_at_once_with_the_same_numbers(caplog):
 def settings_of(folder):
     """Starts of all kinds, each with adapters or without."""
     scratch = {"vision": TINY_VISION, "tokenizer": TokenizerArgs(name="byte")}
-    lora = {"train_decoder": PartArgs(lora=LoraArgs(rank=3, use_dora=True)), "train_vision": PartArgs(lora=LoraArgs(rank=2))}
+    lora = {
+        "train_decoder": PartArgs(lora=LoraArgs(rank=3, use_dora=True)),
+        "train_vision": PartArgs(lora=LoraArgs(rank=2)),
+    }
     named = {name: DecoderArgs(name=str(folder / name)) for name in ("mixtral", "gemma2")}
     weights = VisionArgs("test_vit", image_size=32, pretrained=str(folder / "vit.safetensors"))
     return {
         "scratch": {**scratch, "decoder": DecoderArgs(config=TINY_DECODER), **lora},
-        "buffers": {**scratch, "decoder": DecoderArgs(config={k: v for k, v in DECODERS["gpt_neo"].items()})},
+        "buffers": {**scratch, "decoder": DecoderArgs(config=dict(DECODERS["gpt_neo"]))},
         "folder": {**scratch, "vision": weights, "decoder": named["mixtral"]},
         "tied": {**scratch, "decoder": named["gemma2"], "train_decoder": PartArgs(freeze=True)},
         "pretrained": {"pretrained": str(folder / "model"), **lora},

@@ -156,7 +156,7 @@ class Recording(TorchDispatchMode):
         if isinstance(tensor, FakeTensor):
             return tensor
         found = self._of_constant.get(id(tensor))
-        if found is not None and self._constants[_key(found)] is tensor:
+        if found is not None:
             return found
         # Small ones may be written to later; of large ones no copy is made, and none may have been written to (`_constant`).
         kept = tensor if _nbytes(tensor) >= SMALL else tensor.detach().clone()
@@ -194,7 +194,8 @@ class Recording(TorchDispatchMode):
         generator = next((value for value in flat if isinstance(value, torch.Generator)), torch.default_generator)
         state = generator.get_state()
         scratch = [
-            torch.empty_strided(t.size(), t.stride(), dtype=t.dtype).zero_() if isinstance(t, Tensor) else t for t in flat
+            torch.empty_strided(t.size(), t.stride(), dtype=t.dtype).zero_() if isinstance(t, Tensor) else t
+            for t in flat
         ]
         args, kwargs = tree_unflatten(scratch, spec)
         func(*args, **kwargs)
@@ -202,7 +203,9 @@ class Recording(TorchDispatchMode):
 
     def _now(self, func: Any, flat: list[Any], spec: Any) -> Any:
         """Runs an operation for its values."""
-        args, kwargs = tree_unflatten([self.whole(value) if isinstance(value, Tensor) else value for value in flat], spec)
+        args, kwargs = tree_unflatten(
+            [self.whole(value) if isinstance(value, Tensor) else value for value in flat], spec
+        )
         return func(*args, **kwargs)
 
     # Making
@@ -249,7 +252,9 @@ class Recording(TorchDispatchMode):
     def _constant(self, view: _View) -> Tensor:
         constant = self._constants[view.storage]
         if constant._version != self._versions[view.storage]:
-            raise RuntimeError(f"a tensor of shape {tuple(constant.shape)} was written to after its values were recorded")
+            raise RuntimeError(
+                f"a tensor of shape {tuple(constant.shape)} was written to after its values were recorded"
+            )
         return _real(constant.untyped_storage(), view)
 
     def _source(self, view: _View) -> tuple[Tensor, list[torch.dtype]] | None:
@@ -347,7 +352,7 @@ def _real(storage: Any, view: _View) -> Tensor:
 
 def _as(output: Tensor, view: _View) -> Any:
     """The storage of an output, laid out as was recorded."""
-    assert output.dtype == view.dtype and tuple(output.shape) == view.size, (output.dtype, output.shape, view)
+    assert (output.dtype, tuple(output.shape)) == (view.dtype, view.size), (output.dtype, output.shape, view)
     if output.stride() != view.stride or output.storage_offset() != view.offset:
         length = view.offset + 1 + sum((n - 1) * step for n, step in zip(view.size, view.stride, strict=True))
         storage = torch.empty(length, dtype=view.dtype, device="cpu").untyped_storage()
@@ -410,7 +415,9 @@ class Deferred:
                     continue
                 if id(parameter) not in meta:
                     full = f"{module_name}.{name}" if module_name else name
-                    empty = torch.empty_strided(parameter.size(), parameter.stride(), dtype=parameter.dtype, device="meta")
+                    empty = torch.empty_strided(
+                        parameter.size(), parameter.stride(), dtype=parameter.dtype, device="meta"
+                    )
                     replaced = meta[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
                     self._values[full], self._names[id(replaced)] = parameter, full
                 module._parameters[name] = meta[id(parameter)]

@@ -33,8 +33,8 @@ from mmprefix.attention import collect_hidden_states
 from mmprefix.decoder import DecoderArgs, build_decoder, decoder_config, find_logit_transform
 from mmprefix.errors import InputError
 from mmprefix.generation import PrefixDecoderConfig, PrefixDecoderModel, cached_length, plan_of_rows, run_decoder
-from mmprefix.lazy import is_lazy, suspended
 from mmprefix.last_layer import find_label_only, restrict_last_layer
+from mmprefix.lazy import is_lazy, suspended
 from mmprefix.loss import (
     LogitTransform,
     LossNormalization,
