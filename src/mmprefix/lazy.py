@@ -437,7 +437,7 @@ class Deferred:
         name = self._names.get(id(tensor))
         return tensor if name is None else self._recording.whole(self._values[name]).detach()
 
-    def fill(self, targets: Mapping[str, tuple[int, int, Callable[[Tensor], None]]]) -> None:
+    def fill(self, targets: Mapping[str, tuple[int, int, Callable[[Tensor], Any]]]) -> None:
         """Makes all parameters once, rows of them, file by file, and gives each up behind it.
 
         Args:

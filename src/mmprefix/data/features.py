@@ -88,7 +88,7 @@ class FeatureKey:
             if name in spec.unused:  # heads may be random where only the body was loaded; features don't see them
                 continue
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(values(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(values(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         parts = {
             "encoder": {"name": spec.name, "kwargs": spec.kwargs},
             "weights": digest.hexdigest(),

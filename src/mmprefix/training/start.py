@@ -60,7 +60,8 @@ def rows_of(parameter: Tensor) -> tuple[int, int, Tensor]:
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     if tuple(shape[1:]) != tuple(parameter.shape[1:]) or any(offset[1:]):
         raise RuntimeError(f"expected rows of {tuple(parameter.shape)}, got {tuple(shape)} from {tuple(offset)}")
-    return (offset[0] if math.prod(shape) else 0), shape[0], parameter.detach().to_local()
+    local: Tensor = parameter.to_local().detach()
+    return (offset[0] if math.prod(shape) else 0), shape[0], local
 
 
 def fill(model: nn.Module, deferred: Deferred, device: torch.device) -> None:
@@ -77,7 +78,7 @@ def fill(model: nn.Module, deferred: Deferred, device: torch.device) -> None:
     model._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t)
 
     def work() -> None:
-        targets = {}
+        targets: dict[str, tuple[int, int, Callable[[Tensor], Any]]] = {}
         for name in deferred.names:
             start, number, memory = rows_of(model.get_parameter(name))
             targets[name] = start, number, memory.copy_
