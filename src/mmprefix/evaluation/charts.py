@@ -40,9 +40,9 @@ _TEXT_ROOM, _IMAGE_ROOM = 640, 512
 _SIDES = {1: 168, 2: 152, 4: 112}  # of a view, by how many stand in a cell
 _SMALL_SIDE, _MAX_SIDES = 88, 4  # in pixels; longer pictures are squeezed, or their patches would be lines
 _PAGE = (1240, 2400)
-_RELIEF = 0.4
+_RELIEF = 0.3
 _BAR, _ROW, _ROWS, _BANDS = 130, 17, 40, 4
-_VALUE = 52  # pixels of a loss in figures
+_VALUE = 64  # pixels of a loss in figures
 
 
 # Text
@@ -197,9 +197,15 @@ class TokenAxis:
             scale: 1 for a matrix of its own.
         """
         images = sum(region == "image" for region in regions)
-        sizes = {True: _bins(images, int(_IMAGE_ROOM * scale)), False: _bins(len(regions) - images, int(_TEXT_ROOM * scale))}
+        sizes = {
+            True: _bins(images, int(_IMAGE_ROOM * scale)),
+            False: _bins(len(regions) - images, int(_TEXT_ROOM * scale)),
+        }
         starts, pixels, start = [], [], 0
-        for stop in [*(i for i in range(1, len(regions)) if regions[i] != regions[i - 1] or i == boundary), len(regions)]:
+        for stop in [
+            *(i for i in range(1, len(regions)) if regions[i] != regions[i - 1] or i == boundary),
+            len(regions),
+        ]:
             tokens, size = sizes[regions[start] == "image"]
             bins = list(range(start, stop, tokens))
             starts += bins
@@ -484,7 +490,7 @@ def loss_chart(losses: np.ndarray, labels: Sequence[str], title: str, notes: Seq
             length = _BAR * min(float(value), peak) / peak if value == value else 0.0
             if length >= 0.5:
                 draw.rectangle((left, middle - 5, left + length, middle + 5), REGION_COLOURS["image"])
-            _write(draw, (column.width - 1, middle), nats(float(value)), anchor="rm")
+            _write(draw, (column.width - 1, middle), f"{value:.3g}", anchor="rm")
         bottom = len(values) * _ROW
         draw.line((left - 1, 0, left - 1, bottom), _PALE)
         if math.isfinite(mean):
@@ -496,13 +502,8 @@ def loss_chart(losses: np.ndarray, labels: Sequence[str], title: str, notes: Seq
     return _figure(title, notes, body, [_mean_key(mean, len(losses))])
 
 
-def nats(value: float) -> str:
-    """A loss with three decimals."""
-    return "<0.001" if 0 < value < 0.0005 else f"{value:.3f}"
-
-
 def _mean_key(mean: float, count: int) -> Image.Image:
-    text = f"mean {nats(mean)} nats over {count} token{'s' if count > 1 else ''}"
+    text = f"mean {mean:.3g} nats over {count} token{'s' if count > 1 else ''}"
     key = Image.new("RGB", (24 + _size(text, _TEXT), 16), _PAPER)
     draw = ImageDraw.Draw(key)
     for left in range(0, 16, 6):

@@ -131,7 +131,9 @@ def draw_trace(
         mean, heads = trace.attention[place], trace.heads[place] if trace.heads else None
         notes = [_READING, *more, *_of_sinks(mean)]
         name = f"attention-layer-{layer:02d}"
-        pictures[name] = attention_chart(mean, trace.visible, axis, f"Attention of layer {layer}, mean over heads", notes)
+        pictures[name] = attention_chart(
+            mean, trace.visible, axis, f"Attention of layer {layer}, mean over heads", notes
+        )
         if heads is not None:
             pictures[f"{name}-heads"] = heads_chart(
                 heads, trace.visible, small, f"Attention of layer {layer}, {len(heads)} heads", notes
