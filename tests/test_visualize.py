@@ -1,6 +1,7 @@
 """Attention is the model's own, words and charts are what they say."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -301,7 +302,7 @@ def test_bins_match_means_by_loops():
     axis = axis_of(1300, 4, 3)
     values = np.random.default_rng(0).random(1307)
     bounds = [*axis.starts.tolist(), 1307]
-    means = [np.mean(values[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    means = [np.mean(values[a:b]) for a, b in pairwise(bounds)]
     np.testing.assert_allclose(axis.binned(values, 0), means)
     assert axis.shares_bins
 
