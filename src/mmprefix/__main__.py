@@ -20,6 +20,7 @@ commands:
   prepare    a published set or a folder -> shards   prepare coco --annotations A --images DIR --out DIR
   inspect    what is in a folder of shards?          inspect DIR --config C
   generate   answer about one image                  generate --checkpoint runs/X --image a.png --instruction "..."
+  visualize  attention, mask and loss, as pictures   visualize --checkpoint runs/X --image a.png --instruction "..." --out DIR
   probe      is this decoder an exact prefix LM?     probe --decoder NAME_OR_FOLDER
   estimate   memory, largest batch that fits         estimate --config C --devices 8 --memory 80
   doctor     is this node, this allocation fit?      doctor --config C; under srun or torchrun: all ranks
@@ -39,8 +40,8 @@ options:
 """
 
 COMMANDS = (
-    "fit", "validate", "test", "predict", "prepare", "inspect", "cache-features", "generate", "probe", "estimate",
-    "doctor", "scaling", "import-paligemma", "export", "consolidate",
+    "fit", "validate", "test", "predict", "prepare", "inspect", "cache-features", "generate", "visualize", "probe",
+    "estimate", "doctor", "scaling", "import-paligemma", "export", "consolidate",
 )  # fmt: skip
 
 

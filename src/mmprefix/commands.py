@@ -1,4 +1,4 @@
-"""The commands beside training: generate, probe, estimate, scaling, import-paligemma, export.
+"""The commands beside training: generate, visualize, probe, estimate, scaling, import-paligemma, export.
 
 Each takes its arguments, raises `InputError` on bad ones, and returns the exit status.
 """
@@ -6,14 +6,16 @@ Each takes its arguments, raises `InputError` on bad ones, and returns the exit 
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from mmprefix.accounting import GIB, PARTS, Layout, MemoryEstimate, Precision, Record, meta_model, trained_parts
@@ -29,6 +31,8 @@ from mmprefix.decoder import (
     uninstall,
 )
 from mmprefix.errors import InputError
+from mmprefix.evaluation.visualize import as_json, sample_pictures
+from mmprefix.files import replacing
 from mmprefix.interop.consolidate import consolidate
 from mmprefix.interop.export import check_output, export, write_pretrained
 from mmprefix.interop.paligemma import import_paligemma
@@ -67,14 +71,7 @@ def generate(arguments: list[str]) -> int:
     for name in ("max_new_tokens", "num_beams"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name}: expected at least 1, got {getattr(options, name)}")
-    images = []
-    for path in options.image:
-        if not path.is_file():
-            raise InputError(f"--image: expected a picture file, found none at {path}")
-        try:
-            images.append(decode_image(path.read_bytes()))
-        except UndecodableImageError as error:
-            raise InputError(f"--image: {path}: {error}") from error
+    images = _read_images(options.image)
     model, processor = load_model(options.checkpoint)
     use_device(model, options.device)
     inputs = processor(images=images or None, text=options.instruction).to(options.device)
@@ -83,6 +80,85 @@ def generate(arguments: list[str]) -> int:
     )
     print(processor.decode_generated(generated[:, inputs["input_ids"].shape[1] :])[0])
     return 0
+
+
+def _read_images(paths: Sequence[Path]) -> list[Image.Image]:
+    images = []
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"--image: expected a picture file, found none at {path}")
+        try:
+            images.append(decode_image(path.read_bytes()))
+        except UndecodableImageError as error:
+            raise InputError(f"--image: {path}: {error}") from error
+    return images
+
+
+def visualize(arguments: list[str]) -> int:
+    """Draws what a model does with one sample, and prints a line for each picture."""
+    parser = CommandParser(
+        "visualize",
+        "One sample as a model computes it: its mask, each layer's attention, words over patches, loss of each token.",
+    )
+    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, its model/ folder, or a .ckpt file")
+    parser.add_argument("--image", nargs="+", default=[], type=Path, help="picture file, or several; by default none")
+    parser.add_argument(
+        "--instruction", required=True, help="text of the prefix; pictures stand in front, or where it says <image>"
+    )
+    parser.add_argument(
+        "--target", help="text whose loss and attention are drawn; by default the model's greedy answer"
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="of that answer")
+    parser.add_argument("--layers", help="numbers and ranges, with commas: 0,4-7; by default all")
+    parser.add_argument("--heads", action="store_true", help="draw each head of each layer, too")
+    parser.add_argument("--out", required=True, type=Path, help="new folder for the pictures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes losses of tokens and words there")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    if options.max_new_tokens < 1:
+        raise InputError(f"--max_new_tokens: expected at least 1, got {options.max_new_tokens}")
+    if options.target is not None and not options.target:
+        raise InputError("--target: expected text, got an empty one; without --target the model's own answer is drawn")
+    if options.out.is_file() or (options.out.is_dir() and any(options.out.iterdir())):
+        raise InputError(f"--out: expected a new or empty folder, {options.out} holds something")
+    if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
+        raise InputError(f"--json: expected a file in a folder that is there, got {options.json}")
+    layers = None if options.layers is None else _numbers(options.layers)
+    images = _read_images(options.image)
+    model, processor = load_model(options.checkpoint)
+    count = int(model.decoder.config.num_hidden_layers)
+    if layers is not None and max(layers) >= count:
+        raise InputError(f"--layers: expected numbers from 0 to {count - 1}, the decoder's, got {options.layers!r}")
+    use_device(model, options.device)
+    drawn = sample_pictures(
+        model, processor, images, options.instruction, options.target, layers=layers, heads=options.heads,
+        max_new_tokens=options.max_new_tokens,
+    )  # fmt: skip
+    with replacing(options.out) as temporary:
+        temporary.mkdir()
+        for name, picture in drawn.pictures.items():
+            picture.save(temporary / f"{name}.png")
+    if options.json is not None:
+        with replacing(options.json) as temporary:
+            content = {"instruction": options.instruction, **as_json(drawn.trace)}
+            temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    for name, picture in drawn.pictures.items():
+        print(f"{options.out / name}.png: {picture.width} x {picture.height}")
+    for name, reason in drawn.missing.items():
+        print(f"no {name}.png: {reason}")
+    return 0
+
+
+def _numbers(text: str) -> set[int]:
+    """Numbers and ranges, ``0,4-7``."""
+    numbers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
+        first, last = (0, -1) if match is None else (int(match[1]), int(match[2] or match[1]))
+        if first > last:
+            raise InputError(f"--layers: expected numbers and ranges with commas (0,4-7), got {text!r}")
+        numbers.update(range(first, last + 1))
+    return numbers
 
 
 def probe_command(arguments: list[str]) -> int:
@@ -460,6 +536,7 @@ def _memory_lines(estimate: MemoryEstimate, batch_size: int) -> list[str]:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": generate,
+    "visualize": visualize,
     "probe": probe_command,
     "import-paligemma": import_paligemma_command,
     "export": export_command,
