@@ -1,0 +1,594 @@
+"""`report.html`: a run's predictions as one page that loads nothing.
+
+The page is text, style, one script and two blocks of JSON. Its content security policy forbids all loading, and lets run
+only the script and the style whose hashes it names, so whatever stands in the data, nothing is fetched and nothing else
+runs. Numbers, tables and charts are written here as HTML, with every text escaped, and are there without the script; the
+gallery is made by `page/report.js` from the JSON, with ``textContent`` only.
+
+Shapes: R rows (samples), of which S are shown in the gallery.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from html import escape as _html_escape
+from importlib.resources import files as _resources
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mmprefix.errors import InputError
+from mmprefix.evaluation.charts import interval_bar, line_chart
+from mmprefix.evaluation.runs import Curve, Row, Run
+from mmprefix.evaluation.thumbnails import MIB, NOT_FOUND, Picture, embed, telling_first
+from mmprefix.files import replacing
+from mmprefix.metrics.intervals import bootstrap_interval, paired_test
+
+PICTURE_BUDGET = 16 * MIB
+"""Bytes that the pictures of a page may have together, as they stand in it."""
+MAX_SAMPLES = 20_000
+"""Samples in the gallery; numbers are of all."""
+MAX_ANSWERS = 30
+"""A set of answers with more is not closed: no confusion matrix."""
+_MAX_TEXT = 20_000
+_MAX_MATRICES = 12
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_DATA_BLOCK = re.compile(r'<script type="application/json" id="report-pictures">(.*?)</script>', re.DOTALL)
+_EMBEDDED = re.compile(r"data:image/webp;base64,[A-Za-z0-9+/]+={0,2}")
+
+
+class Interval(NamedTuple):
+    """A mean score, or what the corpus scores, and its 95% interval, where the one is the other's mean."""
+
+    value: float
+    interval: tuple[float, float] | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Answers given against answers expected, of one kind of question.
+
+    Attributes:
+        name: of the kind.
+        answers: expected ones, sorted; a prediction that is none of them is counted in a last column.
+        counts: int64 ``[answers, answers + 1]``.
+        cells: by row of the run, where it is counted.
+    """
+
+    name: str
+    answers: tuple[str, ...]
+    counts: np.ndarray
+    cells: dict[int, tuple[int, int]]
+
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+
+
+def image_keys(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """What names a row's image: items that share one are not independent."""
+    return [(row.dataset, row.image_id) for row in rows]
+
+
+def summarize(values: np.ndarray, groups: Sequence[tuple[str, str]], corpus: float | None = None) -> Interval:
+    """Value and interval of a metric.
+
+    Args:
+        values: float ``[R]``; NaN is left out and not counted.
+        groups: of each value; drawn together.
+        corpus: what the metric says of all rows. Where that is their mean, or 100 times it up to the second decimal, the
+            interval is of the same scale; where it is not (BLEU), there is none.
+    """
+    known = np.flatnonzero(np.isfinite(values))
+    if not len(known):
+        return Interval(math.nan if corpus is None else corpus, None, 0)
+    mean = float(values[known].mean())
+    scale = 1.0
+    if corpus is not None:
+        near = [s for s, off in ((1.0, 1e-6 * max(1.0, abs(mean))), (100.0, 0.0051)) if abs(s * mean - corpus) <= off]
+        if not near:
+            return Interval(corpus, None, len(known))
+        scale = near[0]
+    low, high = bootstrap_interval(values[known], [groups[n] for n in known])
+    return Interval(mean if corpus is None else corpus, (scale * low, scale * high), len(known))
+
+
+def confusions(rows: Sequence[Row]) -> list[Confusion]:
+    """A matrix for each kind of question whose references are a closed set, in the order of the rows.
+
+    Closed: 2 to `MAX_ANSWERS` different answers that recur, at least twice on average. The answer of a row with several
+    references is the most frequent of them (of equals the first). White space is collapsed.
+    """
+    by_kind: dict[tuple[str, str], list[int]] = {}
+    for number, row in enumerate(rows):
+        if row.references:
+            by_kind.setdefault((row.dataset, row.kind), []).append(number)
+    found = []
+    for (dataset, kind), members in by_kind.items():
+        expected = [Counter(map(_plain, rows[n].references)).most_common(1)[0][0] for n in members]
+        distinct = set(expected)
+        if not 2 <= len(distinct) <= MAX_ANSWERS or len(members) < 2 * len(distinct):
+            continue
+        answers = tuple(sorted(distinct, key=_natural))
+        places = {answer: n for n, answer in enumerate(answers)}
+        cells = {
+            number: (places[answer], places.get(_plain(rows[number].prediction), len(answers)))
+            for number, answer in zip(members, expected, strict=True)
+        }
+        counts = np.zeros((len(answers), len(answers) + 1), np.int64)
+        np.add.at(counts, tuple(zip(*cells.values(), strict=True)), 1)
+        found.append(Confusion(_kind_name(dataset, kind), answers, counts, cells))
+    return found
+
+
+def paired(first: Run, second: Run) -> tuple[Run, Run, str]:
+    """Both runs' rows of the samples that are in both, in the first's order, and a sentence about the others.
+
+    Raises:
+        InputError: no sample in common, other references for the same sample, or other metrics.
+    """
+    places = {(row.dataset, row.id): n for n, row in enumerate(second.rows)}
+    common = [(n, places[row.dataset, row.id]) for n, row in enumerate(first.rows) if (row.dataset, row.id) in places]
+    if not common:
+        raise InputError(f"--compare: expected samples that are in both, {first.name} and {second.name} have no id in common")
+    for n, m in common:
+        one, other = first.rows[n].references, second.rows[m].references
+        if Counter(one) != Counter(other):
+            raise InputError(
+                f"--compare: expected the same references in both, got {list(one)[:3]} in {first.name} and "
+                f"{list(other)[:3]} in {second.name} for {first.rows[n].id!r}"
+            )
+    if first.scores.primary not in second.scores.items:
+        raise InputError(
+            f"--compare: expected scores of {first.scores.primary!r} for both, {second.name} has {', '.join(second.scores.items)}"
+        )
+    sides = [_only(run, [pair[side] for pair in common]) for side, run in enumerate((first, second))]
+    sides[1].scores.primary = first.scores.primary
+    left = [(run.name, len(run.rows) - len(common)) for run in (first, second) if len(run.rows) > len(common)]
+    note = f"Compared on the {len(common):,} samples that are in both."
+    if left:
+        note += " Left out: " + ", ".join(f"{number:,} only in {name}" for name, number in left) + "."
+    return sides[0], sides[1], note
+
+
+def _only(run: Run, chosen: Sequence[int]) -> Run:
+    whole = len(chosen) == len(run.rows)
+    items = {name: values[list(chosen)] for name, values in run.scores.items.items()}
+    # A corpus score of a part is another number (CIDEr's document frequencies): the mean of the items stands for it.
+    scores = replace(run.scores, items=items, corpus=run.scores.corpus if whole else {})
+    return replace(run, rows=[run.rows[n] for n in chosen], scores=scores)
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+
+def write_report(
+    path: Path,
+    run: Run,
+    picture: Picture,
+    other: Run | None = None,
+    *,
+    budget: int = PICTURE_BUDGET,
+    max_samples: int = MAX_SAMPLES,
+    written: datetime | None = None,
+) -> str:
+    """Writes the page; complete or absent. Returns a line that says what is in it.
+
+    Args:
+        path: of the file.
+        run: what is shown.
+        picture: the picture of a row of ``run`` (by number), or why there is none.
+        other: a run to compare with.
+        budget: bytes of all pictures.
+        max_samples: in the gallery: the worst and the best, by turns. Numbers are of all.
+        written: the date in the page; by default now.
+
+    Raises:
+        InputError: runs that can't be compared.
+    """
+    note, original = "", range(len(run.rows))
+    if other is not None:
+        if other.name == run.name:
+            run, other = replace(run, name=f"{run.name} (first)"), replace(other, name=f"{other.name} (second)")
+        places = {(row.dataset, row.id): n for n, row in enumerate(run.rows)}
+        run, other, note = paired(run, other)
+        original = [places[row.dataset, row.id] for row in run.rows]  # type: ignore[assignment]
+    scores = run.scores.items[run.scores.primary]
+    change = None if other is None else np.nan_to_num(scores - other.scores.items[run.scores.primary])
+    telling = list(islice(telling_first(scores, change), max_samples))
+    shown = sorted(telling)
+    keys = image_keys([run.rows[n] for n in shown])
+    numbers: dict[tuple[str, str], int] = {}
+    image_of = [numbers.setdefault(key, len(numbers)) for key in keys]
+    place = {row: n for n, row in enumerate(shown)}
+    sources = embed(
+        (place[row] for row in telling), image_of, len(numbers), lambda n: picture(original[shown[n]]), budget
+    )
+    page = _page(run, other, note, shown, image_of, list(numbers), sources, written or datetime.now(UTC))
+    with replacing(path) as temporary:
+        temporary.write_bytes(page.encode())
+    embedded = sum(source.startswith("data:") for source in sources)
+    return f"{path}: {len(shown):,} samples, {embedded:,} of {len(sources):,} pictures, {len(page.encode()) / MIB:.1f} MiB"
+
+
+def embedded_pictures(path: Path) -> dict[tuple[str, str], str]:
+    """The pictures in an earlier page, as data URIs by data set and image id; {} where there is none or no such page."""
+    try:
+        block = _DATA_BLOCK.search(path.read_text(encoding="utf-8"))
+        content = json.loads(block[1]) if block else {"keys": [], "sources": []}
+        pairs = zip(content["keys"], content["sources"], strict=True)
+        return {(dataset, image): uri for (dataset, image), uri in pairs if _EMBEDDED.fullmatch(uri)}
+    except (OSError, ValueError, KeyError, TypeError):  # no page of ours
+        return {}
+
+
+def from_page(run: Run, path: Path) -> Picture:
+    """Pictures of ``run`` as an earlier page has them."""
+    found, keys = embedded_pictures(path), image_keys(run.rows)
+    return lambda row: found.get(keys[row], NOT_FOUND)
+
+
+def _page(
+    run: Run, other: Run | None, note: str, shown: Sequence[int], image_of: Sequence[int],
+    image_names: Sequence[tuple[str, str]], sources: Sequence[str], written: datetime,
+) -> str:  # fmt: skip
+    matrices = confusions(run.rows)
+    of_other = confusions(other.rows) if other is not None else []
+    script, style = (_asset(name) for name in ("report.js", "report.css"))
+    title = run.name if other is None else f"{run.name} against {other.name}"
+    sections = [
+        ("summary", "Summary", _summary(run, other, note, written)),
+        ("comparison", "Comparison", _comparison(run, other) if other is not None else ""),
+        ("kinds", "By kind", _kinds(run, other)),
+        ("curves", "Training", _curves(run, other)),
+        ("confusion", "Confusion", _confusion(run, matrices, other, of_other)),
+    ]
+    written_out = [(key, name, body) for key, name, body in sections if body]
+    hidden = len(run.rows) - len(shown)
+    embedded = sum(source.startswith("data:") for source in sources)
+    remarks = []
+    if hidden:
+        remarks.append(f"The gallery holds {len(shown):,} of {len(run.rows):,} samples, the best and the worst; numbers are of all.")
+    if 0 < embedded < len(sources):
+        remarks.append(f"{embedded:,} of {len(sources):,} pictures are in this page, those of the best and worst answers first.")
+    parts = {
+        "title": _escape(title),
+        "policy": _policy(script, style),
+        "style": style,
+        "script": script,
+        "nav": "".join(f'<li><a href="#{key}">{name}</a></li>' for key, name, _ in written_out),
+        "sections": "".join(
+            f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{name}</h2>{body}</section>'
+            for key, name, body in written_out
+        ),
+        "remarks": "".join(f'<p class="note">{_escape(remark)}</p>' for remark in remarks),
+        "data": _json(_gallery_data(run, other, shown, image_of, matrices)),
+        "pictures": _json({"keys": image_names, "sources": sources}),
+    }
+    # In one pass: what stands in the data may look like a mark.
+    return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], _asset("report.html"))
+
+
+def _gallery_data(
+    run: Run, other: Run | None, shown: Sequence[int], image_of: Sequence[int], matrices: Sequence[Confusion]
+) -> dict[str, Any]:
+    """What `report.js` shows, by column; texts that recur stand once."""
+    rows = [run.rows[n] for n in shown]
+    # Kinds are numbered as in the table of kinds, which has those of rows that are not shown, too.
+    kinds = dict.fromkeys(_kind_name(row.dataset, row.kind) for row in run.rows)
+    tables: dict[str, dict[str, int]] = {"instructions": {}, "kinds": {name: n for n, name in enumerate(kinds)}}
+
+    def number(table: str, text: str) -> int:
+        return tables[table].setdefault(text, len(tables[table]))
+
+    cell: list[list[int] | None] = [None] * len(rows)
+    place = {row: n for n, row in enumerate(shown)}
+    for of, matrix in enumerate(matrices):
+        for row, (expected, said) in matrix.cells.items():
+            if row in place:
+                cell[place[row]] = [of, expected, said]
+    runs = [run] if other is None else [run, other]
+    metrics = [name for name in run.scores.items if all(name in one.scores.items for one in runs)]
+    return {
+        "metrics": metrics,
+        "primary": metrics.index(run.scores.primary),
+        # Where scores are shares, 1 is right and 0 is wrong; CIDEr's 1 means nothing.
+        "shares": [all(_are_shares(one.scores.items[name]) for one in runs) for name in metrics],
+        "id": [row.id for row in rows],
+        "image": list(image_of),
+        "kind": [number("kinds", _kind_name(row.dataset, row.kind)) for row in rows],
+        "instruction": [number("instructions", _cut(row.instruction)) for row in rows],
+        "references": [[_cut(text) for text in row.references] for row in rows],
+        "cell": cell,
+        "runs": [
+            {
+                "name": one.name,
+                "prediction": [_cut(one.rows[n].prediction) for n in shown],
+                "scores": [[_rounded(one.scores.items[name][n]) for n in shown] for name in metrics],
+            }
+            for one in runs
+        ],
+        "matrices": [{"name": matrix.name, "answers": matrix.answers} for matrix in matrices],
+        **{name: list(table) for name, table in tables.items()},
+    }
+
+
+def _summary(run: Run, other: Run | None, note: str, written: datetime) -> str:
+    runs = [run] if other is None else [run, other]
+    tiles = []
+    for one in runs:
+        primary = one.scores.primary
+        found = summarize(one.scores.items[primary], image_keys(one.rows), one.scores.corpus.get(primary))
+        interval = f"95% interval {_range(found.interval)}" if found.interval else "no interval: not a mean of its samples"
+        who = f"<bdi>{_escape(one.name)}</bdi>, " if other is not None else ""
+        if found.count or not math.isnan(found.value):
+            tiles.append(
+                f'<div class="tile main"><dt>{who}{_escape(primary)}</dt><dd><b>{_value(found.value)}</b> <small>{interval}</small></dd></div>'
+            )
+    images = len(set(image_keys(run.rows)))
+    kinds = len({(row.dataset, row.kind) for row in run.rows})
+    for name, number in (("samples", len(run.rows)), ("images", images), ("kinds", kinds)):
+        tiles.append(f'<div class="tile"><dt>{name}</dt><dd><b>{number:,}</b></dd></div>')
+    body = f'<dl class="tiles">{"".join(tiles)}</dl>'
+    if note:
+        body += f'<p class="note">{_escape(note)}</p>'
+    names = list(run.scores.items)
+    if len(names) > 1 or set(run.scores.corpus) - set(names):
+        body += _metrics_table(runs)
+    for one in runs:
+        body += "".join(f'<p class="note">{_escape(remark)}</p>' for remark in one.scores.notes)
+    for one in runs:
+        heading = f"<h3><bdi>{_escape(one.name)}</bdi></h3>" if other is not None else ""
+        facts = {**one.facts, **({"Written": f"{written:%Y-%m-%d %H:%M} UTC"} if one is runs[-1] else {})}
+        entries = "".join(f"<div><dt>{_escape(k)}</dt><dd><bdi>{_escape(v)}</bdi></dd></div>" for k, v in facts.items())
+        body += f'{heading}<dl class="facts">{entries}</dl>'
+    return body
+
+
+def _metrics_table(runs: Sequence[Run]) -> str:
+    head = "".join(f'<th scope="col"><bdi>{_escape(one.name)}</bdi></th><th scope="col">95% interval</th>' for one in runs)
+    lines = []
+    for name in dict.fromkeys(name for one in runs for name in (*one.scores.items, *one.scores.corpus)):
+        cells = ""
+        for one in runs:
+            values, corpus = one.scores.items.get(name), one.scores.corpus.get(name)
+            if values is None:
+                cells += f"<td>{'-' if corpus is None else _value(corpus)}</td><td>-</td>"
+                continue
+            found = summarize(values, image_keys(one.rows), corpus)
+            cells += f"<td>{_value(found.value)}</td><td>{_range(found.interval)}</td>"
+        lines.append(f'<tr><th scope="row">{_escape(name)}</th>{cells}</tr>')
+    table = f'<table class="numbers"><thead><tr><th scope="col">metric</th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    return _scrolling("All metrics", table)
+
+
+def _comparison(run: Run, other: Run) -> str:
+    primary, groups = run.scores.primary, image_keys(run.rows)
+    first, second = run.scores.items[primary], other.scores.items[primary]
+    known = np.flatnonzero(np.isfinite(first) & np.isfinite(second))
+    if not len(known):
+        return '<p class="note">No sample has a score in both runs.</p>'
+    test = paired_test(first[known], second[known], [groups[n] for n in known])
+    difference = first[known] - second[known]
+    better, worse = int((difference > 0).sum()), int((difference < 0).sum())
+    names = [f"<bdi>{_escape(one.name)}</bdi>" for one in (run, other)]
+    sure = test.low > 0 or test.high < 0
+    verdict = (
+        f"{names[0] if test.difference > 0 else names[1]} is better: the interval of the difference does not hold 0."
+        if sure
+        else "No difference is shown: the interval of the difference holds 0."
+    )
+    tiles = (
+        ("difference", _signed(test.difference), f"95% interval {_signed(test.low)} to {_signed(test.high)}"),
+        ("p-value", f"{test.p_value:.3g}", "two-sided, paired by image"),
+        (f"{names[0]} better", f"{better:,}", ""), (f"{names[1]} better", f"{worse:,}", ""),
+        ("equal", f"{len(known) - better - worse:,}", ""),
+    )  # fmt: skip
+    shown = "".join(
+        f'<div class="tile"><dt>{name}</dt><dd><b>{value}</b> <small>{more}</small></dd></div>' for name, value, more in tiles
+    )
+    return f'<p class="verdict">{_escape(primary)}, {names[0]} minus {names[1]}: {verdict}</p><dl class="tiles">{shown}</dl>'
+
+
+def _kinds(run: Run, other: Run | None) -> str:
+    runs = [run] if other is None else [run, other]
+    primary, groups = run.scores.primary, image_keys(run.rows)
+    members: dict[str, list[int]] = {}
+    for n, row in enumerate(run.rows):
+        members.setdefault(_kind_name(row.dataset, row.kind), []).append(n)
+    found = {
+        name: [summarize(one.scores.items[primary][of], [groups[n] for n in of]) for one in runs]
+        for name, of in members.items()
+    }
+    if not any(one.count for of in found.values() for one in of):
+        return ""
+    baseline_name, baseline = run.baseline
+    high = max(1.0, *(one.value for of in found.values() for one in of if one.count), *baseline.values())
+    names = [f"<bdi>{_escape(one.name)}</bdi>" for one in runs] if other is not None else [_escape(primary)]
+    head = '<th scope="col">kind</th><th scope="col">samples</th>'
+    head += "".join(f'<th scope="col">{name}</th><th scope="col">95% interval</th>' for name in names)
+    if baseline:
+        head += f'<th scope="col">{_escape(baseline_name)}</th>'
+    if other is not None:
+        head += '<th scope="col">difference</th>'
+    head += f'<th scope="col" class="bars">0 to {high:.4g}</th>'
+    lines = []
+    for number, (name, of) in enumerate(members.items()):
+        values = found[name]
+        cells = "".join(f"<td>{_value(v.value)}</td><td>{_range(v.interval)}</td>" for v in values)
+        kind = run.rows[of[0]].kind
+        beside = baseline.get(kind)
+        if baseline:
+            cells += f"<td>{'-' if beside is None else _value(beside)}</td>"
+        if other is not None:
+            cells += f"<td>{_kind_difference(run, other, of, groups)}</td>"
+        bars = "".join(interval_bar(v.value, v.interval, high, beside) for v in values if v.count)
+        button = f'<button type="button" class="link" data-kind="{number}"><bdi>{_escape(name)}</bdi></button>'
+        lines.append(f'<tr><th scope="row">{button}</th><td>{len(of):,}</td>{cells}<td class="bars">{bars}</td></tr>')
+    what = f"{primary} by kind" + (f"; the tick is {baseline_name}" if baseline else "")
+    table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    note = f'<p class="note">{_escape(what)}. Whiskers are 95% bootstrap intervals, images drawn whole. A kind shows its samples.</p>'
+    return note + _scrolling("Scores by kind", table)
+
+
+def _kind_difference(run: Run, other: Run, of: Sequence[int], groups: Sequence[tuple[str, str]]) -> str:
+    primary = run.scores.primary
+    difference = run.scores.items[primary][list(of)] - other.scores.items[primary][list(of)]
+    found = summarize(difference, [groups[n] for n in of])
+    if found.interval is None:
+        return "-"
+    return f"{_signed(found.value)} <small>{_signed(found.interval[0])} to {_signed(found.interval[1])}</small>"
+
+
+def _curves(run: Run, other: Run | None) -> str:
+    runs = [run] if other is None else [run, other]
+
+    def named(one: Run, name: str) -> str:
+        return name if other is None else f"{one.name}: {name}"
+
+    charts: dict[str, list[tuple[str, Curve]]] = {"loss": [], "learning rate": []}
+    for one in runs:
+        # Groups with the same rate are one line.
+        rates: dict[tuple[bytes, bytes], list[str]] = {}
+        for name, curve in one.curves.items():
+            if name in ("train/loss", "val/loss"):
+                charts["loss"].append((named(one, name), curve))
+            elif name.startswith("lr"):
+                rates.setdefault((curve.steps.tobytes(), curve.values.tobytes()), []).append(name.removeprefix("lr/"))
+        for same in rates.values():
+            charts["learning rate"].append((named(one, ", ".join(same)), one.curves[_rate_name(one, same[0])]))
+    for one in runs:
+        for name, curve in one.curves.items():
+            if name.startswith("val/") and name not in ("val/loss", "val/bad_samples"):
+                charts.setdefault(name, []).append((named(one, name), curve))
+    drawn = "".join(line_chart(title, curves) for title, curves in charts.items() if curves)
+    return f'<div class="charts">{drawn}</div>' if drawn else ""
+
+
+def _rate_name(run: Run, short: str) -> str:
+    return f"lr/{short}" if f"lr/{short}" in run.curves else short
+
+
+def _confusion(run: Run, matrices: Sequence[Confusion], other: Run | None, of_other: Sequence[Confusion]) -> str:
+    figures = []
+    for number, matrix in enumerate(matrices[:_MAX_MATRICES]):
+        title = matrix.name if other is None else f"{matrix.name}, {run.name}"
+        figures.append(_matrix(title, matrix, number))
+        if other is not None and number < len(of_other):
+            figures.append(_matrix(f"{matrix.name}, {other.name}", of_other[number], None))
+    if not figures:
+        return ""
+    more = len(matrices) - _MAX_MATRICES
+    note = f'<p class="note">The first {_MAX_MATRICES} of {len(matrices)} kinds with few answers.</p>' if more > 0 else ""
+    hint = "Lines are what was expected, columns what was answered. A number shows its samples."
+    return f'<p class="note">{hint}</p>{note}<div class="matrices">{"".join(figures)}</div>'
+
+
+def _matrix(title: str, matrix: Confusion, number: int | None) -> str:
+    """``number`` is the matrix whose samples its cells show; None: none."""
+    columns = [*matrix.answers, "other"]
+    last = len(columns) - bool(not matrix.counts[:, -1].any())  # nobody said anything else
+    head = "".join(
+        f'<th scope="col"{" class=other" if n == len(matrix.answers) else ""}><bdi>{_escape(_short(name))}</bdi></th>'
+        for n, name in enumerate(columns[:last])
+    )
+    lines = []
+    for row, answer in enumerate(matrix.answers):
+        total = int(matrix.counts[row].sum())
+        cells = []
+        for column in range(last):
+            count = int(matrix.counts[row, column])
+            shade = f"{'right' if row == column else 'wrong'} s{math.ceil(count / total * 8) if count else 0}"
+            inside = f"{count:,}"
+            if count and number is not None:
+                words = f"{count:,} expected {answer}, answered {columns[column]}"
+                inside = (
+                    f'<button type="button" tabindex="-1" data-cell="{number},{row},{column}" '
+                    f'aria-label="{_escape(words)}">{count:,}</button>'
+                )
+            cells.append(f'<td class="{shade}">{inside if count else "<span>0</span>"}</td>')
+        lines.append(f'<tr><th scope="row"><bdi>{_escape(_short(answer))}</bdi></th>{"".join(cells)}</tr>')
+    table = (
+        f'<table class="matrix"><caption><bdi>{_escape(title)}</bdi></caption><thead><tr><td></td>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table>"
+    )
+    return _scrolling(f"Confusion matrix: {title}", table)
+
+
+def _scrolling(label: str, table: str) -> str:
+    """A wide table scrolls in its own box, which the keyboard can reach."""
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{_escape(label)}">{table}</div>'
+
+
+def _policy(script: str, style: str) -> str:
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (script, style)]
+    return (
+        f"default-src 'none'; script-src 'sha256-{hashes[0]}'; style-src 'sha256-{hashes[1]}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _asset(name: str) -> str:
+    return (_resources("mmprefix.evaluation") / "page" / name).read_text(encoding="utf-8")
+
+
+def _json(content: Any) -> str:
+    """JSON that can stand in a script element: no ``<`` begins a tag or a comment, whatever the data holds."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return _SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
+
+
+def _escape(text: str) -> str:
+    return _html_escape(_SURROGATE.sub("\ufffd", text))
+
+
+def _cut(text: str, most: int = _MAX_TEXT) -> str:
+    return text if len(text) <= most else f"{text[:most]} … ({len(text) - most:,} more characters)"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 24 else f"{text[:23]}…"
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _natural(text: str) -> tuple[float, str]:
+    """Numbers by value, before words."""
+    return (float(text), text) if re.fullmatch(r"-?\d{1,15}(\.\d{1,15})?", text, re.ASCII) else (math.inf, text)
+
+
+def _kind_name(dataset: str, kind: str) -> str:
+    return " / ".join(part for part in (dataset, kind) if part) or "all"
+
+
+def _are_shares(values: np.ndarray) -> bool:
+    known = values[np.isfinite(values)]
+    return bool(((known >= 0) & (known <= 1)).all())
+
+
+def _rounded(value: float) -> float | None:
+    return round(float(value), 4) if math.isfinite(value) else None
+
+
+def _value(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4f}" if abs(value) <= 1 else f"{value:.2f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}" if abs(value) <= 1 else f"{value:+.2f}"
+
+
+def _range(interval: tuple[float, float] | None) -> str:
+    return "-" if interval is None else f"{_value(interval[0])} to {_value(interval[1])}"
