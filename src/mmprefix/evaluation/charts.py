@@ -6,6 +6,7 @@ Classes (``line-0``, ``bar``, ...) are what the page's style sheet colours, in l
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -15,8 +16,19 @@ from mmprefix.evaluation.runs import Curve
 
 WIDTH, HEIGHT = 420, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 28
+_DOTS = 40
+"""A line with no more points shows each as a dot."""
 _POINTS = 300
 """A line has at most twice as many points."""
+
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a pair, which JSON can hold and UTF-8 can't."""
+
+
+def escaped(text: str) -> str:
+    """Text as it may stand in HTML and in its attributes."""
+    return escape(SURROGATE.sub("\ufffd", text))
 
 
 def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
@@ -76,35 +88,43 @@ def line_chart(title: str, curves: Sequence[tuple[str, Curve]]) -> str:
     for step in ticks(first, last):
         anchor = "end" if x(step) > WIDTH - _RIGHT - 16 else "middle"
         parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{_axis(step)}</text>')
-    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{HEIGHT - _BOTTOM}" y2="{HEIGHT - _BOTTOM}"/>')
+    parts.append(
+        f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{HEIGHT - _BOTTOM}" y2="{HEIGHT - _BOTTOM}"/>'
+    )
     notes, legend = [], []
     for number, (name, curve, thin, size) in enumerate(drawn):
-        points = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in zip(thin.steps.tolist(), thin.values.tolist(), strict=True))
+        at = [(x(step), y(value)) for step, value in zip(thin.steps.tolist(), thin.values.tolist(), strict=True)]
         style = f"line line-{number % 4}"
-        if len(thin.steps) == 1:
-            centre_x, centre_y = points.split(",")
-            parts.append(f'<circle class="{style} dot" cx="{centre_x}" cy="{centre_y}" r="3"/>')
-        else:
-            parts.append(f'<polyline class="{style}" points="{points}"/>')
-        sample = f'<svg class="sample" viewBox="0 0 28 8" aria-hidden="true"><line class="{style}" x1="0" x2="28" y1="4" y2="4"/></svg>'
-        legend.append(f"<li>{sample}<bdi>{escape(name)}</bdi> <b>{number_text(float(thin.values[-1]))}</b></li>")
+        parts.append(f'<polyline class="{style}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in at)}"/>')
+        if len(at) <= _DOTS:
+            named = zip(at, thin.steps.tolist(), thin.values.tolist(), strict=True)
+            parts += [
+                f'<circle class="dot {style}" cx="{a:.1f}" cy="{b:.1f}" r="3"><title>{number_text(value)} at step {step:,}</title></circle>'
+                for (a, b), step, value in named
+            ]
+        sample = f'<line class="{style}" x1="0" x2="28" y1="4" y2="4"/>'
+        legend.append(
+            f'<li><svg class="sample" viewBox="0 0 28 8" aria-hidden="true">{sample}</svg>'
+            f"<bdi>{escaped(name)}</bdi> <b>{number_text(float(thin.values[-1]))}</b></li>"
+        )
         hidden = len(curve.values) - int(np.isfinite(curve.values).sum())
         if size > 1:
             notes.append(f"{name}: each point is the mean of {size} logged values")
         if hidden:
             notes.append(f"{name}: {hidden} values that are not finite are not drawn")
-    words = "; ".join(
-        f"{name} goes from {number_text(float(thin.values[0]))} at step {int(thin.steps[0]):,} to "
-        f"{number_text(float(thin.values[-1]))} at step {int(thin.steps[-1]):,}, lowest {number_text(float(thin.values.min()))}, "
-        f"highest {number_text(float(thin.values.max()))}"
-        for name, _, thin, _ in drawn
-    )
-    note = f'<p class="note">{escape(". ".join(notes))}.</p>' if notes else ""
+    words = escaped(f"{title} by step: " + "; ".join(f"{name} {_words(thin)}" for name, _, thin, _ in drawn))
+    note = f'<p class="note">{escaped(". ".join(notes))}.</p>' if notes else ""
     return (
-        f'<figure class="chart"><figcaption><h3>{escape(title)}</h3></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title} by step: {words}")}">{"".join(parts)}</svg>'
-        f'<ul class="legend" aria-label="Last values of {escape(title)}">{"".join(legend)}</ul>{note}</figure>'
+        f'<figure class="chart"><figcaption><h3>{escaped(title)}</h3></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{words}">{"".join(parts)}</svg>'
+        f'<ul class="legend" aria-label="Last values of {escaped(title)}">{"".join(legend)}</ul>{note}</figure>'
     )
+
+
+def _words(curve: Curve) -> str:
+    steps, values = curve
+    first, last, low, high = (number_text(float(v)) for v in (values[0], values[-1], values.min(), values.max()))
+    return f"goes from {first} at step {int(steps[0]):,} to {last} at step {int(steps[-1]):,}, lowest {low}, highest {high}"
 
 
 def interval_bar(value: float, interval: tuple[float, float] | None, high: float, baseline: float | None = None) -> str:
@@ -120,7 +140,9 @@ def interval_bar(value: float, interval: tuple[float, float] | None, high: float
     def x(number: float) -> float:
         return 100 * min(1.0, max(0.0, number / high)) if high > 0 else 0.0
 
-    parts = [f'<rect class="track" width="100" height="10" y="3"/><rect class="bar" width="{x(value):.2f}" height="10" y="3"/>']
+    parts = [
+        f'<rect class="track" width="100" height="10" y="3"/><rect class="bar" width="{x(value):.2f}" height="10" y="3"/>'
+    ]
     if interval is not None:
         start, end = map(x, interval)
         parts.append(f'<line class="whisker" x1="{start:.2f}" x2="{end:.2f}" y1="8" y2="8"/>')

@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from html import escape as _html_escape
 from importlib.resources import files as _resources
 from itertools import islice
 from pathlib import Path
@@ -28,11 +27,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmprefix.errors import InputError
-from mmprefix.evaluation.charts import interval_bar, line_chart
+from mmprefix.evaluation.charts import SURROGATE, escaped, interval_bar, line_chart
 from mmprefix.evaluation.runs import Curve, Row, Run
 from mmprefix.evaluation.thumbnails import MIB, NOT_FOUND, Picture, embed, telling_first
 from mmprefix.files import replacing
-from mmprefix.metrics.intervals import bootstrap_interval, paired_test
+from mmprefix.metrics.intervals import mean_interval, paired_test
 
 PICTURE_BUDGET = 16 * MIB
 """Bytes that the pictures of a page may have together, as they stand in it."""
@@ -42,7 +41,6 @@ MAX_ANSWERS = 30
 """A set of answers with more is not closed: no confusion matrix."""
 _MAX_TEXT = 20_000
 _MAX_MATRICES = 12
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _DATA_BLOCK = re.compile(r'<script type="application/json" id="report-pictures">(.*?)</script>', re.DOTALL)
 _EMBEDDED = re.compile(r"data:image/webp;base64,[A-Za-z0-9+/]+={0,2}")
 
@@ -52,7 +50,7 @@ class Interval(NamedTuple):
 
     value: float
     interval: tuple[float, float] | None
-    count: int
+    scored: int
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def summarize(values: np.ndarray, groups: Sequence[tuple[str, str]], corpus: flo
         corpus: what the metric says of all rows. Where that is their mean, or 100 times it up to the second decimal, the
             interval is of the same scale; where it is not (BLEU), there is none.
     """
-    known = np.flatnonzero(np.isfinite(values))
+    known = np.flatnonzero(np.isfinite(values)).tolist()
     if not len(known):
         return Interval(math.nan if corpus is None else corpus, None, 0)
     mean = float(values[known].mean())
@@ -99,7 +97,7 @@ def summarize(values: np.ndarray, groups: Sequence[tuple[str, str]], corpus: flo
         if not near:
             return Interval(corpus, None, len(known))
         scale = near[0]
-    low, high = bootstrap_interval(values[known], [groups[n] for n in known])
+    low, high = mean_interval(values[known], [groups[n] for n in known])
     return Interval(mean if corpus is None else corpus, (scale * low, scale * high), len(known))
 
 
@@ -140,7 +138,9 @@ def paired(first: Run, second: Run) -> tuple[Run, Run, str]:
     places = {(row.dataset, row.id): n for n, row in enumerate(second.rows)}
     common = [(n, places[row.dataset, row.id]) for n, row in enumerate(first.rows) if (row.dataset, row.id) in places]
     if not common:
-        raise InputError(f"--compare: expected samples that are in both, {first.name} and {second.name} have no id in common")
+        raise InputError(
+            f"--compare: expected samples that are in both, {first.name} and {second.name} have no id in common"
+        )
     for n, m in common:
         one, other = first.rows[n].references, second.rows[m].references
         if Counter(one) != Counter(other):
@@ -150,7 +150,8 @@ def paired(first: Run, second: Run) -> tuple[Run, Run, str]:
             )
     if first.scores.primary not in second.scores.items:
         raise InputError(
-            f"--compare: expected scores of {first.scores.primary!r} for both, {second.name} has {', '.join(second.scores.items)}"
+            f"--compare: expected scores of {first.scores.primary!r} for both, {second.name} has "
+            f"{', '.join(second.scores.items)}"
         )
     sides = [_only(run, [pair[side] for pair in common]) for side, run in enumerate((first, second))]
     sides[1].scores.primary = first.scores.primary
@@ -218,7 +219,9 @@ def write_report(
     with replacing(path) as temporary:
         temporary.write_bytes(page.encode())
     embedded = sum(source.startswith("data:") for source in sources)
-    return f"{path}: {len(shown):,} samples, {embedded:,} of {len(sources):,} pictures, {len(page.encode()) / MIB:.1f} MiB"
+    return (
+        f"{path}: {len(shown):,} samples, {embedded:,} of {len(sources):,} pictures, {len(page.encode()) / MIB:.1f} MiB"
+    )
 
 
 def embedded_pictures(path: Path) -> dict[tuple[str, str], str]:
@@ -258,11 +261,15 @@ def _page(
     embedded = sum(source.startswith("data:") for source in sources)
     remarks = []
     if hidden:
-        remarks.append(f"The gallery holds {len(shown):,} of {len(run.rows):,} samples, the best and the worst; numbers are of all.")
+        remarks.append(
+            f"The gallery holds {len(shown):,} of {len(run.rows):,} samples, the best and the worst; numbers are of all."
+        )
     if 0 < embedded < len(sources):
-        remarks.append(f"{embedded:,} of {len(sources):,} pictures are in this page, those of the best and worst answers first.")
+        remarks.append(
+            f"{embedded:,} of {len(sources):,} pictures are in this page, those of the best and worst answers first."
+        )
     parts = {
-        "title": _escape(title),
+        "title": escaped(title),
         "policy": _policy(script, style),
         "style": style,
         "script": script,
@@ -271,7 +278,7 @@ def _page(
             f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{name}</h2>{body}</section>'
             for key, name, body in written_out
         ),
-        "remarks": "".join(f'<p class="note">{_escape(remark)}</p>' for remark in remarks),
+        "remarks": "".join(f'<p class="note">{escaped(remark)}</p>' for remark in remarks),
         "data": _json(_gallery_data(run, other, shown, image_of, matrices)),
         "pictures": _json({"keys": image_names, "sources": sources}),
     }
@@ -329,34 +336,36 @@ def _summary(run: Run, other: Run | None, note: str, written: datetime) -> str:
     for one in runs:
         primary = one.scores.primary
         found = summarize(one.scores.items[primary], image_keys(one.rows), one.scores.corpus.get(primary))
-        interval = f"95% interval {_range(found.interval)}" if found.interval else "no interval: not a mean of its samples"
-        who = f"<bdi>{_escape(one.name)}</bdi>, " if other is not None else ""
-        if found.count or not math.isnan(found.value):
-            tiles.append(
-                f'<div class="tile main"><dt>{who}{_escape(primary)}</dt><dd><b>{_value(found.value)}</b> <small>{interval}</small></dd></div>'
-            )
+        interval = (
+            f"95% interval {_range(found.interval)}" if found.interval else "no interval: not a mean of its samples"
+        )
+        who = f"<bdi>{escaped(one.name)}</bdi>, " if other is not None else ""
+        if found.scored or not math.isnan(found.value):
+            tiles.append(_tile(f"{who}{escaped(primary)}", _value(found.value), interval, main=True))
     images = len(set(image_keys(run.rows)))
     kinds = len({(row.dataset, row.kind) for row in run.rows})
     for name, number in (("samples", len(run.rows)), ("images", images), ("kinds", kinds)):
-        tiles.append(f'<div class="tile"><dt>{name}</dt><dd><b>{number:,}</b></dd></div>')
+        tiles.append(_tile(name, f"{number:,}"))
     body = f'<dl class="tiles">{"".join(tiles)}</dl>'
     if note:
-        body += f'<p class="note">{_escape(note)}</p>'
+        body += f'<p class="note">{escaped(note)}</p>'
     names = list(run.scores.items)
     if len(names) > 1 or set(run.scores.corpus) - set(names):
         body += _metrics_table(runs)
     for one in runs:
-        body += "".join(f'<p class="note">{_escape(remark)}</p>' for remark in one.scores.notes)
+        body += "".join(f'<p class="note">{escaped(remark)}</p>' for remark in one.scores.notes)
     for one in runs:
-        heading = f"<h3><bdi>{_escape(one.name)}</bdi></h3>" if other is not None else ""
+        heading = f"<h3><bdi>{escaped(one.name)}</bdi></h3>" if other is not None else ""
         facts = {**one.facts, **({"Written": f"{written:%Y-%m-%d %H:%M} UTC"} if one is runs[-1] else {})}
-        entries = "".join(f"<div><dt>{_escape(k)}</dt><dd><bdi>{_escape(v)}</bdi></dd></div>" for k, v in facts.items())
+        entries = "".join(f"<div><dt>{escaped(k)}</dt><dd><bdi>{escaped(v)}</bdi></dd></div>" for k, v in facts.items())
         body += f'{heading}<dl class="facts">{entries}</dl>'
     return body
 
 
 def _metrics_table(runs: Sequence[Run]) -> str:
-    head = "".join(f'<th scope="col"><bdi>{_escape(one.name)}</bdi></th><th scope="col">95% interval</th>' for one in runs)
+    head = "".join(
+        f'<th scope="col"><bdi>{escaped(one.name)}</bdi></th><th scope="col">95% interval</th>' for one in runs
+    )
     lines = []
     for name in dict.fromkeys(name for one in runs for name in (*one.scores.items, *one.scores.corpus)):
         cells = ""
@@ -367,21 +376,20 @@ def _metrics_table(runs: Sequence[Run]) -> str:
                 continue
             found = summarize(values, image_keys(one.rows), corpus)
             cells += f"<td>{_value(found.value)}</td><td>{_range(found.interval)}</td>"
-        lines.append(f'<tr><th scope="row">{_escape(name)}</th>{cells}</tr>')
-    table = f'<table class="numbers"><thead><tr><th scope="col">metric</th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-    return _scrolling("All metrics", table)
+        lines.append(f'<tr><th scope="row">{escaped(name)}</th>{cells}</tr>')
+    return _scrolling("All metrics", _table(f'<th scope="col">metric</th>{head}', lines))
 
 
 def _comparison(run: Run, other: Run) -> str:
     primary, groups = run.scores.primary, image_keys(run.rows)
     first, second = run.scores.items[primary], other.scores.items[primary]
-    known = np.flatnonzero(np.isfinite(first) & np.isfinite(second))
+    known = np.flatnonzero(np.isfinite(first) & np.isfinite(second)).tolist()
     if not len(known):
         return '<p class="note">No sample has a score in both runs.</p>'
-    test = paired_test(first[known], second[known], [groups[n] for n in known])
+    test = paired_test(second[known], first[known], [groups[n] for n in known])
     difference = first[known] - second[known]
     better, worse = int((difference > 0).sum()), int((difference < 0).sum())
-    names = [f"<bdi>{_escape(one.name)}</bdi>" for one in (run, other)]
+    names = [f"<bdi>{escaped(one.name)}</bdi>" for one in (run, other)]
     sure = test.low > 0 or test.high < 0
     verdict = (
         f"{names[0] if test.difference > 0 else names[1]} is better: the interval of the difference does not hold 0."
@@ -394,10 +402,8 @@ def _comparison(run: Run, other: Run) -> str:
         (f"{names[0]} better", f"{better:,}", ""), (f"{names[1]} better", f"{worse:,}", ""),
         ("equal", f"{len(known) - better - worse:,}", ""),
     )  # fmt: skip
-    shown = "".join(
-        f'<div class="tile"><dt>{name}</dt><dd><b>{value}</b> <small>{more}</small></dd></div>' for name, value, more in tiles
-    )
-    return f'<p class="verdict">{_escape(primary)}, {names[0]} minus {names[1]}: {verdict}</p><dl class="tiles">{shown}</dl>'
+    shown = "".join(_tile(*tile) for tile in tiles)
+    return f'<p class="verdict">{escaped(primary)}, {names[0]} minus {names[1]}: {verdict}</p><dl class="tiles">{shown}</dl>'
 
 
 def _kinds(run: Run, other: Run | None) -> str:
@@ -410,15 +416,15 @@ def _kinds(run: Run, other: Run | None) -> str:
         name: [summarize(one.scores.items[primary][of], [groups[n] for n in of]) for one in runs]
         for name, of in members.items()
     }
-    if not any(one.count for of in found.values() for one in of):
+    if not any(one.scored for of in found.values() for one in of):
         return ""
     baseline_name, baseline = run.baseline
-    high = max(1.0, *(one.value for of in found.values() for one in of if one.count), *baseline.values())
-    names = [f"<bdi>{_escape(one.name)}</bdi>" for one in runs] if other is not None else [_escape(primary)]
+    high = max(1.0, *(one.value for of in found.values() for one in of if one.scored), *baseline.values())
+    names = [f"<bdi>{escaped(one.name)}</bdi>" for one in runs] if other is not None else [escaped(primary)]
     head = '<th scope="col">kind</th><th scope="col">samples</th>'
     head += "".join(f'<th scope="col">{name}</th><th scope="col">95% interval</th>' for name in names)
     if baseline:
-        head += f'<th scope="col">{_escape(baseline_name)}</th>'
+        head += f'<th scope="col">{escaped(baseline_name)}</th>'
     if other is not None:
         head += '<th scope="col">difference</th>'
     head += f'<th scope="col" class="bars">0 to {high:.4g}</th>'
@@ -432,13 +438,12 @@ def _kinds(run: Run, other: Run | None) -> str:
             cells += f"<td>{'-' if beside is None else _value(beside)}</td>"
         if other is not None:
             cells += f"<td>{_kind_difference(run, other, of, groups)}</td>"
-        bars = "".join(interval_bar(v.value, v.interval, high, beside) for v in values if v.count)
-        button = f'<button type="button" class="link" data-kind="{number}"><bdi>{_escape(name)}</bdi></button>'
+        bars = "".join(interval_bar(v.value, v.interval, high, beside) for v in values if v.scored)
+        button = f'<button type="button" class="link" data-kind="{number}"><bdi>{escaped(name)}</bdi></button>'
         lines.append(f'<tr><th scope="row">{button}</th><td>{len(of):,}</td>{cells}<td class="bars">{bars}</td></tr>')
     what = f"{primary} by kind" + (f"; the tick is {baseline_name}" if baseline else "")
-    table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-    note = f'<p class="note">{_escape(what)}. Whiskers are 95% bootstrap intervals, images drawn whole. A kind shows its samples.</p>'
-    return note + _scrolling("Scores by kind", table)
+    note = f"{what}. Whiskers are 95% bootstrap intervals, images drawn whole. Choose a kind to see its samples."
+    return f'<p class="note">{escaped(note)}</p>' + _scrolling("Scores by kind", _table(head, lines))
 
 
 def _kind_difference(run: Run, other: Run, of: Sequence[int], groups: Sequence[tuple[str, str]]) -> str:
@@ -489,8 +494,10 @@ def _confusion(run: Run, matrices: Sequence[Confusion], other: Run | None, of_ot
     if not figures:
         return ""
     more = len(matrices) - _MAX_MATRICES
-    note = f'<p class="note">The first {_MAX_MATRICES} of {len(matrices)} kinds with few answers.</p>' if more > 0 else ""
-    hint = "Lines are what was expected, columns what was answered. A number shows its samples."
+    note = (
+        f'<p class="note">The first {_MAX_MATRICES} of {len(matrices)} kinds with few answers.</p>' if more > 0 else ""
+    )
+    hint = "Rows are what was expected, columns what was answered. Choose a number to see its samples."
     return f'<p class="note">{hint}</p>{note}<div class="matrices">{"".join(figures)}</div>'
 
 
@@ -499,7 +506,7 @@ def _matrix(title: str, matrix: Confusion, number: int | None) -> str:
     columns = [*matrix.answers, "other"]
     last = len(columns) - bool(not matrix.counts[:, -1].any())  # nobody said anything else
     head = "".join(
-        f'<th scope="col"{" class=other" if n == len(matrix.answers) else ""}><bdi>{_escape(_short(name))}</bdi></th>'
+        f'<th scope="col"{" class=other" if n == len(matrix.answers) else ""}><bdi>{escaped(_short(name))}</bdi></th>'
         for n, name in enumerate(columns[:last])
     )
     lines = []
@@ -514,20 +521,30 @@ def _matrix(title: str, matrix: Confusion, number: int | None) -> str:
                 words = f"{count:,} expected {answer}, answered {columns[column]}"
                 inside = (
                     f'<button type="button" tabindex="-1" data-cell="{number},{row},{column}" '
-                    f'aria-label="{_escape(words)}">{count:,}</button>'
+                    f'aria-label="{escaped(words)}">{count:,}</button>'
                 )
             cells.append(f'<td class="{shade}">{inside if count else "<span>0</span>"}</td>')
-        lines.append(f'<tr><th scope="row"><bdi>{_escape(_short(answer))}</bdi></th>{"".join(cells)}</tr>')
+        lines.append(f'<tr><th scope="row"><bdi>{escaped(_short(answer))}</bdi></th>{"".join(cells)}</tr>')
     table = (
-        f'<table class="matrix"><caption><bdi>{_escape(title)}</bdi></caption><thead><tr><td></td>{head}</tr></thead>'
+        f'<table class="matrix"><caption><bdi>{escaped(title)}</bdi></caption><thead><tr><td></td>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table>"
     )
     return _scrolling(f"Confusion matrix: {title}", table)
 
 
+def _tile(name: str, value: str, more: str = "", main: bool = False) -> str:
+    return (
+        f'<div class="tile{" main" if main else ""}"><dt>{name}</dt><dd><b>{value}</b> <small>{more}</small></dd></div>'
+    )
+
+
+def _table(head: str, lines: Sequence[str]) -> str:
+    return f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+
+
 def _scrolling(label: str, table: str) -> str:
     """A wide table scrolls in its own box, which the keyboard can reach."""
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{_escape(label)}">{table}</div>'
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{escaped(label)}">{table}</div>'
 
 
 def _policy(script: str, style: str) -> str:
@@ -545,11 +562,7 @@ def _asset(name: str) -> str:
 def _json(content: Any) -> str:
     """JSON that can stand in a script element: no ``<`` begins a tag or a comment, whatever the data holds."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    return _SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
-
-
-def _escape(text: str) -> str:
-    return _html_escape(_SURROGATE.sub("\ufffd", text))
+    return SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def _cut(text: str, most: int = _MAX_TEXT) -> str:

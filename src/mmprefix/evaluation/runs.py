@@ -139,14 +139,14 @@ def _parse(line: str, where: str) -> Row:
 
 
 def read_scores(path: Path, rows: Sequence[Row], primary: str | None = None) -> Scores:
-    """Scores as `mmprefix score --json` writes them: ``{"corpus": {metric: value}, "items": {metric: {id: score}}}``.
+    """Scores as `mmprefix score --json` writes them: ``{"corpus": {metric: value}, "items": {id: {metric: score}}}``.
 
-    Items are found by a row's id, or by its image's where captions are scored by image.
+    Items may also stand by metric first, and are found by a row's id, or by its image's where captions are scored by image.
 
     Args:
         path: the file.
         rows: whose scores they are.
-        primary: the metric that sorts the gallery; by default CIDEr where there is one, else the first.
+        primary: the metric that sorts the gallery; by default the file's own, else CIDEr where there is one, else the first.
 
     Raises:
         InputError: another format, or scores that don't belong to exactly these rows.
@@ -158,14 +158,22 @@ def read_scores(path: Path, rows: Sequence[Row], primary: str | None = None) -> 
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected JSON, got {' '.join(str(error).split())[:200]}") from error
     items = content.get("items") if isinstance(content, dict) else None
-    if not isinstance(items, dict) or not items or not all(isinstance(of, dict) for of in items.values()):
-        raise InputError(f'{path}: expected {{"corpus": {{...}}, "items": {{metric: {{id: score}}}}}}, as score --json writes')
-    found = {str(name): _items_of(path, str(name), of, rows) for name, of in items.items()}
+    if not isinstance(items, dict) or not items or not all(isinstance(of, dict) and of for of in items.values()):
+        expected = '{"corpus": {metric: value}, "items": {id: {metric: score}}}, as score --json writes'
+        raise InputError(f"{path}: expected {expected}, got {_shown(content)}")
+    by_id: dict[str, Mapping[str, Any]] = items
+    if not any(row.id in items or row.image_id in items for row in rows):
+        by_id = {}
+        for name, of in items.items():
+            for key, value in of.items():
+                by_id.setdefault(key, {})[name] = value  # type: ignore[index]
+    found = _items_of(path, by_id, rows)
     corpus = content.get("corpus", {})
     if not isinstance(corpus, dict) or not all(_is_number(value) for value in corpus.values()):
         raise InputError(f"{path}: expected numbers by metric in 'corpus', got {_shown(corpus)}")
+    own = content.get("metric")
     if primary is None:
-        primary = next((name for name in _PREFERRED if name in found), next(iter(found)))
+        primary = next((name for name in (own, *_PREFERRED) if name in found), next(iter(found)))
     if primary not in found:
         raise InputError(f"--metric: expected one of {', '.join(found)}, got {primary!r}")
     unavailable = content.get("unavailable") or {}
@@ -175,20 +183,29 @@ def read_scores(path: Path, rows: Sequence[Row], primary: str | None = None) -> 
     return Scores(found, {str(name): float(value) for name, value in corpus.items()}, primary, notes)
 
 
-def _items_of(path: Path, metric: str, of: Mapping[str, Any], rows: Sequence[Row]) -> np.ndarray:
-    for name, value in of.items():
-        if not _is_number(value) or not math.isfinite(value):
-            raise InputError(f"{path}: items: {metric}: {name}: expected a finite number, got {_shown(value)}")
-    missing = [row.id for row in rows if row.id not in of]
+def _items_of(path: Path, by_id: Mapping[str, Mapping[str, Any]], rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    """By metric, float64 ``[rows]``."""
     keys = [row.id for row in rows]
-    if missing and all(row.image_id in of for row in rows):
-        missing, keys = [], [row.image_id for row in rows]
+    if keys[0] not in by_id and rows[0].image_id in by_id:
+        keys = [row.image_id for row in rows]
+    missing = [key for key in keys if key not in by_id]
     if missing:
-        raise InputError(f"{path}: items: {metric}: expected a score for each prediction, none for {_some(missing)}")
-    unknown = [name for name in of if name not in set(keys)]
+        raise InputError(f"{path}: items: expected a score for each prediction, there is none for {_some(missing)}")
+    unknown = set(by_id).difference(keys)
     if unknown:
-        raise InputError(f"{path}: items: {metric}: expected scores of the predictions only, got some of {_some(unknown)}")
-    return np.array([of[key] for key in keys], np.float64)
+        raise InputError(
+            f"{path}: items: expected scores of these predictions only, got some of {_some(sorted(unknown))}"
+        )
+    found = {name: np.empty(len(keys)) for name in by_id[keys[0]]}
+    for number, key in enumerate(keys):
+        scores = by_id[key]
+        if scores.keys() != found.keys():
+            raise InputError(f"{path}: items: {key}: expected {', '.join(found)}, got {', '.join(scores)}")
+        for name, value in scores.items():
+            if not _is_number(value) or not math.isfinite(value):
+                raise InputError(f"{path}: items: {key}: {name}: expected a finite number, got {_shown(value)}")
+            found[name][number] = value
+    return found
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
@@ -202,7 +219,9 @@ def read_curves(path: Path) -> dict[str, Curve]:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             if "step" not in (reader.fieldnames or ()):
-                raise InputError(f"{path}: expected a column 'step', got {', '.join(reader.fieldnames or ()) or 'none'}")
+                raise InputError(
+                    f"{path}: expected a column 'step', got {', '.join(reader.fieldnames or ()) or 'none'}"
+                )
             for row in reader:
                 for name, text in row.items():
                     if name in ("step", "epoch") or text in ("", None) or name is None:
@@ -211,7 +230,9 @@ def read_curves(path: Path) -> dict[str, Curve]:
                         step, value = int(row["step"]), float(text)
                     except ValueError as error:
                         where = f"{path}:{reader.line_num}: {name}"
-                        raise InputError(f"{where}: expected numbers, got {text[:40]!r} at step {row['step']!r}") from error
+                        raise InputError(
+                            f"{where}: expected numbers, got {text[:40]!r} at step {row['step']!r}"
+                        ) from error
                     steps, values = found.setdefault(name, ([], []))
                     steps.append(step)
                     values.append(value)
@@ -254,6 +275,8 @@ def facts_of(folder: Path) -> dict[str, str]:
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
+        if not (folder / "config.yaml").exists():
+            return {}
         return {"Model": f"config.yaml can't be read: {' '.join(str(error).split())[:100]}"}
     config = config if isinstance(config, dict) else {}
     model = config.get("model") if isinstance(config.get("model"), dict) else {}

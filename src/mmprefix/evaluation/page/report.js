@@ -165,10 +165,21 @@
     return item;
   };
 
+  // Cards are all of one height, so that the place of each is known without making any. Where no text needs a second line
+  // (answers in one word), they are shorter.
+  const terse = (texts) => texts.every((text) => text.length <= 24);
+  const spare = [
+    terse(data.instructions),
+    ...data.runs.map((run) => terse(run.prediction) && run.name.length <= 8),
+    data.references.every((texts) => [...new Set(texts)].join(" | ").length <= 20),
+  ].filter(Boolean).length;
+
   const measure = () => {
     const style = getComputedStyle(list);
-    const least = parseFloat(style.getPropertyValue("--card-width")) * parseFloat(getComputedStyle(document.documentElement).fontSize);
-    height = parseFloat(style.getPropertyValue(compared ? "--card-height-two" : "--card-height")) * parseFloat(getComputedStyle(document.documentElement).fontSize);
+    const rem = parseFloat(getComputedStyle(document.documentElement).fontSize);
+    const size = (name) => parseFloat(style.getPropertyValue(name)) * rem;
+    const least = size("--card-width");
+    height = size(compared ? "--card-height-two" : "--card-height") - spare * size("--lines");
     columns = Math.max(1, Math.floor((list.clientWidth + GAP) / (least + GAP)));
     width = (list.clientWidth - GAP * (columns - 1)) / columns;
     const rows = Math.ceil(chosen.length / columns);
