@@ -99,7 +99,8 @@ def line_chart(title: str, curves: Sequence[tuple[str, Curve]]) -> str:
         if len(at) <= _DOTS:
             named = zip(at, thin.steps.tolist(), thin.values.tolist(), strict=True)
             parts += [
-                f'<circle class="dot {style}" cx="{a:.1f}" cy="{b:.1f}" r="3"><title>{number_text(value)} at step {step:,}</title></circle>'
+                f'<circle class="dot {style}" cx="{a:.1f}" cy="{b:.1f}" r="3">'
+                f"<title>{number_text(value)} at step {step:,}</title></circle>"
                 for (a, b), step, value in named
             ]
         sample = f'<line class="{style}" x1="0" x2="28" y1="4" y2="4"/>'

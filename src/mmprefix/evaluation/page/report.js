@@ -71,19 +71,26 @@
         ...data.runs.map((run) => run.prediction[s])].join("\n").toLowerCase());
   };
 
+  // All samples in the order that is wanted: sorted when another is wanted, not at each letter of a search.
+  let sorted = { key: null, samples: [] };
+  const inOrder = () => {
+    const key = `${state.order} ${state.metric}`;
+    if (sorted.key !== key) sorted = { key, samples: data.id.map((_, s) => s).sort(ORDERS[state.order][1]) };
+    return sorted.samples;
+  };
+
   const choose = () => {
     const words = state.query.toLowerCase().split(/\s+/).filter(Boolean);
     if (words.length && folded === null) fold();
     const fits = RESULTS[state.result][1];
     chosen = [];
-    for (let s = 0; s < total; s++) {
+    for (const s of inOrder()) {
       if (state.kind !== "" && data.kind[s] !== state.kind) continue;
       if (state.cell && !(data.cell[s] && data.cell[s].every((n, at) => n === state.cell[at]))) continue;
       if (!fits(s)) continue;
       if (words.length && !words.every((word) => folded[s].includes(word))) continue;
       chosen.push(s);
     }
-    chosen.sort(ORDERS[state.order][1]);
   };
 
   // The list, of which only what is in view exists ------------------------------------------------------------------
