@@ -243,7 +243,7 @@
     cells.clear();
     measure();
     paint();
-    $("count").textContent = chosen.length === total ? `${count(total)} samples` : `${count(chosen.length)} of ${count(total)} samples`;
+    $("count").textContent = chosen.length === total ? `${count(total)} ${total === 1 ? "sample" : "samples"}` : `${count(chosen.length)} of ${count(total)} samples`;
     $("nothing").hidden = chosen.length > 0;
     $("cell").hidden = state.cell === null;
     if (state.cell) {
