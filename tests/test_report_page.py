@@ -67,7 +67,7 @@ def colours(number):
     return [
         Row(f"s{n:05}", f"i{n // 2}", ("colour", "warm")[n % 2], ("which colour?", "is it warm?")[n % 2],
             (names[(n // 2 + (n % 3 == 0)) % 3], ("yes", "no")[n % 3 == 0])[n % 2],
-            ((names[(n // 2) % 3],), ("yes",) if n % 4 else ("no",))[n % 2])
+            ((names[(n // 2) % 3],), ("yes",) if n % 4 == 1 else ("no",))[n % 2])
         for n in range(number)
     ]  # fmt: skip
 
