@@ -28,8 +28,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -62,10 +64,8 @@ TIMED = """async (what) => {
 }"""
 
 
-def many_samples(number: int) -> tuple[Run, list[Image.Image]]:
-    """A run of so many samples, and their pictures."""
-    import numpy as np
-
+def many_samples(number: int) -> tuple[Run, Callable[[int], Image.Image]]:
+    """A run of so many samples, and the picture of each."""
     draw = random.Random(0)
 
     def text(low: int, high: int) -> str:
@@ -76,12 +76,14 @@ def many_samples(number: int) -> tuple[Run, list[Image.Image]]:
         for n in range(number)
     ]
     photos = [Image.fromarray(image) for image in load_sample_images().images]
-    pictures = []
-    for n in range(number):
-        left, top = draw.randint(0, 320), draw.randint(0, 200)
-        pictures.append(photos[n % 2].crop((left, top, left + 320, top + 220)))
+    corners = [(draw.randint(0, 320), draw.randint(0, 200)) for _ in rows]
+
+    def picture(row: int) -> Image.Image:
+        left, top = corners[row]
+        return photos[row % 2].crop((left, top, left + 320, top + 220))
+
     scores = np.array([draw.choice([0, 0, 0.3, 0.6, 1, 1, 1]) for _ in rows])
-    return Run("many", rows, Scores({"accuracy": scores}, primary="accuracy")), pictures
+    return Run("many", rows, Scores({"accuracy": scores}, primary="accuracy")), picture
 
 
 def measure(path: Path, browser: str, repeats: int) -> dict[str, float]:
@@ -141,10 +143,10 @@ def main() -> int:
         print("report: no Chromium on this machine: nothing is measured (Debian: apt-get install chromium)")
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        run, pictures = many_samples(options.samples)
+        run, picture = many_samples(options.samples)
         path = Path(folder) / "report.html"
         start = time.perf_counter()
-        line = write_report(path, run, lambda row: pictures[row])
+        line = write_report(path, run, picture)
         written = time.perf_counter() - start
         print(f"{options.samples:,} samples: {line.partition(': ')[2]}; written in {written:.1f} s")
         found = measure(path, browser, options.repeats)

@@ -337,14 +337,15 @@
     $("detail-body").replaceChildren(picture(sample, "large"), facts);
     dialog.scrollTop = 0;
   };
+  let detailed = 0; // the place that the dialog shows; `active` follows the focus, which goes back to the first when it closes
   const open = (place) => {
-    active = place;
+    detailed = place;
     fill(place);
     if (!dialog.open) dialog.showModal();
     $("detail-title").focus();
   };
   const step = (by) => {
-    const place = active + by;
+    const place = detailed + by;
     if (place < 0 || place >= chosen.length) return;
     open(place);
   };
@@ -352,7 +353,7 @@
   $("next").addEventListener("click", () => step(1));
   $("close").addEventListener("click", () => dialog.close());
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
-  dialog.addEventListener("close", () => goTo(active));
+  dialog.addEventListener("close", () => goTo(detailed));
   dialog.addEventListener("keydown", (event) => {
     if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
     event.preventDefault();
