@@ -274,17 +274,22 @@ def test_bad_predictions_are_one_line(text, message, tmp_path, capsys):
 def test_scores_are_found_by_sample_or_by_image(tmp_path):
     path = tmp_path / "s.json"
     by_id = {row.id: {"BLEU-4": 0.1 * n, "CIDEr": float(n)} for n, row in enumerate(ROWS)}
-    path.write_text(json.dumps({"corpus": {"CIDEr": 2.0, "SPICE": 0.2}, "items": by_id, "tokenizer": "tokenizer=python, not official",
+    path.write_text(json.dumps({"corpus": {"CIDEr": 2.0, "SPICE": 0.2}, "items": by_id, "rules": "coco-caption", "notes": ["tokenizer=python, not official"],
                                 "unavailable": {"METEOR": "no Java"}}))  # fmt: skip
     scores = read_scores(path, ROWS)
     assert scores.primary == "CIDEr"
     assert scores.items["CIDEr"].tolist() == [0, 1, 2, 3, 4]
     assert scores.corpus == {"CIDEr": 2.0, "SPICE": 0.2}
-    assert scores.notes == ["tokenizer=python, not official", "METEOR is unavailable: no Java"]
+    assert scores.notes == ["coco-caption", "tokenizer=python, not official", "METEOR is unavailable: no Java"]
     assert read_scores(path, ROWS, "BLEU-4").primary == "BLEU-4"
     by_metric = {"CIDEr": {row.id: float(n) for n, row in enumerate(ROWS)}}
     path.write_text(json.dumps({"items": by_metric}))
     assert read_scores(path, ROWS).items["CIDEr"].tolist() == [0, 1, 2, 3, 4]
+    path.write_text(json.dumps({"items": {"a": {"GQA": 1}, "c": {"GQA": 0}}}))
+    scores = read_scores(path, ROWS)
+    assert scores.items["GQA"][[0, 2]].tolist() == [1, 0]
+    assert np.isnan(scores.items["GQA"][[1, 3, 4]]).all()
+    assert scores.notes == ["3 of 5 predictions have no score in s.json, and are left out of all numbers."]
     path.write_text(json.dumps({"items": {"1": {"CIDEr": 5}, "2": {"CIDEr": 6}, "3": {"CIDEr": 7}, "4": {"CIDEr": 8}}}))
     assert read_scores(path, ROWS).items["CIDEr"].tolist() == [5, 5, 6, 7, 8]
 
@@ -292,7 +297,7 @@ def test_scores_are_found_by_sample_or_by_image(tmp_path):
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        ({"a": {"x": 1}, "b": {"x": 1}}, "a score for each prediction, there is none for 'c', 'd', 'e'"),
+        ({"y": {"x": 1}, "z": {"x": 1}}, "scores of these predictions only, got some of 'y', 'z'"),
         ({**{k: {"x": 1} for k in "abcde"}, "z": {"x": 1}}, "scores of these predictions only, got some of 'z'"),
         ({**{k: {"x": 1} for k in "abcd"}, "e": {"y": 1}}, "e: expected x, got y"),
         ({**{k: {"x": 1} for k in "abcd"}, "e": {"x": "1"}}, "e: x: expected a finite number, got str '1'"),

@@ -146,10 +146,10 @@ def read_scores(path: Path, rows: Sequence[Row], primary: str | None = None) -> 
     Args:
         path: the file.
         rows: whose scores they are.
-        primary: the metric that sorts the gallery; by default the file's own, else CIDEr where there is one, else the first.
+        primary: the metric that sorts the gallery; by default CIDEr where there is one, else the first.
 
     Raises:
-        InputError: another format, or scores that don't belong to exactly these rows.
+        InputError: another format, or scores of other predictions.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -167,45 +167,49 @@ def read_scores(path: Path, rows: Sequence[Row], primary: str | None = None) -> 
         for name, of in items.items():
             for key, value in of.items():
                 by_id.setdefault(key, {})[name] = value  # type: ignore[index]
-    found = _items_of(path, by_id, rows)
+    found, without = _items_of(path, by_id, rows)
     corpus = content.get("corpus", {})
     if not isinstance(corpus, dict) or not all(_is_number(value) for value in corpus.values()):
         raise InputError(f"{path}: expected numbers by metric in 'corpus', got {_shown(corpus)}")
-    own = content.get("metric")
     if primary is None:
-        primary = next((name for name in (own, *_PREFERRED) if name in found), next(iter(found)))
+        primary = next((name for name in _PREFERRED if name in found), next(iter(found)))
     if primary not in found:
         raise InputError(f"--metric: expected one of {', '.join(found)}, got {primary!r}")
     unavailable = content.get("unavailable") or {}
-    notes = [str(content[key]) for key in ("tokenizer", "variant") if content.get(key)]
+    left = f"{without:,} of {len(rows):,} predictions have no score in {path.name}, and are left out of all numbers."
+    more = content.get("notes") or []
+    notes = [str(content["rules"])] if content.get("rules") else []
+    notes += [str(note) for note in more] if isinstance(more, list) else []
+    notes += [left] if without else []
     if isinstance(unavailable, dict):
         notes += [f"{name} is unavailable: {reason}" for name, reason in unavailable.items()]
     return Scores(found, {str(name): float(value) for name, value in corpus.items()}, primary, notes)
 
 
-def _items_of(path: Path, by_id: Mapping[str, Mapping[str, Any]], rows: Sequence[Row]) -> dict[str, np.ndarray]:
-    """By metric, float64 ``[rows]``."""
+def _items_of(
+    path: Path, by_id: Mapping[str, Mapping[str, Any]], rows: Sequence[Row]
+) -> tuple[dict[str, np.ndarray], int]:
+    """By metric, float64 ``[rows]``, NaN for rows without a score, which some sets don't count; and how many those are."""
     keys = [row.id for row in rows]
-    if keys[0] not in by_id and rows[0].image_id in by_id:
+    if not any(key in by_id for key in keys):
         keys = [row.image_id for row in rows]
-    missing = [key for key in keys if key not in by_id]
-    if missing:
-        raise InputError(f"{path}: items: expected a score for each prediction, there is none for {_some(missing)}")
     unknown = set(by_id).difference(keys)
     if unknown:
         raise InputError(
             f"{path}: items: expected scores of these predictions only, got some of {_some(sorted(unknown))}"
         )
-    found = {name: np.empty(len(keys)) for name in by_id[keys[0]]}
+    found = {name: np.full(len(keys), math.nan) for name in next(iter(by_id.values()))}
     for number, key in enumerate(keys):
-        scores = by_id[key]
+        scores = by_id.get(key)
+        if scores is None:
+            continue
         if scores.keys() != found.keys():
             raise InputError(f"{path}: items: {key}: expected {', '.join(found)}, got {', '.join(scores)}")
         for name, value in scores.items():
             if not _is_number(value) or not math.isfinite(value):
                 raise InputError(f"{path}: items: {key}: {name}: expected a finite number, got {_shown(value)}")
             found[name][number] = value
-    return found
+    return found, sum(key not in by_id for key in keys)
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
