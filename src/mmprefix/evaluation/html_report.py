@@ -486,11 +486,12 @@ def _rate_name(run: Run, short: str) -> str:
 
 def _confusion(run: Run, matrices: Sequence[Confusion], other: Run | None, of_other: Sequence[Confusion]) -> str:
     figures = []
+    beside = {matrix.name: matrix for matrix in of_other}
     for number, matrix in enumerate(matrices[:_MAX_MATRICES]):
         title = matrix.name if other is None else f"{matrix.name}, {run.name}"
         figures.append(_matrix(title, matrix, number))
-        if other is not None and number < len(of_other):
-            figures.append(_matrix(f"{matrix.name}, {other.name}", of_other[number], None))
+        if other is not None and matrix.name in beside:
+            figures.append(_matrix(f"{matrix.name}, {other.name}", beside[matrix.name], None))
     if not figures:
         return ""
     more = len(matrices) - _MAX_MATRICES

@@ -219,7 +219,7 @@ class PredictionReport(pl.Callback):
                 "Split": split, **facts_of(self.folder), "Checkpoint": checkpoint,
                 "Predictions": f"{self.name}.jsonl", "Versions": versions(),
             },
-            datamodule.baseline(split),
+            datamodule.baseline(split) if any(row.references for row in rows) else ("", {}),
         )  # fmt: skip
         write_report(self.folder / f"{self.name.replace('predictions', 'report', 1)}.html", run, picture)
 
