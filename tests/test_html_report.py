@@ -16,7 +16,7 @@ from mmprefix.__main__ import main
 from mmprefix.data.shards import write_shard
 from mmprefix.errors import InputError
 from mmprefix.evaluation.charts import line_chart, thinned, ticks
-from mmprefix.evaluation.html_report import MAX_ANSWERS, confusions, embedded_pictures, paired, summarize, write_report
+from mmprefix.evaluation.html_report import embedded_pictures, write_report
 from mmprefix.evaluation.pictures import as_stored
 from mmprefix.evaluation.report import log_picture
 from mmprefix.evaluation.runs import (
@@ -29,6 +29,7 @@ from mmprefix.evaluation.runs import (
     read_run,
     read_scores,
 )
+from mmprefix.evaluation.summary import MAX_ANSWERS, confusions, paired, summarize
 from mmprefix.evaluation.thumbnails import NO_PICTURE, NO_ROOM, SIDE, embed, encode, telling_first
 from mmprefix.metrics.intervals import mean_interval
 from tests.conftest import colour_record
@@ -498,12 +499,18 @@ def test_bad_arguments_are_one_line(arguments, message, tmp_path, monkeypatch, c
 def test_scores_that_are_no_shares_are_not_called_right(tmp_path):
     path = tmp_path / "s.json"
     path.write_text(
-        json.dumps({"items": {row.id: {"CIDEr": 2.0 * n, "accuracy": n % 2} for n, row in enumerate(ROWS)}})
+        json.dumps(
+            {"items": {row.id: {"CIDEr": 0.1 * n, "accuracy": n % 2, "points": 2.0 * n} for n, row in enumerate(ROWS)}}
+        )
     )
     run = read_run(write_predictions(tmp_path / "p.jsonl", ROWS), path)
     write_report(tmp_path / "r.html", run, no_picture)
     data = blocks((tmp_path / "r.html").read_text())["data"]
-    assert (data["metrics"], data["shares"], data["primary"]) == (["CIDEr", "accuracy"], [False, True], 0)
+    assert (data["metrics"], data["shares"], data["primary"]) == (
+        ["CIDEr", "accuracy", "points"],
+        [False, True, False],
+        0,
+    )
 
 
 # Loggers --------------------------------------------------------------------------------------------------------------
@@ -547,3 +554,29 @@ def test_pictures_go_to_whichever_logger_takes_them(photos, tmp_path):
         ("mlflow", "r1", photos[0], "val/predictions/step=00000007.png"),
         ("tensorboard", "val/predictions", (427, 640, 3), 7, "HWC"),
     ]
+
+
+def test_every_evaluation_leaves_a_page_of_its_own(tmp_path, photos):
+    from types import SimpleNamespace
+
+    from mmprefix.data.images import UndecodableImageError
+    from mmprefix.evaluation.report import PredictionReport
+    from mmprefix.packing import Reference
+
+    def originals(split, record):
+        if record == 2:
+            raise UndecodableImageError("no image")
+        return {0: [photos[0]], 1: []}[record]
+
+    datamodule = SimpleNamespace(originals=originals, baseline=lambda split: ("SVC", {"k": 0.5}))
+    trainer = SimpleNamespace(datamodule=datamodule, ckpt_path="runs/x/step=7.ckpt", global_step=7)
+    predictions = [(Reference(f"a{n}", f"i{n}", "k", "?", ("x",), (n, 0)), "x") for n in range(3)]
+    report = PredictionReport(str(tmp_path), None, name="predictions-validate")
+    report._write_page(trainer, "val", predictions)
+    assert [path.name for path in tmp_path.iterdir()] == ["report-validate.html"]
+    page = (tmp_path / "report-validate.html").read_text()
+    sources = blocks(page)["pictures"]["sources"]
+    assert sources[0].startswith("data:image/webp")
+    assert sources[1:] == [NO_PICTURE, "picture can't be read"]
+    for text in ("runs/x/step=7.ckpt", "predictions-validate.jsonl", "SVC", "torch "):
+        assert text in page
