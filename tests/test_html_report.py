@@ -298,7 +298,7 @@ def test_scores_are_found_by_sample_or_by_image(tmp_path):
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        ({"y": {"x": 1}, "z": {"x": 1}}, "scores of these predictions only, got some of 'y', 'z'"),
+        ({"a": {"x": 1}, "y": {"x": 1}, "z": {"x": 1}}, "of these predictions only, got some of 'y', 'z'"),
         ({**{k: {"x": 1} for k in "abcde"}, "z": {"x": 1}}, "scores of these predictions only, got some of 'z'"),
         ({**{k: {"x": 1} for k in "abcd"}, "e": {"y": 1}}, "e: expected x, got y"),
         ({**{k: {"x": 1} for k in "abcd"}, "e": {"x": "1"}}, "e: x: expected a finite number, got str '1'"),
