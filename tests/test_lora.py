@@ -313,7 +313,7 @@ def test_adapters_and_connector_learn_and_nothing_else(fit, photos, capfd):
     assert len([name for name in names if ".lora_magnitude" in name]) == 14
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter-decoder", "adapter-vision", "checkpoints", "config.yaml", "metrics.csv", "model", "predictions.jsonl",
-        "predictions.png", "tensorboard",
+        "predictions.png", "report.html", "tensorboard",
     ]  # fmt: skip
     with (folder / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["train/loss"]]

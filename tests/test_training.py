@@ -85,7 +85,8 @@ def test_fit_leaves_everything_behind(fit):
     status, text, folder = fit()
     assert status == 0, text
     assert sorted(p.name for p in folder.iterdir()) == [
-        "checkpoints", "config.yaml", "metrics.csv", "model", "predictions.jsonl", "predictions.png", "tensorboard",
+        "checkpoints", "config.yaml", "metrics.csv", "model", "predictions.jsonl", "predictions.png", "report.html",
+        "tensorboard",
     ]  # fmt: skip
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -19,6 +19,7 @@ commands:
   cache-features                                     cache-features --config C --out DIR (for a frozen encoder)
   prepare    a published set or a folder -> shards   prepare coco --annotations A --images DIR --out DIR
   inspect    what is in a folder of shards?          inspect DIR --config C
+  report     predictions as one page to look at       report --run runs/X [--compare runs/Y] --out report.html
   generate   answer about one image                  generate --checkpoint runs/X --image a.png --instruction "..."
   visualize  attention, mask and loss, as pictures   visualize --checkpoint runs/X --image a.png --instruction "..." --out DIR
   probe      is this decoder an exact prefix LM?     probe --decoder NAME_OR_FOLDER
@@ -40,7 +41,7 @@ options:
 """
 
 COMMANDS = (
-    "fit", "validate", "test", "predict", "prepare", "inspect", "cache-features", "generate", "visualize", "probe",
+    "fit", "validate", "test", "predict", "prepare", "inspect", "cache-features", "report", "generate", "visualize", "probe",
     "estimate", "doctor", "scaling", "import-paligemma", "export", "consolidate",
 )  # fmt: skip
 
@@ -66,6 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
             from mmprefix.prepare import run  # without torch
 
             return run(arguments[1:])
+        if arguments[0] == "report":
+            from mmprefix.reporting import run as report  # without Lightning
+
+            return report(arguments[1:])
         from mmprefix.cli import run
 
         return run(arguments)

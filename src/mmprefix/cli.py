@@ -1,7 +1,8 @@
 """The command line: LightningCLI over the module and the data module. The others are in `commands`, `caching`, ...
 
 What a run leaves behind lies in one folder, ``trainer.default_root_dir``: checkpoints/, tensorboard/, metrics.csv,
-config.yaml, predictions.jsonl, predictions.png, model/. A new run never overwrites an older one: it is renamed first.
+config.yaml, predictions.jsonl, predictions.png, report.html, model/. A new run never overwrites an older one: it is
+renamed first.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from mmprefix.data import digits
 from mmprefix.data.features import FeatureCache, FeatureKey
-from mmprefix.data.images import RandomAffine, decode_levels
+from mmprefix.data.images import RandomAffine, decode_image, decode_levels
 from mmprefix.data.loading import (
     BatchLoader,
     Collator,
@@ -288,6 +288,11 @@ class ShardDataModule(pl.LightningDataModule):
         """The image of a record of ``split`` as the encoder takes it, RGB: for reports on batches without pixels."""
         assert self.processor is not None
         return as_picture(self.processor.transform.resize(decode_levels(self.shards(split).image_bytes(record))))
+
+    def originals(self, split: str, record: int) -> list[Image.Image]:
+        """The images of a record of ``split`` as they are stored, RGB and upright; none for a record without."""
+        shards = self.shards(split)
+        return [decode_image(shards.image_bytes(record, number)) for number in range(shards.num_images(record))]
 
     def _open(self, split: str) -> ShardCollection:
         pattern = self.patterns[split]

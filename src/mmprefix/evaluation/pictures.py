@@ -10,8 +10,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mmprefix.evaluation.thumbnails import NO_PICTURE, SIDE
 from mmprefix.vision import ImageTransform, as_picture
 
+SHOWN_IMAGES = 4
+"""Of a sample with several."""
 _IMAGE_SIDE = 144
 _CELL_WIDTH = 208
 _LINE_HEIGHT = 15
@@ -58,6 +61,17 @@ def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
         picture.paste(image, (left, 0))
         left += image.width + 1
     return picture
+
+
+def as_stored(images: Sequence[Image.Image]) -> Image.Image | str:
+    """The pictures of a sample as one for a page; the words that stand in its place where there are none."""
+    if not images:
+        return NO_PICTURE
+    if len(images) > 1:
+        images = [image.copy() for image in images[:SHOWN_IMAGES]]
+        for image in images:
+            image.thumbnail((SIDE, SIDE))
+    return side_by_side(images)
 
 
 def draw_cells(cells: Sequence[Cell], columns: int = 6) -> Image.Image:

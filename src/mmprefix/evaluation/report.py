@@ -1,7 +1,8 @@
 """`PredictionReport`: what a split's predictions leave behind.
 
-While `fit` runs, a picture of validation predictions goes to TensorBoard. A final evaluation (after `fit`, or
-`validate`, `test`, `predict`) writes ``predictions.jsonl`` and ``predictions.png`` and prints a table per kind.
+While `fit` runs, a picture of validation predictions goes to TensorBoard, Weights & Biases or MLflow, whichever logs. A
+final evaluation (after `fit`, or `validate`, `test`, `predict`) writes ``predictions.jsonl``, ``predictions.png`` and
+``report.html``, and prints a table per kind.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch.distributed
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
-from mmprefix.evaluation.pictures import Answer, Cell, draw_cells, side_by_side, to_image
+from mmprefix.data.images import UndecodableImageError
+from mmprefix.errors import InputError
+from mmprefix.evaluation.html_report import write_report
+from mmprefix.evaluation.pictures import SHOWN_IMAGES, Answer, Cell, as_stored, draw_cells, side_by_side, to_image
+from mmprefix.evaluation.runs import Row, Run, exact_match_scores, facts_of, read_curves, versions
 from mmprefix.files import replacing
 from mmprefix.metrics import exact_match
 from mmprefix.packing import EvaluationBatch, Reference
 from mmprefix.vision import ImageTransform
 
 Prediction = tuple[Reference, str]
-_SHOWN_IMAGES = 4
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
@@ -87,6 +91,17 @@ def _accuracy(predictions: Sequence[Prediction]) -> float:
     return sum(exact_match(said, r.references) for r, said in predictions) / max(1, len(predictions))
 
 
+def log_picture(logger: Logger, name: str, picture: Image.Image, step: int) -> None:
+    """A picture to TensorBoard, Weights & Biases or MLflow; other loggers take none."""
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(name, np.asarray(picture), step, dataformats="HWC")
+    elif isinstance(logger, WandbLogger):
+        logger.log_image(name, [picture], step)
+    elif isinstance(logger, MLFlowLogger):
+        # A file for each step: with its own key and step, MLflow keeps them in the background and may lose the last.
+        logger.experiment.log_image(logger.run_id, picture, f"{name}/step={step:08d}.png")
+
+
 class _Gallery:
     """Images for the picture: those with a wrong answer first, as many others as there is room for."""
 
@@ -127,7 +142,7 @@ class _Gallery:
             elif pixels is None:
                 shown = [picture(first.order[0])]
             else:
-                shown = [to_image(pixels[image], transform) for image in images[:_SHOWN_IMAGES]]
+                shown = [to_image(pixels[image], transform) for image in images[:SHOWN_IMAGES]]
             group.append(Cell(f"image {first.image_id}" if images else first.id, side_by_side(shown), answers))
 
     def cells(self) -> list[Cell]:
@@ -172,6 +187,7 @@ class PredictionReport(pl.Callback):
         if cells := gallery.cells():
             with replacing(self.folder / f"{self.name}.png") as temporary:
                 draw_cells(cells).save(temporary, "PNG")
+        self._write_page(trainer, split, predictions)
         if split == "predict" and not all(reference.references for reference, _ in predictions):
             text = f"predict: {len(predictions)} predictions"
         else:
@@ -179,6 +195,33 @@ class PredictionReport(pl.Callback):
             name, baseline = trainer.datamodule.baseline(split)  # type: ignore[attr-defined]
             text = accuracy_table(f"{split}: {images} images, {len(predictions)} samples", predictions, name, baseline)
         self._text = text
+
+    def _write_page(self, trainer: pl.Trainer, split: str, predictions: Sequence[Prediction]) -> None:
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        rows = [
+            Row(r.id, r.image_id, r.kind, r.instruction, said, tuple(r.references), r.dataset)
+            for r, said in predictions
+        ]
+
+        def picture(row: int) -> Image.Image | str:
+            try:
+                return as_stored(datamodule.originals(split, predictions[row][0].order[0]))
+            except (UndecodableImageError, InputError, OSError):  # a page must not end a run
+                return "picture can't be read"
+
+        checkpoint = f"{trainer.ckpt_path}" if trainer.ckpt_path else f"the weights of step {trainer.global_step:,}"
+        run = Run(
+            self.folder.resolve().name,
+            rows,
+            exact_match_scores(rows),
+            read_curves(self.folder / "metrics.csv"),
+            {
+                "Split": split, **facts_of(self.folder), "Checkpoint": checkpoint,
+                "Predictions": f"{self.name}.jsonl", "Versions": versions(),
+            },
+            datamodule.baseline(split) if any(row.references for row in rows) else ("", {}),
+        )  # fmt: skip
+        write_report(self.folder / f"{self.name.replace('predictions', 'report', 1)}.html", run, picture)
 
     def _gathered(self, trainer: pl.Trainer) -> list[Prediction]:
         gathered = [self._predictions]
@@ -221,10 +264,8 @@ class PredictionReport(pl.Callback):
             self._finish(trainer, "val")
             return
         if not trainer.sanity_checking and (cells := self._gallery.cells()):
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                    picture = np.asarray(draw_cells(cells))
-                    logger.experiment.add_image("val/predictions", picture, trainer.global_step, dataformats="HWC")
+            for logger in trainer.loggers if trainer.is_global_zero else ():
+                log_picture(logger, "val/predictions", draw_cells(cells), trainer.global_step)
         self._start()
 
     def on_test_batch_end(

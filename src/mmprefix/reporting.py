@@ -1,0 +1,120 @@
+"""`report`: the predictions of a run, or of two, as one page that loads nothing. Imports no Lightning."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from mmprefix.arguments import CommandParser
+from mmprefix.errors import InputError
+from mmprefix.evaluation.html_report import MAX_SAMPLES, PICTURE_BUDGET, from_page, write_report
+from mmprefix.evaluation.runs import Row, read_run
+from mmprefix.evaluation.thumbnails import MIB, NOT_FOUND, Picture
+
+
+def run(arguments: list[str]) -> int:
+    """`report`; bad input becomes one line and status 2."""
+    try:
+        return report(arguments)
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def report(arguments: list[str]) -> int:
+    """Writes the page and prints what is in it.
+
+    Raises:
+        InputError: what is missing or can't be read.
+    """
+    parser = CommandParser(
+        "report",
+        "Writes the predictions of a run as one page: scores, curves, confusion, a gallery to search.",
+        "Pictures come from --images, or from the report.html that lies beside the predictions.",
+    )
+    parser.add_argument("--run", required=True, type=Path, help="run folder, or a predictions.jsonl")
+    parser.add_argument("--compare", type=Path, help="another, on the same samples: adds a paired test")
+    parser.add_argument("--scores", type=Path, help="per-item scores, as `score --json` writes; by default exact match")
+    parser.add_argument("--compare-scores", type=Path, help="the same for --compare")
+    parser.add_argument("--metric", help="the score that sorts the gallery, where there are several")
+    parser.add_argument("--images", nargs="+", help="shards with the pictures: a folder, glob or brace range")
+    parser.add_argument("--out", required=True, type=Path, help="the page to write, FILE.html")
+    parser.add_argument(
+        "--picture-budget", type=float, default=PICTURE_BUDGET / MIB, metavar="MIB",
+        help="size of all pictures in the page (default: %(default)g); the worst and the best answers' come first",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-samples",
+        type=int,
+        default=MAX_SAMPLES,
+        help="samples in the gallery (default: %(default)s); numbers are of all",
+    )
+    options = parser.parse_args(arguments)
+    if options.max_samples < 1:
+        raise InputError(f"--max-samples: expected at least 1, got {options.max_samples}")
+    if not 0 <= options.picture_budget < 1 << 20:
+        raise InputError(f"--picture-budget: expected MiB from 0, got {options.picture_budget}")
+    if options.out.is_dir():
+        raise InputError(f"--out: expected the name of a file, got the folder {options.out}")
+    if (options.scores is None) != (options.compare_scores is None) and options.compare is not None:
+        raise InputError("--compare: expected both or none of --scores and --compare-scores, got one of them")
+    if options.compare_scores is not None and options.compare is None:
+        raise InputError("--compare-scores: expected --compare with it, got none")
+    first = read_run(options.run, options.scores, options.metric)
+    second = read_run(options.compare, options.compare_scores, options.metric) if options.compare else None
+    if options.images:
+        picture = _from_shards(options.images, first.rows)
+    else:
+        folder = options.run if options.run.is_dir() else options.run.parent
+        name = "report.html" if options.run.is_dir() else f"{options.run.stem.replace('predictions', 'report', 1)}.html"
+        picture = from_page(first, folder / name)
+    budget = int(options.picture_budget * MIB)
+    print(write_report(options.out, first, picture, second, budget=budget, max_samples=options.max_samples))
+    return 0
+
+
+def _from_shards(patterns: list[str], rows: Sequence[Row]) -> Picture:
+    """The pictures of rows in shards, by a sample's id, else by its image's.
+
+    Raises:
+        InputError: shards that can't be read, or that hold none of the samples.
+    """
+    from mmprefix.data.images import UndecodableImageError, decode_image  # with torch
+    from mmprefix.data.shards import ShardCollection
+    from mmprefix.evaluation.pictures import as_stored
+
+    shards = ShardCollection(patterns, "--images", needs_target=False)
+    of_sample: dict[tuple[str, str], int] = {}
+    of_image: dict[str, int] = {}
+    for record in range(len(shards)):
+        for sample in shards.samples(record):
+            of_sample.setdefault((sample.id, sample.image_id), record)
+            of_image.setdefault(sample.image_id, record)
+    records = [of_sample.get((row.id, row.image_id), of_image.get(row.image_id)) for row in rows]
+    found = sum(record is not None for record in records)
+    if not found:
+        raise InputError(
+            f"--images: expected shards with the samples of --run, none of its {len(rows)} is in {shards.describe()}: "
+            f"looked for id {rows[0].id!r} and image {rows[0].image_id!r}"
+        )
+    if found < len(rows):
+        print(f"--images: {len(rows) - found:,} of {len(rows):,} samples are not in these shards: they have no picture")
+
+    def picture(row: int) -> Image.Image | str:
+        record = records[row]
+        if record is None:
+            return NOT_FOUND
+        try:
+            return as_stored([decode_image(shards.image_bytes(record, n)) for n in range(shards.num_images(record))])
+        except UndecodableImageError:
+            return "picture can't be read"
+
+    return picture
