@@ -15,7 +15,6 @@ from PIL import Image
 from mmprefix.__main__ import main
 from mmprefix.data.shards import write_shard
 from mmprefix.errors import InputError
-from mmprefix.evaluation.svg import line_chart, thinned, ticks
 from mmprefix.evaluation.html_report import embedded_pictures, write_report
 from mmprefix.evaluation.pictures import as_stored
 from mmprefix.evaluation.report import log_picture
@@ -30,6 +29,7 @@ from mmprefix.evaluation.runs import (
     read_scores,
 )
 from mmprefix.evaluation.summary import MAX_ANSWERS, confusions, paired, summarize
+from mmprefix.evaluation.svg import line_chart, thinned, ticks
 from mmprefix.evaluation.thumbnails import NO_PICTURE, NO_ROOM, SIDE, embed, encode, telling_first
 from mmprefix.metrics.intervals import mean_interval
 from tests.conftest import colour_record

@@ -314,8 +314,8 @@ def _legend(axis: TokenAxis) -> Image.Image:
     widths = [20 + _size(text, _TEXT) + 18 for text, _ in entries]
     legend = Image.new("RGB", (sum(widths), 16), _PAPER)
     draw, left = ImageDraw.Draw(legend), 0
-    for (text, colour), width in zip(entries, widths, strict=True):
-        if colour is None:
+    for (text, shown), width in zip(entries, widths, strict=True):
+        if shown is None:
             draw.line((left, 8, left + 14, 8), _BOUNDARY, 2)
         else:
             draw.rectangle((left + 1, 2, left + 13, 14), colour)

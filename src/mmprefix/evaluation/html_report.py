@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from mmprefix.evaluation.svg import SURROGATE, escaped, interval_bar, line_chart
 from mmprefix.evaluation.runs import Curve, Run
 from mmprefix.evaluation.summary import Confusion, confusions, image_keys, kind_name, paired, summarize
+from mmprefix.evaluation.svg import SURROGATE, escaped, interval_bar, line_chart
 from mmprefix.evaluation.thumbnails import MIB, NOT_FOUND, Picture, embed, telling_first
 from mmprefix.files import replacing
 from mmprefix.metrics.intervals import paired_test
