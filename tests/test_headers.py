@@ -37,7 +37,22 @@ ORDINARY = {
     "png_bits": encoded("PNG", "1"),
     "png_density": encoded("PNG", dpi=(72, 72)),
 }
+FRAME = ORDINARY["baseline"].index(b"\xff\xc0") + 4  # bits, height, width
+
+
+def patched(content, at, new):
+    return content[:at] + new + content[at + len(new) :]
+
+
 UNUSUAL = {
+    "no_height": patched(ORDINARY["baseline"], FRAME + 1, b"\0\0"),
+    "no_width": patched(ORDINARY["baseline"], FRAME + 3, b"\0\0"),
+    "12_bits": patched(ORDINARY["baseline"], FRAME, b"\x0c"),
+    "png_no_width": patched(
+        patched(ORDINARY["png"], 16, bytes(4)),
+        29,
+        struct.pack(">I", zlib.crc32(patched(ORDINARY["png"], 16, bytes(4))[12:29])),
+    ),
     "exif": encoded("JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0"),
     "cmyk": encoded("JPEG", "CMYK"),
     "png_text": encoded("PNG", pnginfo=None, icc_profile=b"a profile"),

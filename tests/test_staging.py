@@ -18,7 +18,7 @@ def test_samples_are_the_same_however_few_wait_in_memory(tmp_path, monkeypatch):
         "images": [{"id": n, "file_name": f"{n}.png"} for n in range(10)], "annotations": captions,
     }))  # fmt: skip
     found, rows = [], []
-    for room in (0, 2000, 1 << 20):
+    for room in (0, 10_000, 1 << 20):
         monkeypatch.setattr("mmprefix.data.staging._ROOM", room)
         with Staging(tmp_path / "out", str(room)) as staging:
             READERS["coco"](SourceOptions(tmp_path, (path,)), staging)
