@@ -318,7 +318,7 @@ def _legend(axis: TokenAxis) -> Image.Image:
         if shown is None:
             draw.line((left, 8, left + 14, 8), _BOUNDARY, 2)
         else:
-            draw.rectangle((left + 1, 2, left + 13, 14), colour)
+            draw.rectangle((left + 1, 2, left + 13, 14), shown)
         _write(draw, (left + 20, 8), text)
         left += width
     return legend

@@ -25,7 +25,8 @@ import lightning.pytorch as pl
 import torch.distributed
 
 _LOST = re.compile(
-    r"gloo|nccl|connection (?:closed|reset)|pair closure|broken pipe|timed out|socket|TCPStore|DistNetwork", re.IGNORECASE
+    r"gloo|nccl|connection (?:closed|reset)|pair closure|broken pipe|timed out|socket|TCPStore|DistNetwork",
+    re.IGNORECASE,
 )
 _NOTE = "lost process: "
 _NO_STORE = "rank 0, which keeps the job's store, cannot be reached"
