@@ -188,7 +188,7 @@ RULES = (
     _rule(r"(?P<t>'(?:[msdMSD]|[rR][eE]|[vV][eE]|[lL][lL]))(?:[^A-Za-z]|$)"),
     _rule(r"(?P<t>')[A-Za-z][^ \t\xa0]"),  # opens a quotation
     _rule(rf"(?P<t>{APOSTROPHE}(?:[msdMSD]|[rR][eE]|[vV][eE]|[lL][lL]))", _plain_apostrophe),
-    _rule(rf"(?P<t>{APOSTROPHE}[tT])(?:[iI][sS]|[wW][aA][sS])", _plain_apostrophe),
+    _rule(r"(?P<t>'[tT])(?:[iI][sS]|[wW][aA][sS])"),
     _rule(rf"(?P<t>[A-Za-z]+[aeiouyAEIOUY]{ANY_APOSTROPHE}[aeiouA-Z][A-Za-z]*)"),
     _rule(rf"(?P<t>{APOSTROPHE}{D}{D})(?:{SPACE}|$)"),
     # Periods that belong to a token.
