@@ -1,5 +1,23 @@
-"""Text metrics: pure functions first, then thin torchmetrics classes over them."""
+"""Text metrics: pure functions first, then thin torchmetrics classes over them.
 
-from mmprefix.metrics.exact_match import ExactMatch, exact_match
+Nothing but the classes needs torch, so it is imported when one of them is asked for: ``score`` never does.
+"""
 
-__all__ = ["ExactMatch", "exact_match"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mmprefix.metrics.captions import CaptionScores, score_captions
+from mmprefix.metrics.exact_match import exact_match
+
+if TYPE_CHECKING:
+    from mmprefix.metrics.stateful import CaptionMetrics, ExactMatch
+
+__all__ = ["CaptionMetrics", "CaptionScores", "ExactMatch", "exact_match", "score_captions"]
+
+_NEED_TORCH = {"CaptionMetrics": "mmprefix.metrics.stateful", "ExactMatch": "mmprefix.metrics.stateful"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEED_TORCH:
+        return getattr(import_module(_NEED_TORCH[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
