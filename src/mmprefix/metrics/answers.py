@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
+
+import numpy as np
 
 from mmprefix.errors import InputError
 from mmprefix.metrics.anls import THRESHOLD, anls
@@ -209,18 +212,19 @@ def listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:_SHOWN])}{more}"
 
 
-def answerability(labels: Sequence[bool], predicted: Sequence[float]) -> dict[str, float]:
-    """VizWiz's two numbers for its second task.
+def _unanswerable_precision(answerable: Sequence[bool], predicted: Sequence[float]) -> float:
+    return average_precision(~np.asarray(answerable, dtype=bool), 1 - np.asarray(predicted, dtype=np.float64))
 
-    Args:
-        labels: (N,) whether people could answer.
-        predicted: (N,) probability that they could.
-    """
-    unanswerable = [1.0 - probability for probability in predicted]
-    return {
-        "answerability_average_precision": average_precision([not label for label in labels], unanswerable),
-        "answerability_f1": f1_score([not label for label in labels], [score > 0.5 for score in unanswerable]),
-    }
+
+def _unanswerable_f1(answerable: Sequence[bool], predicted: Sequence[float]) -> float:
+    return f1_score(~np.asarray(answerable, dtype=bool), 1 - np.asarray(predicted, dtype=np.float64) > 0.5)
+
+
+ANSWERABILITY: Mapping[str, Callable[[Any, Any], float]] = MappingProxyType({
+    "answerability_average_precision": _unanswerable_precision,
+    "answerability_f1": _unanswerable_f1,
+})  # fmt: skip
+"""VizWiz's second task: of (N,) whether people could answer, and (N,) the predicted probability that they could."""
 
 
 def implied_answerability(predictions: Mapping[str, str]) -> dict[str, float]:
@@ -242,7 +246,8 @@ def _add_answerability(
     if answerable is not None:
         check_coverage(answerable, references, "answerable")
     predicted = implied_answerability(predictions) if answerable is None else answerable
-    corpus |= answerability(labels, [predicted[name] for name in references])
+    for metric, value in ANSWERABILITY.items():
+        corpus[metric] = value(labels, [predicted[name] for name in references])
 
 
 def _checked_task(task: str, variant: str | None) -> _Task:
