@@ -61,6 +61,8 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], variant: str = "vqav2"
     said, given = _PREPARED[variant](prediction, answers)
     equal = [answer == said for answer in given]
     matches = sum(equal)
+    if matches == 0 or matches > 3:  # every term is 0, or every term is 1
+        return float(matches > 0)
     # Summed in the order of the annotators: the official sum rounds in that order, too.
     return sum(min(1, (matches - own) / 3) for own in equal) / len(equal)
 
