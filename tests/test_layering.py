@@ -14,7 +14,7 @@ FLOORS = {
     "generation": 3, "prefix_lm": 3, "probe": 3,
     "conversion": 4, "modeling": 4, "processing": 4, "prompts": 3, "adapters": 4, "accounting": 4,
     "training": 5, "evaluation": 5, "interop": 5, "scaling": 5,
-    "commands": 6, "caching": 6, "prepare": 6, "inspection": 6, "doctor": 6, "cli": 6, "__main__": 7,
+    "commands": 6, "caching": 6, "prepare": 6, "scoring": 6, "inspection": 6, "doctor": 6, "cli": 6, "__main__": 7,
 }  # fmt: skip
 # On one floor, the right-hand side may be used by the left: sequence before masks, packing before attention, ...
 SAME_FLOOR = {

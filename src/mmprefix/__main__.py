@@ -19,6 +19,7 @@ commands:
   cache-features                                     cache-features --config C --out DIR (for a frozen encoder)
   prepare    a published set or a folder -> shards   prepare coco --annotations A --images DIR --out DIR
   inspect    what is in a folder of shards?          inspect DIR --config C
+  score      official numbers of any predictions     score --task vqa --predictions F --references F
   generate   answer about one image                  generate --checkpoint runs/X --image a.png --instruction "..."
   probe      is this decoder an exact prefix LM?     probe --decoder NAME_OR_FOLDER
   estimate   memory, largest batch that fits         estimate --config C --devices 8 --memory 80
@@ -39,7 +40,7 @@ options:
 """
 
 COMMANDS = (
-    "fit", "validate", "test", "predict", "prepare", "inspect", "cache-features", "generate", "probe", "estimate",
+    "fit", "validate", "test", "predict", "prepare", "inspect", "cache-features", "score", "generate", "probe", "estimate",
     "doctor", "scaling", "import-paligemma", "export", "consolidate",
 )  # fmt: skip
 
@@ -63,6 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments[0] == "prepare":
             from mmprefix.prepare import run  # without torch
+
+            return run(arguments[1:])
+        if arguments[0] == "score":
+            from mmprefix.scoring import run  # without torch
 
             return run(arguments[1:])
         from mmprefix.cli import run

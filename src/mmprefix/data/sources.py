@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ijson
-
+from mmprefix.data.reading import is_json_array, json_items, json_members, text_lines
 from mmprefix.data.staging import Staging
 from mmprefix.data.writing import SourceRecord
 from mmprefix.errors import InputError
@@ -81,51 +80,18 @@ class SourceOptions:
         return question if self.instruction is None else self.instruction.replace("{question}", question)
 
 
-# Streams --------------------------------------------------------------------------------------------------------------
-
-
-def _items(path: Path, prefix: str) -> Iterator[Any]:
-    """Elements of a JSON array, one after the other; nothing where the file has no such array.
-
-    Args:
-        path: a JSON file.
-        prefix: ``annotations.item``, ``item`` for an array that is the file.
-    """
-    yield from _streamed(path, lambda file: ijson.items(file, prefix, use_float=True))
+# Entries --------------------------------------------------------------------------------------------------------------
 
 
 def _objects(path: Path, prefix: str, staging: Staging) -> Iterator[dict[str, Any]]:
     """The elements of an array that are objects; others are refused."""
-    for number, entry in enumerate(_items(path, prefix)):
+    for number, entry in enumerate(json_items(path, prefix)):
         if isinstance(entry, dict):
             yield entry
         else:
             staging.refuse(
                 f"{path.name}: {prefix.removesuffix('.item')}[{number}]", "bad entry", f"a {type(entry).__name__}"
             )
-
-
-def _entries(path: Path, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Members of a JSON object."""
-    yield from _streamed(path, lambda file: ijson.kvitems(file, prefix, use_float=True))
-
-
-def _streamed(path: Path, read: Callable[[Any], Iterable[Any]]) -> Iterator[Any]:
-    try:
-        with path.open("rb") as file:
-            yield from read(file)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ijson.JSONError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: expected JSON, got {' '.join(str(error).split())[:200]}") from error
-
-
-def _is_array(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _only(options: SourceOptions, what: str) -> Path:
@@ -148,7 +114,7 @@ def _most_common(answers: list[str]) -> str:
 def coco(options: SourceOptions, staging: Staging) -> None:
     """COCO captions (``captions_train2017.json``), or Karpathy's split of them (``dataset_coco.json``)."""
     path = _only(options, "one captions file")
-    first = next(_items(path, "images.item"), None)
+    first = next(json_items(path, "images.item"), None)
     if not isinstance(first, dict):
         raise InputError(f"{path}: expected COCO captions with a list `images`, got none")
     if "sentences" in first:
@@ -243,7 +209,7 @@ def vqa(options: SourceOptions, staging: Staging) -> None:
     """VQA v2 and OK-VQA (questions and annotations), or VizWiz (one array with both). All ten answers are kept."""
     if options.questions is None:
         path = _only(options, "one VizWiz file, or --questions as well")
-        if not _is_array(path):
+        if not is_json_array(path):
             raise InputError(f"--questions: expected the questions that belong to {path}, got none")
         _vizwiz(path, options, staging)
         return
@@ -257,7 +223,7 @@ def vqa(options: SourceOptions, staging: Staging) -> None:
                 staging.refuse("an annotation", "bad entry", "expected `question_id`")
         if not found:
             raise InputError(f"{path}: expected VQA annotations with a list `annotations`, got none")
-    subtype = next(_items(options.questions, "data_subtype"), "")
+    subtype = next(json_items(options.questions, "data_subtype"), "")
     name_of, found = None, False
     for entry in _objects(options.questions, "questions.item", staging):
         found = True
@@ -290,7 +256,7 @@ def _answers(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _vizwiz(path: Path, options: SourceOptions, staging: Staging) -> None:
-    for number, entry in enumerate(_items(path, "item")):
+    for number, entry in enumerate(json_items(path, "item")):
         question = _text(entry.get("question")) if isinstance(entry, dict) else None
         if question is None or not isinstance(entry.get("image"), str):
             staging.refuse(f"entry {number}", "bad entry", "expected `image` and `question`")
@@ -350,9 +316,9 @@ def textvqa(options: SourceOptions, staging: Staging) -> None:
 def gqa(options: SourceOptions, staging: Staging) -> None:
     """GQA (``train_balanced_questions.json``): an object of questions by id."""
     for path in options.annotations:
-        if _is_array(path):
+        if is_json_array(path):
             raise InputError(f"{path}: expected GQA, an object of questions by id, got a list")
-        for number, entry in _entries(path):
+        for number, entry in json_members(path):
             question = _text(entry.get("question")) if isinstance(entry, dict) else None
             if question is None or "imageId" not in entry:
                 staging.refuse(f"question {number}", "bad entry", "expected `question` and `imageId`")
@@ -369,7 +335,7 @@ def gqa(options: SourceOptions, staging: Staging) -> None:
 def scienceqa(options: SourceOptions, staging: Staging) -> None:
     """ScienceQA (``problems.json``): choices are part of the instruction, the target is the letter; half have no image."""
     path, seen, chosen = _only(options, "problems.json"), Counter[str](), 0
-    for number, entry in _entries(path):
+    for number, entry in json_members(path):
         if not isinstance(entry, dict) or not isinstance(entry.get("choices"), list):
             raise InputError(f"{path}: expected ScienceQA, an object of problems with `choices`, got {number!r}")
         seen[str(entry.get("split"))] += 1
@@ -400,9 +366,9 @@ def scienceqa(options: SourceOptions, staging: Staging) -> None:
 def llava(options: SourceOptions, staging: Staging) -> None:
     """LLaVA conversations: a sample for each turn of the assistant, whose prefix is all that was said before it."""
     for path in options.annotations:
-        if not _is_array(path):
+        if not is_json_array(path):
             raise InputError(f"{path}: expected LLaVA, a list of conversations, got none")
-        for number, entry in enumerate(_items(path, "item")):
+        for number, entry in enumerate(json_items(path, "item")):
             _conversation(entry, number, staging)
 
 
@@ -461,7 +427,7 @@ def _names(value: Any) -> list[str] | None:
 def jsonl(options: SourceOptions, staging: Staging) -> None:
     """JSON Lines: an object in each line."""
     for path in options.annotations:
-        for number, line in enumerate(_lines(path), 1):
+        for number, line in enumerate(text_lines(path), 1):
             if not line.strip():
                 continue
             try:
@@ -479,7 +445,7 @@ def csv_table(options: SourceOptions, staging: Staging) -> None:
     """CSV, or with tabs (`.tsv`), with the names of columns in its first line."""
     csv.field_size_limit(_MAX_FIELD)
     for path in options.annotations:
-        reader = csv.DictReader(_lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        reader = csv.DictReader(text_lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         _check_columns(path, reader.fieldnames or (), options.columns)
         try:
             for row in reader:
@@ -490,16 +456,6 @@ def csv_table(options: SourceOptions, staging: Staging) -> None:
                     _row(dict(row), where, options, staging)
         except csv.Error as error:
             raise InputError(f"{path}:{reader.line_num}: expected CSV, got {error}") from error
-
-
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from file
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected text in UTF-8, got {error}") from error
 
 
 def _check_columns(path: Path, names: Iterable[str], columns: Columns) -> None:

@@ -7,11 +7,12 @@ that, and multiplying is the business of who shows them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from mmprefix.errors import InputError
+from mmprefix.metrics.answers import check_coverage
 from mmprefix.metrics.bleu import bleu
 from mmprefix.metrics.cider import cider
 from mmprefix.metrics.java import JavaUnavailableError
@@ -116,16 +117,7 @@ def _tokenized(
 
 def _check(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
     """Raises `InputError` unless every image has one prediction and some references, all of them strings."""
-    if not predictions and not references:
-        raise InputError("expected at least one prediction to score, got an empty split")
-    # In one message: who sees only one of the two repairs half.
-    problems = []
-    if missing := [name for name in references if name not in predictions]:
-        problems.append(f"no prediction for {listed(missing)}")
-    if unknown := [name for name in predictions if name not in references]:
-        problems.append(f"no references for {listed(unknown)}")
-    if problems:
-        raise InputError(f"expected exactly one prediction for each id of the references: {'; '.join(problems)}")
+    check_coverage(predictions, references)
     for name, caption in predictions.items():
         if not isinstance(caption, str):
             raise InputError(f"prediction of id {name!r}: expected a string, got {_described(caption)}")
@@ -137,13 +129,6 @@ def _check(predictions: Mapping[str, str], references: Mapping[str, Sequence[str
         for caption in captions:
             if not isinstance(caption, str):
                 raise InputError(f"references of id {name!r}: expected strings, got {_described(caption)}")
-
-
-def listed(names: Iterable[Any], show: int = 5) -> str:
-    """``3 ids ('a', 'b', 'c')``: how many there are, and the first of them."""
-    names = list(names)
-    shown = ", ".join(map(repr, names[:show])) + (", ..." if len(names) > show else "")
-    return f"{len(names)} {'id' if len(names) == 1 else 'ids'} ({shown})"
 
 
 def _described(value: object) -> str:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from mmprefix.errors import InputError
-from mmprefix.metrics.captions import DEFAULT_METRICS, CaptionScores, listed, score_captions
+from mmprefix.metrics.answers import AnswerReference, listed, score_answer
+from mmprefix.metrics.captions import DEFAULT_METRICS, CaptionScores, score_captions
 from mmprefix.metrics.exact_match import exact_match
 from mmprefix.metrics.ptb import Tokenizer
 
@@ -38,6 +39,45 @@ class ExactMatch(Metric):
     def compute(self) -> Tensor:
         """float32 scalar in [0, 1]; 0 where nothing was counted."""
         return self.correct / self.total.clamp(min=1)
+
+
+class AnswerMetric(Metric):
+    """Mean of a task's metric (`mmprefix.metrics.answers`), exact over ranks: per-item scores are added up, in float64.
+
+    VizWiz's answerability is no mean, and not computed here.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = True
+    score: Tensor
+    total: Tensor
+
+    def __init__(self, task: str, variant: str | None = None) -> None:
+        """Settings.
+
+        Args:
+            task: one of `mmprefix.metrics.answers.TASKS`.
+            variant: of VQA accuracy; None: the task's own.
+
+        Raises:
+            InputError: an unknown task, or a variant that it doesn't have.
+        """
+        super().__init__()
+        score_answer(task, "", AnswerReference(("",)), variant)  # says what is wrong before there is data
+        self.task, self.variant = task, variant
+        self.add_state("score", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", default=torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, prediction: str, references: Sequence[str], num_choices: int = 26) -> None:
+        """Counts one prediction. ``references`` are as in `AnswerReference.answers`."""
+        reference = AnswerReference(tuple(references), num_choices=num_choices)
+        self.score += score_answer(self.task, prediction, reference, self.variant)
+        self.total += 1
+
+    def compute(self) -> Tensor:
+        """float64 scalar in [0, 1]; 0 where nothing was counted."""
+        return self.score / self.total.clamp(min=1)
 
 
 class CaptionMetrics(Metric):
@@ -100,14 +140,14 @@ class CaptionMetrics(Metric):
         # Gathered, the state is one tensor.
         records = self.records if isinstance(self.records, list) else [self.records]
         rows: dict[str, tuple[str, list[str]]] = {}
-        differing: dict[str, None] = {}
+        differing: list[str] = []
         for record in records:
             for line in bytes(record.cpu().numpy()).splitlines():
                 name, prediction, references = json.loads(line)
                 if rows.setdefault(name, (prediction, references)) != (prediction, references):
-                    differing[name] = None
+                    differing.append(name)
         if differing:
-            raise InputError(f"expected one caption for each id, got several different ones for {listed(differing)}")
+            raise InputError(f"expected one caption for each id, got several different ones for {listed(list(dict.fromkeys(differing)))}")
         self.scores = score_captions(
             {name: rows[name][0] for name in sorted(rows)},
             {name: rows[name][1] for name in sorted(rows)},
