@@ -240,10 +240,14 @@ def caption_scorer(monkeypatch):
         calls.append(
             (dict(predictions), {name: list(texts) for name, texts in references.items()}, tuple(metrics), tokenizer)
         )
-        items = {name: {"cider": float(said in references[name]), "bleu4": 0.1} for name, said in predictions.items()}
-        corpus = {"cider": sum(item["cider"] for item in items.values()) / len(items), "bleu4": 0.37}
+        items = {
+            "CIDEr": {name: float(said in references[name]) for name, said in predictions.items()},
+            "BLEU-4": dict.fromkeys(predictions, 0.1),
+        }
+        corpus = {"CIDEr": sum(items["CIDEr"].values()) / len(predictions), "BLEU-4": 0.37}
+        label, unavailable = "tokenizer=python, not official", {"SPICE": "no Java"}
         return types.SimpleNamespace(
-            corpus=corpus, items=items, tokenizer="python, not official", unavailable={"spice": "no Java"}
+            corpus=corpus, items=items, tokenizer=label, tokenizer_reason="no Java here", unavailable=unavailable
         )
 
     module = types.ModuleType("mmprefix.metrics.captions")
@@ -272,13 +276,14 @@ def test_captions(annotations, caption_scorer, tmp_path, write, capsys):
     assert predictions == {"2": "a cat", "1": "a dog"}
     assert references == {"1": ["a dog", "one dog"], "2": ["a cat"]}
     assert (metrics, tokenizer) == (("cider", "bleu", "spice"), "python")
-    assert content["corpus"] == {"cider": 1, "bleu4": 0.37}
-    assert content["intervals"] == {"cider": [1, 1], "bleu4": None}  # BLEU is no mean of its items'
-    assert content["unavailable"] == {"spice": "no Java"}
+    assert content["corpus"] == {"CIDEr": 1, "BLEU-4": 0.37}
+    assert content["intervals"] == {"CIDEr": [1, 1], "BLEU-4": None}  # BLEU is no mean of its items'
+    assert content["unavailable"] == {"SPICE": "no Java"}
     printed = capsys.readouterr().out
-    assert "tokenizer=python, not official" in printed
-    assert re.search(r"^spice +unavailable", printed, re.MULTILINE)
-    assert re.search(r"^bleu4 +37\.00 +- +2$", printed, re.MULTILINE)
+    assert content["items"]["2"] == {"CIDEr": 1, "BLEU-4": 0.1}
+    assert "tokenizer=python, not official: no Java here" in printed
+    assert re.search(r"^SPICE +unavailable", printed, re.MULTILINE)
+    assert re.search(r"^BLEU-4 +37\.00 +- +2$", printed, re.MULTILINE)
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------

@@ -106,6 +106,11 @@ class Scored:
     notes: list[str]
     images: int | None
 
+    @property
+    def count(self) -> int:
+        """Items of the whole split."""
+        return len(self.items)
+
 
 def _checked(arguments: list[str]) -> Namespace:
     options = _parser().parse_args(arguments)
@@ -231,14 +236,18 @@ def _score_captions(
         answers, captions, metrics=options.metrics or CAPTION_METRICS[:3], tokenizer=options.tokenizer or "auto"
     )
     rows = []
+    items: dict[str, dict[str, float]] = {name: {} for name in captions}
     for metric, value in scores.corpus.items():
-        of_items = [score[metric] for score in scores.items.values() if metric in score]
+        of_images = scores.items[metric]
+        for name, of_image in of_images.items():
+            items[name][metric] = of_image
         # BLEU of a corpus is no mean of its captions' (its n-grams are counted together): no interval.
-        is_mean = len(of_items) == len(captions) and abs(sum(of_items) / len(of_items) - value) <= 1e-9
-        rows.append(Row("", metric, value, mean_interval(of_items) if is_mean else None, len(captions)))
-    return Scored(
-        CAPTION, f"tokenizer={scores.tokenizer}", rows, scores.items, scores.unavailable, notes, len(captions)
-    )
+        is_mean = abs(sum(of_images.values()) / len(captions) - value) <= 1e-9
+        interval = mean_interval([*of_images.values()]) if is_mean else None
+        rows.append(Row("", metric, value, interval, len(captions)))
+    if scores.tokenizer_reason:
+        notes.append(f"{scores.tokenizer}: {scores.tokenizer_reason}")
+    return Scored(CAPTION, scores.tokenizer, rows, items, scores.unavailable, notes, len(captions))
 
 
 def _images(references: Mapping[str, AnswerReference]) -> dict[str, str]:
@@ -259,7 +268,7 @@ def _mean_row(
 def table(scored: Scored) -> str:
     """The scores as text: of 100, with 95% intervals and numbers of items."""
     images = "" if scored.images is None else f", {scored.images:,} images"
-    lines = [f"{scored.task}: {scored.rows[0].count:,} items{images}", scored.rules, ""]
+    lines = [f"{scored.task}: {scored.count:,} items{images}", scored.rules, ""]
     cells = [("", "value", "95% interval", "items")]
     axis = ""
     for row in scored.rows:
@@ -292,7 +301,7 @@ def _write(options: Namespace, scored: Scored) -> None:
         "rules": scored.rules,
         "predictions": str(options.predictions),
         "references": [str(path) for path in options.references],
-        "count": scored.rows[0].count,
+        "count": scored.count,
         "images": scored.images,
         "corpus": {row.name: row.value for row in corpus},
         "percent": {row.name: percent(row.value) for row in corpus},
