@@ -106,6 +106,11 @@ class Scored:
     notes: list[str]
     images: int | None
 
+    @property
+    def count(self) -> int:
+        """Items of the whole split."""
+        return len(self.items)
+
 
 def _checked(arguments: list[str]) -> Namespace:
     options = _parser().parse_args(arguments)
@@ -231,6 +236,7 @@ def _score_captions(
     if scores.tokenizer_reason:
         notes.append(scores.tokenizer_reason)
     rows = []
+    items: dict[str, dict[str, float]] = {name: {} for name in captions}
     for metric, value in scores.corpus.items():
         of_items = list(scores.items[metric].values())
         # BLEU of a corpus is no mean of its captions' (its n-grams are counted together): no interval.
@@ -258,7 +264,7 @@ def _mean_row(
 def table(scored: Scored) -> str:
     """The scores as text: of 100, with 95% intervals and numbers of items."""
     images = "" if scored.images is None else f", {scored.images:,} images"
-    lines = [f"{scored.task}: {scored.rows[0].count:,} items{images}", scored.rules, ""]
+    lines = [f"{scored.task}: {scored.count:,} items{images}", scored.rules, ""]
     cells = [("", "value", "95% interval", "items")]
     axis = ""
     for row in scored.rows:
@@ -291,7 +297,7 @@ def _write(options: Namespace, scored: Scored) -> None:
         "rules": scored.rules,
         "predictions": str(options.predictions),
         "references": [str(path) for path in options.references],
-        "count": scored.rows[0].count,
+        "count": scored.count,
         "images": scored.images,
         "corpus": {row.name: row.value for row in corpus},
         "percent": {row.name: percent(row.value) for row in corpus},
