@@ -27,7 +27,7 @@ def bleu(corpus: CaptionCorpus) -> tuple[Floats, Floats]:
     """
     images = len(corpus.predictions)
     matched = np.zeros((MAX_ORDER, images))
-    possible = np.maximum(corpus.prediction_lengths - np.arange(MAX_ORDER)[:, None], 0)
+    possible = np.maximum(corpus.prediction_lengths - np.arange(MAX_ORDER)[:, None], 0.0)
     for n, order in enumerate(corpus.orders):
         # How often a reference has the n-gram, at most.
         allowed = np.zeros(len(order.predictions.gram), np.int64)
@@ -36,9 +36,10 @@ def bleu(corpus: CaptionCorpus) -> tuple[Floats, Floats]:
         clipped = np.minimum(allowed, order.predictions.count)
         matched[n] = np.bincount(order.predictions.caption, clipped, minlength=images)
     closest = _closest_lengths(corpus)
+    lengths = corpus.prediction_lengths.astype(np.float64)
     return (
-        _score(matched.sum(1), possible.sum(1), corpus.prediction_lengths.sum(), closest.sum()),
-        _score(matched, possible, corpus.prediction_lengths, closest),
+        _score(matched.sum(1), possible.sum(1), lengths.sum(), closest.sum()),
+        _score(matched, possible, lengths, closest),
     )
 
 
