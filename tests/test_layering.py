@@ -36,7 +36,11 @@ def imports(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            if node.module in ("mmprefix", "mmprefix.data"):  # `from mmprefix import cli` imports a module, too
+            if node.module in (
+                "mmprefix",
+                "mmprefix.data",
+                "mmprefix.metrics",
+            ):  # `from mmprefix import cli` imports a module, too
                 yield from (f"{node.module}.{alias.name}" for alias in node.names if alias.name != "__version__")
             else:
                 yield node.module

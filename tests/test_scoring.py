@@ -249,7 +249,10 @@ def test_captions(annotations, tmp_path, write, capsys, monkeypatch):
     files = ["--predictions", write("p.json", COCO_RESULTS), "--references", write("r.json", annotations)]
     content = scored(tmp_path, "caption", *files, "--metrics", "cider", "bleu", "spice", "--tokenizer", "python")
     expected = score_captions(
-        {"2": "a cat", "1": "a dog"}, {"1": ["a dog", "one dog"], "2": ["a cat"]}, metrics=["cider", "bleu"], tokenizer="python"
+        {"2": "a cat", "1": "a dog"},
+        {"1": ["a dog", "one dog"], "2": ["a cat"]},
+        metrics=["cider", "bleu"],
+        tokenizer="python",
     )
     assert content["corpus"] == expected.corpus
     assert content["items"] == {n: {m: of[n] for m, of in expected.items.items()} for n in ("1", "2")}
@@ -307,7 +310,7 @@ def test_bad_files(case, write, capsys):
     assert message in refused(capsys, "--task", "vqa", *files)
 
 
-def test_bad_files_of_other_tasks(write, capsys, caption_scorer, tmp_path):
+def test_bad_files_of_other_tasks(write, capsys, tmp_path):
     p = write("p.json", {"1": "A", "2": "B"})
     problems = {"1": {"choices": ["a", "b"], "answer": 0, "split": "test"}}
     cases = [

@@ -30,7 +30,7 @@ from mmprefix.metrics.answers import (
     percent,
     score_answers,
 )
-from mmprefix.metrics.captions import DEFAULT_METRICS, METRICS, score_captions
+from mmprefix.metrics.captions import DEFAULT_METRICS, MEANS, METRICS, score_captions
 from mmprefix.metrics.intervals import mean_interval, statistic_interval
 from mmprefix.metrics.ptb import Tokenizer
 from mmprefix.metrics.vqa import VARIANTS
@@ -238,10 +238,8 @@ def _score_captions(
     rows = []
     items: dict[str, dict[str, float]] = {name: {} for name in captions}
     for metric, value in scores.corpus.items():
-        of_items = list(scores.items[metric].values())
-        # BLEU of a corpus is no mean of its captions' (its n-grams are counted together): no interval.
-        is_mean = abs(sum(of_items) / len(of_items) - value) <= 1e-9
-        rows.append(Row("", metric, value, mean_interval(of_items) if is_mean else None, len(captions)))
+        interval = mean_interval([*scores.items[metric].values()]) if metric in MEANS else None
+        rows.append(Row("", metric, value, interval, len(captions)))
     items = {name: {metric: of[name] for metric, of in scores.items.items()} for name in captions}
     return Scored(CAPTION, scores.tokenizer, rows, items, scores.unavailable, notes, len(captions))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from mmprefix.errors import InputError
 from mmprefix.metrics.answers import check_coverage
@@ -22,6 +22,9 @@ from mmprefix.metrics.ptb import Tokenizer, tokenize
 from mmprefix.metrics.rouge import rouge_l
 
 DEFAULT_METRICS: Final = ("bleu", "rouge_l", "cider")
+
+MEANS: Final = ("ROUGE-L", "CIDEr", "SPICE")
+"""Whose score of a corpus is the mean of its images'; BLEU and METEOR add up what they count first."""
 
 Scores = dict[str, tuple[float, Floats]]
 """Name -> score of the corpus, and of each image, float64 ``[I]``."""

@@ -147,7 +147,9 @@ class CaptionMetrics(Metric):
                 if rows.setdefault(name, (prediction, references)) != (prediction, references):
                     differing.append(name)
         if differing:
-            raise InputError(f"expected one caption for each id, got several different ones for {listed(list(dict.fromkeys(differing)))}")
+            raise InputError(
+                f"expected one caption for each id, got several different ones for {listed(list(dict.fromkeys(differing)))}"
+            )
         self.scores = score_captions(
             {name: rows[name][0] for name in sorted(rows)},
             {name: rows[name][1] for name in sorted(rows)},
