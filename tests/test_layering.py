@@ -20,7 +20,7 @@ FLOORS = {
 SAME_FLOOR = {
     ("masks", "sequence"), ("attention", "packing"), ("decoder", "last_layer"), ("prefix_lm", "generation"), ("probe", "generation"),
     ("probe", "prefix_lm"), ("processing", "modeling"), ("adapters", "modeling"), ("accounting", "modeling"), ("accounting", "adapters"),
-    ("interop", "training"), ("scaling", "training"),
+    ("interop", "training"), ("scaling", "training"), ("training", "evaluation"),
     ("caching", "commands"), ("cli", "inspection"), ("cli", "doctor"), ("cli", "commands"), ("cli", "caching"),
 }  # fmt: skip
 

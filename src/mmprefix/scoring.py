@@ -1,6 +1,6 @@
 """`score`: any model's file of predictions against a set's annotations -> the numbers of the official code.
 
-Imports neither torch nor Lightning. What a value is sure to: bootstrap intervals over images (`mmprefix.metrics.intervals`).
+Imports neither torch nor Lightning. What is made of the files: `mmprefix.evaluation.scores`.
 """
 
 from __future__ import annotations
@@ -8,30 +8,17 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
-
-import numpy as np
-from numpy.typing import NDArray
 
 from mmprefix import __version__
 from mmprefix.arguments import CommandParser
 from mmprefix.errors import InputError
-from mmprefix.evaluation.official import CAPTION, TASKS, Predictions, References, read_predictions, read_references
+from mmprefix.evaluation.official import TASKS, Predictions, References, read_predictions, read_references
+from mmprefix.evaluation.scores import Scored, score_answer_split, score_caption_split, table
 from mmprefix.files import replacing
-from mmprefix.metrics.answers import (
-    ANSWERABILITY,
-    VARIANT_TASKS,
-    AnswerReference,
-    check_coverage,
-    implied_answerability,
-    percent,
-    score_answers,
-)
-from mmprefix.metrics.captions import DEFAULT_METRICS, MEANS, METRICS, score_captions
-from mmprefix.metrics.intervals import mean_interval, statistic_interval
+from mmprefix.metrics.answers import VARIANT_TASKS, check_coverage, percent
+from mmprefix.metrics.captions import CAPTION, DEFAULT_METRICS, METRICS
 from mmprefix.metrics.ptb import Tokenizer
 from mmprefix.metrics.vqa import VARIANTS
 
@@ -63,53 +50,6 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write corpus and per-item scores")
     return parser
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        axis: what it is a group of; "" for the whole split.
-        name: metric or group.
-        value: a fraction, not rounded.
-        interval: 95% bootstrap; None where there is none for such a value.
-        count: items.
-    """
-
-    axis: str
-    name: str
-    value: float
-    interval: tuple[float, float] | None
-    count: int
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A split's scores, ready to be printed and written.
-
-    Attributes:
-        task: one of `TASKS`.
-        rules: metric and variant, or the tokenizer, in words.
-        rows: of the table; the whole split first.
-        items: id -> metric -> value.
-        unavailable: metric -> why.
-        notes: what a reader of the numbers must know.
-        images: number of them, where each item has one.
-    """
-
-    task: str
-    rules: str
-    rows: list[Row]
-    items: dict[str, dict[str, float]]
-    unavailable: dict[str, str]
-    notes: list[str]
-    images: int | None
-
-    @property
-    def count(self) -> int:
-        """Items of the whole split."""
-        return len(self.items)
 
 
 def _checked(arguments: list[str]) -> Namespace:
@@ -151,9 +91,14 @@ def score(arguments: list[str]) -> int:
     answers = {name: said for name, said in predictions.answers.items() if name not in references.uncounted}
     check_coverage(answers, references.items, str(options.predictions))
     if options.task == CAPTION:
-        scored = _score_captions(options, answers, references.items, notes)
+        scored = score_caption_split(
+            answers, references.items, metrics=options.metrics or DEFAULT_METRICS, tokenizer=options.tokenizer or "auto"
+        )
     else:
-        scored = _score_answers(options, predictions, answers, references.items, notes)
+        scored = score_answer_split(
+            options.task, answers, references.items, variant=options.variant, answerable=predictions.answerable
+        )
+    scored.notes[:0] = notes
     print(table(scored))
     if options.json is not None:
         _write(options, scored)
@@ -171,114 +116,6 @@ def _references(options: Namespace, predictions: Predictions) -> References:
             "`references` of its own"
         )
     return References(predictions.references)
-
-
-def _score_answers(
-    options: Namespace,
-    predictions: Predictions,
-    answers: Mapping[str, str],
-    references: Mapping[str, AnswerReference],
-    notes: list[str],
-) -> Scored:
-    scores = score_answers(
-        options.task, answers, references, variant=options.variant, answerable=predictions.answerable or None
-    )
-    values = {name: score[scores.metric] for name, score in scores.items.items()}
-    images = _images(references)
-    few = sum(len(reference.answers) < 10 for reference in references.values())
-    if scores.metric == "vqa_accuracy" and few:
-        notes.append(
-            f"{few:,} questions have fewer than ten answers, of which 4 equal ones are needed for a score of 1"
-        )
-    rows = [_mean_row("", scores.metric, list(references), values, images, scores.corpus[scores.metric])]
-    if ANSWERABILITY.keys() & scores.corpus.keys():
-        rows += _answerability_rows(predictions, answers, references)
-        if not predictions.answerable:
-            notes.append(
-                "answerability is that of the answers: whether they say unanswerable; the file has no `answerable`"
-            )
-    for axis, kinds in scores.kinds.items():
-        members: dict[str, list[str]] = {}
-        for name, reference in references.items():
-            for kind in (kind for of, kind in reference.kinds if of == axis):
-                members.setdefault(kind, []).append(name)
-        if len(kinds) > 1:  # a single group is the whole
-            rows += [_mean_row(axis, kind, members[kind], values, images, of.value) for kind, of in kinds.items()]
-    known = all(reference.image_id is not None for reference in references.values())
-    rules = f"{scores.metric}: {scores.variant}"
-    number = len({*images.values()}) if known else None
-    return Scored(options.task, rules, rows, scores.items, scores.unavailable, notes, number)
-
-
-def _answerability_rows(
-    predictions: Predictions, answers: Mapping[str, str], references: Mapping[str, AnswerReference]
-) -> list[Row]:
-    said = predictions.answerable or implied_answerability(answers)
-    labels = np.asarray([bool(reference.answerable) for reference in references.values()])
-    predicted = np.asarray([said[name] for name in references])
-    rows = []
-    for metric, of in ANSWERABILITY.items():
-
-        def drawn(items: NDArray[np.int64], of: Callable[[Any, Any], float] = of) -> float:
-            return of(labels[items], predicted[items])
-
-        rows.append(Row("", metric, of(labels, predicted), statistic_interval(drawn, len(labels)), len(labels)))
-    return rows
-
-
-def _score_captions(
-    options: Namespace, answers: Mapping[str, str], references: Mapping[str, AnswerReference], notes: list[str]
-) -> Scored:
-    captions = {name: reference.answers for name, reference in references.items()}
-    scores = score_captions(
-        answers, captions, metrics=options.metrics or DEFAULT_METRICS, tokenizer=options.tokenizer or "auto"
-    )
-    if scores.tokenizer_reason:
-        notes.append(scores.tokenizer_reason)
-    rows = []
-    items: dict[str, dict[str, float]] = {name: {} for name in captions}
-    for metric, value in scores.corpus.items():
-        interval = mean_interval([*scores.items[metric].values()]) if metric in MEANS else None
-        rows.append(Row("", metric, value, interval, len(captions)))
-    items = {name: {metric: of[name] for metric, of in scores.items.items()} for name in captions}
-    return Scored(CAPTION, scores.tokenizer, rows, items, scores.unavailable, notes, len(captions))
-
-
-def _images(references: Mapping[str, AnswerReference]) -> dict[str, str]:
-    """id -> image; an item without one has its own."""
-    return {
-        name: f"image {reference.image_id}" if reference.image_id is not None else f"item {name}"
-        for name, reference in references.items()
-    }
-
-
-def _mean_row(
-    axis: str, name: str, members: Sequence[str], values: Mapping[str, float], images: Mapping[str, str], value: float
-) -> Row:
-    interval = mean_interval([values[member] for member in members], [images[member] for member in members])
-    return Row(axis, name, value, interval, len(members))
-
-
-def table(scored: Scored) -> str:
-    """The scores as text: of 100, with 95% intervals and numbers of items."""
-    images = "" if scored.images is None else f", {scored.images:,} images"
-    lines = [f"{scored.task}: {scored.count:,} items{images}", scored.rules, ""]
-    cells = [("", "value", "95% interval", "items")]
-    axis = ""
-    for row in scored.rows:
-        if row.axis != axis:
-            axis = row.axis
-            cells.append((axis, "", "", ""))
-        low_high = "-" if row.interval is None else f"{percent(row.interval[0]):.2f} to {percent(row.interval[1]):.2f}"
-        cells.append((f"{'  ' if axis else ''}{row.name}", f"{percent(row.value):.2f}", low_high, f"{row.count:,}"))
-    cells += [(name, "unavailable", "-", "-") for name in scored.unavailable]
-    widths = [max(len(line[column]) for line in cells) for column in range(4)]
-    for line in cells:
-        numbers = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        lines.append("  ".join([line[0].ljust(widths[0]), *numbers]).rstrip())
-    lines.insert(4, "-" * len(lines[3]))
-    lines += [f"{name}: {why}" for name, why in scored.unavailable.items()]
-    return "\n".join([*lines, *scored.notes])
 
 
 def _write(options: Namespace, scored: Scored) -> None:

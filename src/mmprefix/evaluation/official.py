@@ -17,11 +17,10 @@ from typing import Any
 from mmprefix.data.reading import is_json_array, json_items, json_members, text_lines
 from mmprefix.data.sources import PICTURES
 from mmprefix.errors import InputError
-from mmprefix.metrics.answers import TASKS as ANSWER_TASKS
 from mmprefix.metrics.answers import AnswerReference, listed
+from mmprefix.metrics.captions import ALL_TASKS, CAPTION
 
-CAPTION = "caption"
-TASKS = (CAPTION, *ANSWER_TASKS)
+TASKS = ALL_TASKS
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _OKVQA_TYPES = {
     "one": "vehicles and transportation", "two": "brands, companies and products", "three": "objects, material and clothing",

@@ -1,7 +1,8 @@
 """`PredictionReport`: what a split's predictions leave behind.
 
 While `fit` runs, a picture of validation predictions goes to TensorBoard. A final evaluation (after `fit`, or
-`validate`, `test`, `predict`) writes ``predictions.jsonl`` and ``predictions.png`` and prints a table per kind.
+`validate`, `test`, `predict`) writes ``predictions.jsonl`` and ``predictions.png``, files for evaluation servers, and
+prints the module's scores as a table per kind.
 """
 
 from __future__ import annotations
@@ -10,22 +11,23 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-import torch.distributed
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
 from mmprefix.evaluation.pictures import Answer, Cell, draw_cells, side_by_side, to_image
+from mmprefix.evaluation.runner import DEFAULT_TASK, Evaluation, Prediction, by_set, is_right, write_results
+from mmprefix.evaluation.scores import table
 from mmprefix.files import replacing
 from mmprefix.metrics import exact_match
-from mmprefix.packing import EvaluationBatch, Reference
+from mmprefix.packing import EvaluationBatch
 from mmprefix.vision import ImageTransform
 
-Prediction = tuple[Reference, str]
 _SHOWN_IMAGES = 4
 
 
@@ -101,8 +103,9 @@ class _Gallery:
         predictions: Sequence[Prediction],
         transform: ImageTransform,
         picture: Callable[[int], Image.Image],
+        tasks: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """``picture`` gives a record's image, for batches that hold features in place of pixels."""
+        """``picture`` gives a record's image, for batches that hold features in place of pixels; ``tasks`` are by set."""
         of_images: dict[tuple[int, ...], list[Prediction]] = {}
         for number, (images, prediction) in enumerate(zip(batch.prompts.image_of.tolist(), predictions, strict=True)):
             # Samples without an image have nothing in common.
@@ -114,7 +117,7 @@ class _Gallery:
                     r.instruction,
                     " | ".join(sorted(set(r.references))),
                     said,
-                    exact_match(said, r.references) if r.references else None,
+                    is_right(tasks.get(r.dataset, DEFAULT_TASK), said, r),
                 )
                 for r, said in members
             )
@@ -135,6 +138,32 @@ class _Gallery:
         return [*wrong, *self.right[: self.room - len(wrong)]]
 
 
+def score_tables(
+    split: str, evaluation: Evaluation, baseline_name: str = "", baseline: Mapping[str, float] | None = None
+) -> list[str]:
+    """Scores as text: sets that are scored by exact match in one table, each other one in its own.
+
+    Args:
+        split: names it in the first lines.
+        evaluation: what was found.
+        baseline_name, baseline: see `accuracy_table`.
+    """
+    of_sets, scores = by_set(evaluation.predictions), evaluation.scores
+    exact = [p for name, members in of_sets.items() if name in scores and scores[name].task == "exact" for p in members]
+    tables = []
+    if exact:
+        images = len({reference.image_id for reference, _ in exact})
+        title = f"{split}: {images} images, {len(exact)} samples"
+        tables.append(accuracy_table(title, exact, baseline_name, baseline))
+    for name, members in of_sets.items():
+        where = f"{split} {name}" if name else split
+        if name not in scores:
+            tables.append(f"{where}: {len(members)} predictions")
+        elif scores[name].task != "exact":
+            tables.append(table(scores[name], f"{where}: "))
+    return tables
+
+
 class PredictionReport(pl.Callback):
     """Collects predictions of a split; see the module's docstring for what it leaves where."""
 
@@ -151,59 +180,42 @@ class PredictionReport(pl.Callback):
         self.transform = transform
         self.num_images = num_images
         self.name = name
-        self._text = ""
         self._start()
 
     def _start(self) -> None:
-        self._predictions: list[Prediction] = []
         self._gallery = _Gallery(self.num_images)
 
     def _collect(self, trainer: pl.Trainer, split: str, outputs: Any, batch: EvaluationBatch) -> None:
-        self._predictions += outputs
-        picture = partial(trainer.datamodule.picture, split)  # type: ignore[attr-defined]
-        self._gallery.add(batch, outputs, self.transform, picture)
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._gallery.add(batch, outputs, self.transform, partial(datamodule.picture, split), datamodule.tasks(split))
 
-    def _finish(self, trainer: pl.Trainer, split: str) -> None:
-        predictions, gallery = self._gathered(trainer), self._gallery
+    def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
+        gallery = self._gallery
         self._start()
-        if not trainer.is_global_zero or not predictions:
+        evaluation: Evaluation = pl_module.evaluation  # type: ignore[assignment]
+        if not trainer.is_global_zero or not evaluation.predictions:
             return
-        write_predictions(self.folder / f"{self.name}.jsonl", predictions)
+        write_predictions(self.folder / f"{self.name}.jsonl", evaluation.predictions)
         if cells := gallery.cells():
             with replacing(self.folder / f"{self.name}.png") as temporary:
                 draw_cells(cells).save(temporary, "PNG")
-        if split == "predict" and not all(reference.references for reference, _ in predictions):
-            text = f"predict: {len(predictions)} predictions"
-        else:
-            images = len({reference.image_id for reference, _ in predictions})
-            name, baseline = trainer.datamodule.baseline(split)  # type: ignore[attr-defined]
-            text = accuracy_table(f"{split}: {images} images, {len(predictions)} samples", predictions, name, baseline)
-        self._text = text
-
-    def _gathered(self, trainer: pl.Trainer) -> list[Prediction]:
-        gathered = [self._predictions]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            gathered = [[] for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(gathered, self._predictions)
-        once = {prediction[0].order: prediction for part in gathered for prediction in part}
-        return [once[order] for order in sorted(once)]
-
-    def _print(self) -> None:
-        if self._text:  # at the very end, when the progress bar is closed
-            print(f"\n{self._text}\n", flush=True)
-        self._text = ""
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        problems = write_results(self.folder, self.name, evaluation.predictions, datamodule.tasks(split))
+        tables = score_tables(split, evaluation, *datamodule.baseline(split))
+        print("\n" + "\n\n".join([*tables, *problems]) + "\n", flush=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints the table."""
-        self._print()
+        """Reports, when the module has scored and the progress bar is closed."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._finish(trainer, pl_module, "val")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints the table."""
-        self._print()
+        """Reports."""
+        self._finish(trainer, pl_module, "test")
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints the table."""
-        self._print()
+        """Reports."""
+        self._finish(trainer, pl_module, "predict")
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins anew: a sanity check may have left something."""
@@ -216,9 +228,8 @@ class PredictionReport(pl.Callback):
         self._collect(trainer, "val", outputs, batch)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A picture while fitting, the whole report otherwise."""
+        """A picture while fitting; otherwise the report comes at the end."""
         if trainer.state.fn != TrainerFn.FITTING:
-            self._finish(trainer, "val")
             return
         if not trainer.sanity_checking and (cells := self._gallery.cells()):
             for logger in trainer.loggers:
@@ -233,16 +244,8 @@ class PredictionReport(pl.Callback):
         """Collects."""
         self._collect(trainer, "test", outputs, batch)
 
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Reports."""
-        self._finish(trainer, "test")
-
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
         """Collects."""
         self._collect(trainer, "predict", outputs, batch)
-
-    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Reports."""
-        self._finish(trainer, "predict")

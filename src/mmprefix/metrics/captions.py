@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mmprefix.errors import InputError
-from mmprefix.metrics.answers import check_coverage
+from mmprefix.metrics.answers import TASKS, check_coverage
 from mmprefix.metrics.bleu import bleu
 from mmprefix.metrics.cider import cider
 from mmprefix.metrics.java import JavaUnavailableError
@@ -20,6 +20,12 @@ from mmprefix.metrics.java_scorers import meteor, spice
 from mmprefix.metrics.ngrams import CaptionCorpus, Floats
 from mmprefix.metrics.ptb import Tokenizer, tokenize
 from mmprefix.metrics.rouge import rouge_l
+
+CAPTION: Final = "caption"
+"""Name of the task."""
+
+ALL_TASKS: Final = (CAPTION, *TASKS)
+"""Whatever a split can be scored by: `caption`, and the tasks of `mmprefix.metrics.answers`."""
 
 DEFAULT_METRICS: Final = ("bleu", "rouge_l", "cider")
 
