@@ -161,7 +161,7 @@ def score_tables(
             tables.append(f"{where}: {len(members)} predictions")
         elif scores[name].task != "exact":
             tables.append(table(scores[name], f"{where}: "))
-    return tables
+    return [*tables, f"no scores: {evaluation.problem}"] if evaluation.problem else tables
 
 
 class PredictionReport(pl.Callback):
@@ -203,6 +203,12 @@ class PredictionReport(pl.Callback):
         problems = write_results(self.folder, self.name, evaluation.predictions, datamodule.tasks(split))
         tables = score_tables(split, evaluation, *datamodule.baseline(split))
         print("\n" + "\n\n".join([*tables, *problems]) + "\n", flush=True)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """What can't be scored was predicted all the same."""
+        evaluation: Evaluation = pl_module.evaluation  # type: ignore[assignment]
+        if evaluation.problem and trainer.state.fn != TrainerFn.FITTING:
+            write_predictions(self.folder / f"{self.name}.jsonl", evaluation.predictions)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports, when the module has scored and the progress bar is closed."""

@@ -36,10 +36,12 @@ class Evaluation:
     Attributes:
         predictions: of the whole split, in its order.
         scores: by set, "" for the only one of a split; none of a set without references.
+        problem: why there are no scores, where that is no matter of references.
     """
 
     predictions: list[Prediction] = field(default_factory=list)
     scores: dict[str, Scored] = field(default_factory=dict)
+    problem: str = ""
 
 
 def check_reference(task: str, reference: Reference) -> None:

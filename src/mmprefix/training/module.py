@@ -34,6 +34,7 @@ from mmprefix.decoder import DecoderArgs, windows_of
 from mmprefix.errors import InputError
 from mmprefix.evaluation import runner
 from mmprefix.evaluation.runner import DEFAULT_TASK, Evaluation, Prediction
+from mmprefix.evaluation.scores import Scored
 from mmprefix.loss import LossNormalization, label_weights
 from mmprefix.masks import PrefixVisibility
 from mmprefix.modeling import MMPrefixForConditionalGeneration
@@ -738,22 +739,23 @@ class MMPrefixModule(pl.LightningModule):
         predictions, self._predictions = runner.gathered(self._predictions), []
         values: dict[str, float] = {}
         shown: set[str] = set()
-        problem: str | None = None
+        problem = ""
         if self.trainer.is_global_zero:
             fitting = self.trainer.state.fn == TrainerFn.FITTING
             tokenizer = getattr(self.trainer.datamodule, "caption_tokenizer", None)  # type: ignore[attr-defined]
+            scores: dict[str, Scored] = {}
             try:
                 scores = runner.score_predictions(
                     predictions, self._tasks(split), tokenizer=tokenizer or ("python" if fitting else "auto"),
                     intervals=not fitting,
                 )  # fmt: skip
-                self.evaluation = Evaluation(predictions, scores)
-                values = runner.logged(split, self.evaluation)
-                shown = {f"val/{scored.metric}" for scored in scores.values()}
             except InputError as error:
                 problem = str(error)
+            self.evaluation = Evaluation(predictions, scores, problem)
+            values = runner.logged(split, self.evaluation)
+            shown = {f"val/{scored.metric}" for scored in scores.values()}
         values, shown, problem = self.trainer.strategy.broadcast((values, shown, problem))
-        if problem is not None:
+        if problem and split != "predict":  # whose texts are worth something without a score
             raise InputError(problem if self.trainer.is_global_zero else "")
         return values, shown
 
