@@ -14,13 +14,13 @@ FLOORS = {
     "generation": 3, "prefix_lm": 3, "probe": 3,
     "conversion": 4, "modeling": 4, "processing": 4, "prompts": 3, "adapters": 4, "accounting": 4,
     "training": 5, "evaluation": 5, "interop": 5, "scaling": 5,
-    "commands": 6, "caching": 6, "prepare": 6, "inspection": 6, "doctor": 6, "reporting": 6, "cli": 6, "__main__": 7,
+    "commands": 6, "caching": 6, "prepare": 6, "scoring": 6, "inspection": 6, "doctor": 6, "reporting": 6, "cli": 6, "__main__": 7,
 }  # fmt: skip
 # On one floor, the right-hand side may be used by the left: sequence before masks, packing before attention, ...
 SAME_FLOOR = {
     ("masks", "sequence"), ("attention", "packing"), ("decoder", "last_layer"), ("prefix_lm", "generation"), ("probe", "generation"),
     ("probe", "prefix_lm"), ("processing", "modeling"), ("adapters", "modeling"), ("accounting", "modeling"), ("accounting", "adapters"),
-    ("interop", "training"), ("scaling", "training"),
+    ("interop", "training"), ("scaling", "training"), ("training", "evaluation"),
     ("caching", "commands"), ("cli", "inspection"), ("cli", "doctor"), ("cli", "commands"), ("cli", "caching"),
 }  # fmt: skip
 
@@ -36,7 +36,11 @@ def imports(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            if node.module in ("mmprefix", "mmprefix.data"):  # `from mmprefix import cli` imports a module, too
+            if node.module in (
+                "mmprefix",
+                "mmprefix.data",
+                "mmprefix.metrics",
+            ):  # `from mmprefix import cli` imports a module, too
                 yield from (f"{node.module}.{alias.name}" for alias in node.names if alias.name != "__version__")
             else:
                 yield node.module

@@ -19,6 +19,7 @@ commands:
   cache-features                                     cache-features --config C --out DIR (for a frozen encoder)
   prepare    a published set or a folder -> shards   prepare coco --annotations A --images DIR --out DIR
   inspect    what is in a folder of shards?          inspect DIR --config C
+  score      official numbers of any predictions     score --task vqa --predictions F --references F
   report     predictions as one page to look at       report --run runs/X [--compare runs/Y] --out report.html
   generate   answer about one image                  generate --checkpoint runs/X --image a.png --instruction "..."
   visualize  attention, mask and loss, as pictures   visualize --checkpoint runs/X --image a.png --instruction "..." --out DIR
@@ -41,8 +42,8 @@ options:
 """
 
 COMMANDS = (
-    "fit", "validate", "test", "predict", "prepare", "inspect", "cache-features", "report", "generate", "visualize", "probe",
-    "estimate", "doctor", "scaling", "import-paligemma", "export", "consolidate",
+    "fit", "validate", "test", "predict", "prepare", "inspect", "cache-features", "score", "report", "generate",
+    "visualize", "probe", "estimate", "doctor", "scaling", "import-paligemma", "export", "consolidate",
 )  # fmt: skip
 
 
@@ -67,6 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
             from mmprefix.prepare import run  # without torch
 
             return run(arguments[1:])
+        if arguments[0] == "score":
+            from mmprefix.scoring import run as score  # without torch
+
+            return score(arguments[1:])
         if arguments[0] == "report":
             from mmprefix.reporting import run as report  # without Lightning
 

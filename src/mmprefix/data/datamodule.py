@@ -28,10 +28,11 @@ from mmprefix.data.loading import (
     TokenBudgetSampler,
     outlast_signals,
 )
-from mmprefix.data.mixture import EpochOrder, MixtureArgs, SetArgs, parse_sets, quotas
+from mmprefix.data.mixture import EpochOrder, MixtureArgs, SetArgs, check_metric, parse_sets, quotas
 from mmprefix.data.shard_cache import ShardCache
 from mmprefix.data.shards import ShardCollection, expand_shards
 from mmprefix.errors import InputError
+from mmprefix.metrics.ptb import Tokenizer
 from mmprefix.packing import EvaluationBatch, PackedBatch, PromptBatch, map_tensors
 from mmprefix.vision import as_picture
 
@@ -103,6 +104,8 @@ class ShardDataModule(pl.LightningDataModule):
         batch_size: int = 32,
         max_tokens: int | None = None,
         eval_batch_size: int = 128,
+        metric: str = "exact",
+        caption_tokenizer: Tokenizer | None = None,
         num_workers: int = 0,
         max_instruction_tokens: int | None = 1024,
         max_target_tokens: int | None = 64,
@@ -134,6 +137,11 @@ class ShardDataModule(pl.LightningDataModule):
                 a batch, `batch_size` at most. Steps then take the same memory, however ragged the texts. The texts
                 are tokenized once at the start.
             eval_batch_size: the same, for evaluation.
+            metric: what evaluation reports, a task of `score`: `exact`, `caption` (CIDEr, BLEU, ROUGE-L), `vqa`, `okvqa`,
+                `textvqa`, `vizwiz`, `gqa`, `docvqa`, `chartqa` or `scienceqa`. A set of a mixture may have its own.
+            caption_tokenizer: of caption metrics: `official` needs Java and its extra, `python` neither, `auto` takes the
+                official one where it is. By default `python` while fitting, since Java takes seconds to start, and
+                `auto` at its end and in `validate` and `test`.
             num_workers: loader processes per device.
             max_instruction_tokens: longest instruction, without framing tokens. Attention grows with its square: one
                 runaway text must not take all memory.
@@ -186,6 +194,8 @@ class ShardDataModule(pl.LightningDataModule):
             for split, value in self.patterns.items()
             if value is not None
         }
+        check_metric(metric, "data.metric")
+        self.metric, self.caption_tokenizer = metric, caption_tokenizer
         self.resampled = resampled
         if resampled and max_tokens is not None:
             raise InputError(
@@ -326,6 +336,10 @@ class ShardDataModule(pl.LightningDataModule):
     def set_names(self, split: str) -> tuple[str, ...]:
         """Names of a split's sets; none where it is a single one without a name."""
         return tuple(one.name for one in self._sets.get(split, ()) if one.name)
+
+    def tasks(self, split: str) -> dict[str, str]:
+        """Set -> what it is scored by; "" for a split that is a single set without a name."""
+        return {one.name: one.metric or self.metric for one in self._sets.get(split, ())}
 
     @property
     def epoch_order(self) -> EpochOrder:

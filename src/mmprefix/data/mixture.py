@@ -17,6 +17,7 @@ import numpy as np
 
 from mmprefix.data.samples import Sample
 from mmprefix.errors import InputError
+from mmprefix.metrics.captions import ALL_TASKS
 
 StoppingStrategy = Literal["first_exhausted", "all_exhausted"]
 
@@ -32,6 +33,7 @@ class SetArgs:
         size: how many of its records an epoch takes, fewer or more than it has.
         instructions: templates in which ``{instruction}`` stands for the sample's own. Training draws one for each sample
             each time it comes; evaluation takes the first. Without any, the sample's own stands alone.
+        metric: what it is scored by in evaluation, as `data.metric`, which stands for it where it has none.
     """
 
     name: str
@@ -39,6 +41,7 @@ class SetArgs:
     weight: float | None = None
     size: int | None = None
     instructions: tuple[str, ...] = ()
+    metric: str | None = None
 
 
 @dataclass
@@ -101,7 +104,22 @@ def _parse_set(name: str, entry: Any, where: str, trains: bool) -> SetArgs:
         raise InputError(f"{where}: expected a weight or a size, got both")
     if not trains and (weight is not None or size is not None):
         raise InputError(f"{where}: expected no weight and no size: each record is evaluated once")
-    return SetArgs(name, shards if isinstance(shards, str) else tuple(shards), weight, size, _templates(given, where))
+    metric = given.get("metric")
+    if metric is not None and trains:
+        raise InputError(f"{where}.metric: expected none: training is not scored")
+    if metric is not None:
+        check_metric(metric, f"{where}.metric")
+    return SetArgs(
+        name, shards if isinstance(shards, str) else tuple(shards), weight, size, _templates(given, where), metric
+    )
+
+
+def check_metric(value: Any, where: str) -> None:
+    """Raises InputError where a setting names nothing that a split can be scored by."""
+    if value not in ALL_TASKS:
+        close = get_close_matches(str(value), ALL_TASKS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise InputError(f"{where}: expected one of {', '.join(ALL_TASKS)}, got {value!r}{hint}")
 
 
 def _templates(given: Mapping[str, Any], where: str) -> tuple[str, ...]:

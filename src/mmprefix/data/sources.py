@@ -16,13 +16,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmprefix.data.json_stream import JsonStream
+from mmprefix.data.reading import is_json_array, json_items, json_lists, json_member, json_members, text_lines
 from mmprefix.data.records import SourceRecord
 from mmprefix.data.staging import Staging
 from mmprefix.errors import InputError
@@ -82,61 +81,13 @@ class SourceOptions:
         return question if self.instruction is None else self.instruction.replace("{question}", question)
 
 
-# Streams --------------------------------------------------------------------------------------------------------------
-
-
-def _lists(path: Path, *names: str) -> Iterator[tuple[str, list[Any]]]:
-    """Elements of the arrays that are members of a JSON object with these names, some at a time, as the file has them;
-    nothing where it has none, or is no object."""
-    with _opened(path) as document:
-        if document.peek() != "{":
-            document.skip()
-        else:
-            for name in document.members():
-                if name in names and document.peek() == "[":
-                    for block in document.elements():
-                        yield name, block
-                else:
-                    document.skip()
-        document.end()
-
-
-def _items(path: Path) -> Iterator[Any]:
-    """Elements of a file that is a JSON array, one after the other; nothing where it is something else."""
-    with _opened(path) as document:
-        if document.peek() == "[":
-            for block in document.elements():
-                yield from block
-        else:
-            document.skip()
-        document.end()
-
-
-def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """Members of a file that is a JSON object; nothing where it is something else."""
-    with _opened(path) as document:
-        if document.peek() == "{":
-            for name in document.members():
-                yield name, document.value()
-        else:
-            document.skip()
-        document.end()
-
-
-def _member(path: Path, name: str) -> Any:
-    """The value of a member of a file that is a JSON object; "" where there is none."""
-    with _opened(path) as document:
-        for found in document.members() if document.peek() == "{" else ():
-            if found == name:
-                return document.value()
-            document.skip()
-    return ""
+# Entries --------------------------------------------------------------------------------------------------------------
 
 
 def _objects(path: Path, name: str, staging: Staging) -> Iterator[dict[str, Any]]:
     """The elements of an array in a JSON object that are objects; others are refused."""
     number = 0
-    for _, block in _lists(path, name):
+    for _, block in json_lists(path, name):
         yield from _only_objects(block, f"{path.name}: {name}", number, staging)
         number += len(block)
 
@@ -147,26 +98,6 @@ def _only_objects(block: list[Any], where: str, first: int, staging: Staging) ->
             yield entry
         else:
             staging.refuse(f"{where}[{number}]", "bad entry", f"a {type(entry).__name__}")
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[JsonStream]:
-    """The document in a file. What can't be read, or isn't JSON, is an `InputError`."""
-    try:
-        with path.open("rb") as file:
-            yield JsonStream(file)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, among others
-        raise InputError(f"{path}: expected JSON, got {' '.join(str(error).split())[:200]}") from error
-
-
-def _is_array(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _only(options: SourceOptions, what: str) -> Path:
@@ -189,14 +120,14 @@ def _most_common(answers: list[str]) -> str:
 def coco(options: SourceOptions, staging: Staging) -> None:
     """COCO captions (``captions_train2017.json``), or Karpathy's split of them (``dataset_coco.json``)."""
     path = _only(options, "one captions file")
-    first = next((block[0] for _, block in _lists(path, "images")), None)
+    first = next((block[0] for _, block in json_lists(path, "images")), None)
     if not isinstance(first, dict):
         raise InputError(f"{path}: expected COCO captions with a list `images`, got none")
     if "sentences" in first:
         _karpathy(path, options, staging)
         return
     seen: Counter[str] = Counter()
-    for name, block in _lists(path, "images", "annotations"):
+    for name, block in json_lists(path, "images", "annotations"):
         entries = _only_objects(block, f"{path.name}: {name}", seen[name], staging)
         seen[name] += len(block)
         if name == "images":
@@ -298,7 +229,7 @@ def vqa(options: SourceOptions, staging: Staging) -> None:
     """VQA v2 and OK-VQA (questions and annotations), or VizWiz (one array with both). All ten answers are kept."""
     if options.questions is None:
         path = _only(options, "one VizWiz file, or --questions as well")
-        if not _is_array(path):
+        if not is_json_array(path):
             raise InputError(f"--questions: expected the questions that belong to {path}, got none")
         _vizwiz(path, options, staging)
         return
@@ -312,7 +243,7 @@ def vqa(options: SourceOptions, staging: Staging) -> None:
                 staging.refuse("an annotation", "bad entry", "expected `question_id`")
         if not found:
             raise InputError(f"{path}: expected VQA annotations with a list `annotations`, got none")
-    subtype = _member(options.questions, "data_subtype")
+    subtype = json_member(options.questions, "data_subtype")
     name_of, found = None, False
     for entry in _objects(options.questions, "questions", staging):
         found = True
@@ -345,7 +276,7 @@ def _answers(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _vizwiz(path: Path, options: SourceOptions, staging: Staging) -> None:
-    for number, entry in enumerate(_items(path)):
+    for number, entry in enumerate(json_items(path)):
         question = _text(entry.get("question")) if isinstance(entry, dict) else None
         if question is None or not isinstance(entry.get("image"), str):
             staging.refuse(f"entry {number}", "bad entry", "expected `image` and `question`")
@@ -405,9 +336,9 @@ def textvqa(options: SourceOptions, staging: Staging) -> None:
 def gqa(options: SourceOptions, staging: Staging) -> None:
     """GQA (``train_balanced_questions.json``): an object of questions by id."""
     for path in options.annotations:
-        if _is_array(path):
+        if is_json_array(path):
             raise InputError(f"{path}: expected GQA, an object of questions by id, got a list")
-        for number, entry in _entries(path):
+        for number, entry in json_members(path):
             question = _text(entry.get("question")) if isinstance(entry, dict) else None
             if question is None or "imageId" not in entry:
                 staging.refuse(f"question {number}", "bad entry", "expected `question` and `imageId`")
@@ -424,7 +355,7 @@ def gqa(options: SourceOptions, staging: Staging) -> None:
 def scienceqa(options: SourceOptions, staging: Staging) -> None:
     """ScienceQA (``problems.json``): choices are part of the instruction, the target is the letter; half have no image."""
     path, seen, chosen = _only(options, "problems.json"), Counter[str](), 0
-    for number, entry in _entries(path):
+    for number, entry in json_members(path):
         if not isinstance(entry, dict) or not isinstance(entry.get("choices"), list):
             raise InputError(f"{path}: expected ScienceQA, an object of problems with `choices`, got {number!r}")
         seen[str(entry.get("split"))] += 1
@@ -455,9 +386,9 @@ def scienceqa(options: SourceOptions, staging: Staging) -> None:
 def llava(options: SourceOptions, staging: Staging) -> None:
     """LLaVA conversations: a sample for each turn of the assistant, whose prefix is all that was said before it."""
     for path in options.annotations:
-        if not _is_array(path):
+        if not is_json_array(path):
             raise InputError(f"{path}: expected LLaVA, a list of conversations, got none")
-        for number, entry in enumerate(_items(path)):
+        for number, entry in enumerate(json_items(path)):
             _conversation(entry, number, staging)
 
 
@@ -516,7 +447,7 @@ def _names(value: Any) -> list[str] | None:
 def jsonl(options: SourceOptions, staging: Staging) -> None:
     """JSON Lines: an object in each line."""
     for path in options.annotations:
-        for number, line in enumerate(_lines(path), 1):
+        for number, line in enumerate(text_lines(path), 1):
             if not line.strip():
                 continue
             try:
@@ -534,7 +465,7 @@ def csv_table(options: SourceOptions, staging: Staging) -> None:
     """CSV, or with tabs (`.tsv`), with the names of columns in its first line."""
     csv.field_size_limit(_MAX_FIELD)
     for path in options.annotations:
-        reader = csv.DictReader(_lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        reader = csv.DictReader(text_lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         _check_columns(path, reader.fieldnames or (), options.columns)
         try:
             for row in reader:
@@ -545,16 +476,6 @@ def csv_table(options: SourceOptions, staging: Staging) -> None:
                     _row(dict(row), where, options, staging)
         except csv.Error as error:
             raise InputError(f"{path}:{reader.line_num}: expected CSV, got {error}") from error
-
-
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from file
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected text in UTF-8, got {error}") from error
 
 
 def _check_columns(path: Path, names: Iterable[str], columns: Columns) -> None:

@@ -1,8 +1,8 @@
 """`PredictionReport`: what a split's predictions leave behind.
 
 While `fit` runs, a picture of validation predictions goes to TensorBoard, Weights & Biases or MLflow, whichever logs. A
-final evaluation (after `fit`, or `validate`, `test`, `predict`) writes ``predictions.jsonl``, ``predictions.png`` and
-``report.html``, and prints a table per kind.
+final evaluation (after `fit`, or `validate`, `test`, `predict`) writes ``predictions.jsonl``, ``predictions.png``,
+``report.html`` and files for evaluation servers, and prints the module's scores as a table per kind.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-import torch.distributed
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
@@ -24,13 +24,21 @@ from mmprefix.data.images import UndecodableImageError
 from mmprefix.errors import InputError
 from mmprefix.evaluation.html_report import write_report
 from mmprefix.evaluation.pictures import SHOWN_IMAGES, Answer, Cell, as_stored, draw_cells, side_by_side, to_image
-from mmprefix.evaluation.runs import Row, Run, exact_match_scores, facts_of, read_curves, versions
+from mmprefix.evaluation.runner import (
+    DEFAULT_TASK,
+    Evaluation,
+    Prediction,
+    by_set,
+    is_right,
+    item_names,
+    write_results,
+)
+from mmprefix.evaluation.runs import EXACT_MATCH, Row, Run, Scores, exact_match_scores, facts_of, read_curves, versions
+from mmprefix.evaluation.scores import table
 from mmprefix.files import replacing
 from mmprefix.metrics import exact_match
-from mmprefix.packing import EvaluationBatch, Reference
+from mmprefix.packing import EvaluationBatch
 from mmprefix.vision import ImageTransform
-
-Prediction = tuple[Reference, str]
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
@@ -116,8 +124,9 @@ class _Gallery:
         predictions: Sequence[Prediction],
         transform: ImageTransform,
         picture: Callable[[int], Image.Image],
+        tasks: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """``picture`` gives a record's image, for batches that hold features in place of pixels."""
+        """``picture`` gives a record's image, for batches that hold features in place of pixels; ``tasks`` are by set."""
         of_images: dict[tuple[int, ...], list[Prediction]] = {}
         for number, (images, prediction) in enumerate(zip(batch.prompts.image_of.tolist(), predictions, strict=True)):
             # Samples without an image have nothing in common.
@@ -129,7 +138,7 @@ class _Gallery:
                     r.instruction,
                     " | ".join(sorted(set(r.references))),
                     said,
-                    exact_match(said, r.references) if r.references else None,
+                    is_right(tasks.get(r.dataset, DEFAULT_TASK), said, r),
                 )
                 for r, said in members
             )
@@ -150,6 +159,60 @@ class _Gallery:
         return [*wrong, *self.right[: self.room - len(wrong)]]
 
 
+def score_tables(
+    split: str, evaluation: Evaluation, baseline_name: str = "", baseline: Mapping[str, float] | None = None
+) -> list[str]:
+    """Scores as text: sets that are scored by exact match in one table, each other one in its own.
+
+    Args:
+        split: names it in the first lines.
+        evaluation: what was found.
+        baseline_name, baseline: see `accuracy_table`.
+    """
+    of_sets, scores = by_set(evaluation.predictions), evaluation.scores
+    exact = [p for name, members in of_sets.items() if name in scores and scores[name].task == "exact" for p in members]
+    tables = []
+    if exact:
+        images = len({reference.image_id for reference, _ in exact})
+        title = f"{split}: {images} images, {len(exact)} samples"
+        tables.append(accuracy_table(title, exact, baseline_name, baseline))
+    for name, members in of_sets.items():
+        where = f"{split} {name}" if name else split
+        if name not in scores:
+            tables.append(f"{where}: {len(members)} predictions")
+        elif scores[name].task != "exact":
+            tables.append(table(scores[name], f"{where}: "))
+    return [*tables, f"no scores: {evaluation.problem}"] if evaluation.problem else tables
+
+
+def page_scores(evaluation: Evaluation, rows: Sequence[Row]) -> Scores:
+    """Scores of an evaluation as a page takes them.
+
+    Args:
+        evaluation: what was found.
+        rows: its predictions.
+    """
+    if not evaluation.scores:
+        return exact_match_scores(rows)
+    scores = Scores({}, primary="")
+    for name, scored in evaluation.scores.items():
+        titles = {"exact_match": EXACT_MATCH}
+        places = [n for n, row in enumerate(rows) if row.dataset == name]
+        items = item_names([evaluation.predictions[n] for n in places])
+        for n, item in zip(places, items, strict=True):
+            for metric, value in scored.items[item].items():
+                title = titles.get(metric, metric)
+                scores.items.setdefault(title, np.full(len(rows), np.nan))[n] = value
+        scores.primary = scores.primary or titles.get(scored.metric, scored.metric)
+        if len(evaluation.scores) == 1:  # what several sets score is no number of all of them
+            scores.corpus = {titles.get(metric, metric): value for metric, value in scored.corpus.items()}
+        where = f"{name}: " if name else ""
+        unavailable = (f"{metric} unavailable: {why}" for metric, why in scored.unavailable.items())
+        rules = () if scored.task == DEFAULT_TASK else (scored.rules,)
+        scores.notes += [f"{where}{text}" for text in (*rules, *unavailable, *scored.notes)]
+    return scores
+
+
 class PredictionReport(pl.Callback):
     """Collects predictions of a split; see the module's docstring for what it leaves where."""
 
@@ -166,38 +229,34 @@ class PredictionReport(pl.Callback):
         self.transform = transform
         self.num_images = num_images
         self.name = name
-        self._text = ""
         self._start()
 
     def _start(self) -> None:
-        self._predictions: list[Prediction] = []
         self._gallery = _Gallery(self.num_images)
 
     def _collect(self, trainer: pl.Trainer, split: str, outputs: Any, batch: EvaluationBatch) -> None:
-        self._predictions += outputs
-        picture = partial(trainer.datamodule.picture, split)  # type: ignore[attr-defined]
-        self._gallery.add(batch, outputs, self.transform, picture)
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._gallery.add(batch, outputs, self.transform, partial(datamodule.picture, split), datamodule.tasks(split))
 
-    def _finish(self, trainer: pl.Trainer, split: str) -> None:
-        predictions, gallery = self._gathered(trainer), self._gallery
+    def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
+        gallery = self._gallery
         self._start()
-        if not trainer.is_global_zero or not predictions:
+        evaluation: Evaluation = pl_module.evaluation  # type: ignore[assignment]
+        if not trainer.is_global_zero or not evaluation.predictions:
             return
-        write_predictions(self.folder / f"{self.name}.jsonl", predictions)
+        write_predictions(self.folder / f"{self.name}.jsonl", evaluation.predictions)
         if cells := gallery.cells():
             with replacing(self.folder / f"{self.name}.png") as temporary:
                 draw_cells(cells).save(temporary, "PNG")
-        self._write_page(trainer, split, predictions)
-        if split == "predict" and not all(reference.references for reference, _ in predictions):
-            text = f"predict: {len(predictions)} predictions"
-        else:
-            images = len({reference.image_id for reference, _ in predictions})
-            name, baseline = trainer.datamodule.baseline(split)  # type: ignore[attr-defined]
-            text = accuracy_table(f"{split}: {images} images, {len(predictions)} samples", predictions, name, baseline)
-        self._text = text
-
-    def _write_page(self, trainer: pl.Trainer, split: str, predictions: Sequence[Prediction]) -> None:
+        self._write_page(trainer, split, evaluation)
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        problems = write_results(self.folder, self.name, evaluation.predictions, datamodule.tasks(split))
+        tables = score_tables(split, evaluation, *datamodule.baseline(split))
+        print("\n" + "\n\n".join([*tables, *problems]) + "\n", flush=True)
+
+    def _write_page(self, trainer: pl.Trainer, split: str, evaluation: Evaluation) -> None:
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        predictions = evaluation.predictions
         rows = [
             Row(r.id, r.image_id, r.kind, r.instruction, said, tuple(r.references), r.dataset)
             for r, said in predictions
@@ -213,7 +272,7 @@ class PredictionReport(pl.Callback):
         run = Run(
             self.folder.resolve().name,
             rows,
-            exact_match_scores(rows),
+            page_scores(evaluation, rows),
             read_curves(self.folder / "metrics.csv"),
             {
                 "Split": split, **facts_of(self.folder), "Checkpoint": checkpoint,
@@ -223,30 +282,24 @@ class PredictionReport(pl.Callback):
         )  # fmt: skip
         write_report(self.folder / f"{self.name.replace('predictions', 'report', 1)}.html", run, picture)
 
-    def _gathered(self, trainer: pl.Trainer) -> list[Prediction]:
-        gathered = [self._predictions]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            gathered = [[] for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(gathered, self._predictions)
-        once = {prediction[0].order: prediction for part in gathered for prediction in part}
-        return [once[order] for order in sorted(once)]
-
-    def _print(self) -> None:
-        if self._text:  # at the very end, when the progress bar is closed
-            print(f"\n{self._text}\n", flush=True)
-        self._text = ""
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """What can't be scored was predicted all the same."""
+        evaluation: Evaluation = pl_module.evaluation  # type: ignore[assignment]
+        if evaluation.problem and trainer.state.fn != TrainerFn.FITTING:
+            write_predictions(self.folder / f"{self.name}.jsonl", evaluation.predictions)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints the table."""
-        self._print()
+        """Reports, when the module has scored and the progress bar is closed."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._finish(trainer, pl_module, "val")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints the table."""
-        self._print()
+        """Reports."""
+        self._finish(trainer, pl_module, "test")
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints the table."""
-        self._print()
+        """Reports."""
+        self._finish(trainer, pl_module, "predict")
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins anew: a sanity check may have left something."""
@@ -259,9 +312,8 @@ class PredictionReport(pl.Callback):
         self._collect(trainer, "val", outputs, batch)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A picture while fitting, the whole report otherwise."""
+        """A picture while fitting; otherwise the report comes at the end."""
         if trainer.state.fn != TrainerFn.FITTING:
-            self._finish(trainer, "val")
             return
         if not trainer.sanity_checking and (cells := self._gallery.cells()):
             for logger in trainer.loggers if trainer.is_global_zero else ():
@@ -274,16 +326,8 @@ class PredictionReport(pl.Callback):
         """Collects."""
         self._collect(trainer, "test", outputs, batch)
 
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Reports."""
-        self._finish(trainer, "test")
-
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
         """Collects."""
         self._collect(trainer, "predict", outputs, batch)
-
-    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Reports."""
-        self._finish(trainer, "predict")

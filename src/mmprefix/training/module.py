@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -35,12 +36,14 @@ from mmprefix.attention import MASK_FREE_IMPLEMENTATION
 from mmprefix.data.features import FeatureKey
 from mmprefix.decoder import DecoderArgs, windows_of
 from mmprefix.errors import InputError
+from mmprefix.evaluation import runner
+from mmprefix.evaluation.runner import DEFAULT_TASK, Evaluation, Prediction
+from mmprefix.evaluation.scores import Scored
 from mmprefix.lazy import Deferred
 from mmprefix.loss import LossNormalization, label_weights
 from mmprefix.masks import PrefixVisibility
-from mmprefix.metrics import ExactMatch
 from mmprefix.modeling import MMPrefixForConditionalGeneration
-from mmprefix.packing import EvaluationBatch, PackedBatch, PromptBatch, Reference, collate, map_tensors
+from mmprefix.packing import EvaluationBatch, PackedBatch, PromptBatch, collate, map_tensors
 from mmprefix.probe import mask_free_refusal, probe
 from mmprefix.processing import (
     IMAGE_TOKEN,
@@ -266,7 +269,9 @@ class MMPrefixModule(pl.LightningModule):
         self._compiled = compile
         self._in_4bit = decoder.load_in_4bit
         self._window = self._last_window = _Window()
-        self._exact_match: dict[tuple[str, str], ExactMatch] = {}
+        self._predictions: list[Prediction] = []
+        self.evaluation = Evaluation()
+        """Of the last split that was evaluated, for reports."""
         self._evaluation_loss: list[Tensor] = []
         """Float ``[1 + sets, 2]`` of each batch: loss and count of all and of each set."""
         # What later unfreezing may switch on again; the rest (unused heads) never learns.
@@ -744,7 +749,14 @@ class MMPrefixModule(pl.LightningModule):
         """What evaluation generates at most: the data module's longest target."""
         return int(getattr(self.trainer.datamodule, "max_new_tokens", 256))  # type: ignore[attr-defined]
 
-    def _evaluate(self, batch: EvaluationBatch, split: str) -> list[tuple[Reference, str]]:
+    def _tasks(self, split: str) -> dict[str, str]:
+        tasks = getattr(getattr(self.trainer, "datamodule", None), "tasks", None)
+        return tasks(split) if tasks else {}
+
+    def _evaluate(self, batch: EvaluationBatch, split: str) -> list[Prediction]:
+        tasks = self._tasks(split)
+        for reference in batch.references:
+            runner.check_reference(tasks.get(reference.dataset, DEFAULT_TASK), reference)
         image_tokens = self.model.image_tokens_of(batch.prompts)
         if batch.targets is not None:
             of_labels: list[Tensor] = []
@@ -753,50 +765,79 @@ class MMPrefixModule(pl.LightningModule):
             names = self._set_names(split)
             of_sets = [self._by_set(batch.targets, of_labels[0], len(names))] if names else []
             self._evaluation_loss.append(torch.cat([torch.stack(loss).unsqueeze(0), *of_sets]))
+        return self._predict(batch, image_tokens)
+
+    def _predict(self, batch: EvaluationBatch, image_tokens: Tensor | None) -> list[Prediction]:
         predictions = list(zip(batch.references, self.generate(batch.prompts, image_tokens), strict=True))
-        for reference, prediction in predictions:
-            key = reference.dataset, reference.kind
-            metric = self._exact_match.setdefault(key, ExactMatch().to(self.device))
-            metric.update(prediction, reference.references)
+        self._predictions += predictions
         return predictions
+
+    def _start_evaluation(self) -> None:
+        """Nothing of an evaluation that was cut short goes into the next."""
+        self._predictions, self.evaluation = [], Evaluation()
+        self._evaluation_loss.clear()
 
     def _log_evaluation(self, split: str) -> None:
         names = self._set_names(split)
-        keys = sorted(self._exact_match)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            of_ranks: list[list[tuple[str, str]]] = [[] for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(of_ranks, keys)
-            keys = sorted({key for found in of_ranks for key in found})
         zeros = torch.zeros((1 + len(names), 2), device=self.device)
         sums = self.trainer.strategy.reduce(torch.stack([zeros, *self._evaluation_loss]).sum(0), reduce_op="sum")
         for name, (loss, count) in zip((split, *(f"{split}/{n}" for n in names)), sums.tolist(), strict=True):
             if count > 0:
                 self.log(f"{name}/loss", loss / count, prog_bar=name == "val")
-        counted: dict[str, list[float]] = {}  # by what stands in front of `exact_match`: correct, total
-        for dataset, kind in keys:  # in the same order on every rank: computing gathers
-            metric = self._exact_match.setdefault((dataset, kind), ExactMatch().to(self.device))
-            of_set = f"{split}/{dataset}" if dataset else split
-            self.log(f"{of_set}/exact_match/{kind}", metric.compute())
-            with metric.sync_context():
-                correct, total = float(metric.correct), float(metric.total)
-            for name in {split, of_set}:
-                sums_of = counted.setdefault(name, [0.0, 0.0])
-                sums_of[0] += correct
-                sums_of[1] += total
-        for name, (correct, total) in counted.items():
-            self.log(f"{name}/exact_match", correct / max(1.0, total), prog_bar=name == "val")
-        self._exact_match.clear()
         self._evaluation_loss.clear()
+        values, shown = self._score(split)
+        for name, value in values.items():
+            self.log(name, value, prog_bar=name in shown)
 
-    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> list[tuple[Reference, str]]:
-        """Loss, greedy answers and their exact match."""
+    def _score(self, split: str) -> tuple[dict[str, float], set[str]]:
+        """Scores the split on the first process.
+
+        Returns:
+            On all processes: values by name, and the names that the progress bar shows.
+
+        Raises:
+            InputError: what can't be scored, on all processes; the first says it.
+        """
+        predictions, self._predictions = runner.gathered(self._predictions), []
+        values: dict[str, float] = {}
+        shown: set[str] = set()
+        problem = ""
+        if self.trainer.is_global_zero:
+            fitting = self.trainer.state.fn == TrainerFn.FITTING
+            tokenizer = getattr(self.trainer.datamodule, "caption_tokenizer", None)  # type: ignore[attr-defined]
+            scores: dict[str, Scored] = {}
+            try:
+                scores = runner.score_predictions(
+                    predictions, self._tasks(split), tokenizer=tokenizer or ("python" if fitting else "auto"),
+                    intervals=not fitting,
+                )  # fmt: skip
+            except InputError as error:
+                problem = str(error)
+            self.evaluation = Evaluation(predictions, scores, problem)
+            values = runner.logged(split, self.evaluation)
+            shown = {f"val/{scored.metric}" for scored in scores.values()}
+        values, shown, problem = self.trainer.strategy.broadcast((values, shown, problem))
+        if problem and split != "predict":  # whose texts are worth something without a score
+            raise InputError(problem if self.trainer.is_global_zero else "")
+        return values, shown
+
+    def on_validation_epoch_start(self) -> None:
+        """See `_start_evaluation`."""
+        self._start_evaluation()
+
+    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> list[Prediction]:
+        """Loss and answers."""
         return self._evaluate(batch, "val")
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the split's loss and exact match, over all ranks."""
+        """Logs the split's loss and scores, over all ranks."""
         self._log_evaluation("val")
 
-    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> list[tuple[Reference, str]]:
+    def on_test_epoch_start(self) -> None:
+        """See `_start_evaluation`."""
+        self._start_evaluation()
+
+    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> list[Prediction]:
         """As `validation_step`."""
         return self._evaluate(batch, "test")
 
@@ -804,10 +845,17 @@ class MMPrefixModule(pl.LightningModule):
         """As `on_validation_epoch_end`."""
         self._log_evaluation("test")
 
-    def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[tuple[Reference, str]]:
+    def on_predict_epoch_start(self) -> None:
+        """See `_start_evaluation`."""
+        self._start_evaluation()
+
+    def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[Prediction]:
         """Answers only; targets are not needed."""
-        predictions = self.generate(batch.prompts, self.model.image_tokens_of(batch.prompts))
-        return list(zip(batch.references, predictions, strict=True))
+        return self._predict(batch, self.model.image_tokens_of(batch.prompts))
+
+    def on_predict_epoch_end(self) -> None:
+        """Scores, where all samples of a set have references; nothing can be logged here."""
+        self._score("predict")
 
     # Checkpoints
 

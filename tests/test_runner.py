@@ -1,0 +1,294 @@
+"""A run's own predictions: gathered from all processes, scored once, written as servers take them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import yaml
+
+from mmprefix.data.datamodule import ShardDataModule
+from mmprefix.data.shards import write_shard
+from mmprefix.errors import InputError
+from mmprefix.evaluation.official import read_predictions
+from mmprefix.evaluation.report import score_tables
+from mmprefix.evaluation.runner import (
+    Evaluation,
+    check_reference,
+    gathered,
+    is_right,
+    logged,
+    score_predictions,
+    write_results,
+)
+from mmprefix.metrics import AnswerReference, score_answers, score_captions
+from mmprefix.packing import Reference
+from tests.conftest import colour_record
+from tests.test_cli import ENVIRONMENT
+from tests.test_resume import CONFIG, ROOT
+
+TEN = ("red",) * 3 + ("dark red",) * 7
+
+
+def question(number, said, answers=TEN, kind="other", dataset=""):
+    return Reference(f"{number}", f"{number // 2}", kind, "which?", answers, (number // 2, number % 2), dataset), said
+
+
+def caption(number, said, captions, kind="in", dataset=""):
+    return Reference(f"{number}", f"{number}", kind, "caption en", captions, (number, 0), dataset), said
+
+
+QUESTIONS = [question(0, "red"), question(1, "dark red"), question(2, "blue", kind="yes/no")]
+CAPTIONS = [
+    caption(3, "a dog on a sofa", ("a dog on a sofa", "a brown dog lies down")),
+    caption(12, "two cats", ("two cats play", "cats on a bed"), kind="out"),
+    caption(7, "a bus", ("a red bus in the street",)),
+]
+
+
+def test_scores_match_those_of_the_metrics_and_are_logged_by_name():
+    of_vqa = score_predictions(QUESTIONS, {"": "vqa"}, intervals=False)
+    expected = score_answers(
+        "vqa", {r.id: said for r, said in QUESTIONS}, {r.id: AnswerReference(r.references) for r, _ in QUESTIONS}
+    )
+    assert logged("val", Evaluation(QUESTIONS, of_vqa)) == {
+        "val/vqa_accuracy": expected.corpus["vqa_accuracy"],
+        "val/vqa_accuracy/other": pytest.approx((0.9 + 1) / 2),
+        "val/vqa_accuracy/yes/no": 0.0,
+    }
+    of_captions = score_predictions(CAPTIONS, {"": "caption"}, tokenizer="python", intervals=False)
+    scores = score_captions(
+        {r.id: said for r, said in CAPTIONS}, {r.id: r.references for r, _ in CAPTIONS}, tokenizer="python"
+    )
+    values = logged("test", Evaluation(CAPTIONS, of_captions))
+    assert scores.corpus["CIDEr"] > 0.1
+    assert {name: values[f"test/{name}"] for name in scores.corpus} == scores.corpus
+    of_images = scores.items["CIDEr"]
+    assert values["test/CIDEr/in"] == pytest.approx((of_images["3"] + of_images["7"]) / 2)
+    assert values["test/CIDEr/out"] == of_images["12"]
+    assert "tokenizer=python, not official" in score_tables("test", Evaluation(CAPTIONS, of_captions))[0]
+
+
+def test_sets_have_their_own_metrics_and_a_value_together_only_where_it_is_one():
+    more = [question(n, "red", dataset=name) for name in ("a", "b") for n in range(2)] + [
+        question(2, "no", dataset="b")
+    ]
+    captions = [caption(n, said, r.references, dataset="c") for n, (r, said) in enumerate(CAPTIONS)]
+    everything = [*more, *captions]
+
+    def values(tasks):
+        scores = score_predictions(everything, tasks, tokenizer="python", intervals=False)
+        return logged("val", Evaluation(everything, scores))
+
+    found = values({"a": "vqa", "b": "vqa", "c": "caption"})
+    assert found["val/a/vqa_accuracy"] == pytest.approx(0.9)
+    assert found["val/b/vqa_accuracy"] == pytest.approx(0.6)
+    assert found["val/vqa_accuracy"] == pytest.approx(4 * 0.9 / 5)
+    assert found["val/c/CIDEr"] == found["val/CIDEr"] > 0
+    other_rules = values({"a": "vqa", "b": "textvqa", "c": "caption"})
+    assert {"val/a/vqa_accuracy", "val/b/vqa_accuracy"} < other_rules.keys()
+    assert "val/vqa_accuracy" not in other_rules
+    two_of_captions = values({"a": "caption", "b": "vqa", "c": "caption"})
+    assert "val/CIDEr" not in two_of_captions
+    assert {"val/exact_match", "val/a/exact_match", "val/a/exact_match/other"} <= values({}).keys()
+
+
+def test_every_sample_counts_also_those_of_the_same_id():
+    twice = [question(0, "red"), (question(1, "blue")[0]._replace(id="0"), "blue")]
+    (scored,) = score_predictions(twice, {"": "vqa"}).values()
+    assert scored.count == 2
+    assert scored.corpus == {"vqa_accuracy": pytest.approx(0.45)}
+    assert scored.rows[0].interval is not None
+
+
+def test_gathered_predictions_are_each_once_in_the_order_of_the_split():
+    mixed = [QUESTIONS[2], QUESTIONS[0], QUESTIONS[1], QUESTIONS[0]]
+    assert gathered(mixed) == QUESTIONS
+
+
+def test_sets_without_references_are_not_scored():
+    unknown = [(r._replace(references=()), said) for r, said in CAPTIONS]
+    evaluation = Evaluation(unknown, score_predictions(unknown, {"": "caption"}))
+    assert evaluation.scores == {}
+    assert logged("predict", evaluation) == {}
+    assert score_tables("predict", evaluation) == ["predict: 3 predictions"]
+
+
+def test_one_answer_is_too_few_for_vqa_accuracy_and_known_at_the_first_batch():
+    with pytest.raises(InputError, match=r"data\.metric: vqa: .*ten in VQA.* for 0, got one"):
+        check_reference("vqa", question(0, "red", ("red",))[0])
+    check_reference("exact", question(0, "red", ("red",))[0])
+    with pytest.raises(InputError, match=r"^set q: 0: expected the answers of several people"):
+        score_predictions([question(0, "red", ("red",), dataset="q")], {"q": "vqa"})
+
+
+def test_pictures_mark_right_and_wrong_by_the_metric():
+    assert is_right("vqa", "dark red.", question(0, "")[0])
+    assert not is_right("exact", "dark red.", question(0, "")[0])
+    assert is_right("caption", "a dog", CAPTIONS[0][0]) is None
+
+
+def test_result_files_are_those_that_servers_take(tmp_path):
+    own = [(r._replace(image_id="0012"), said) for r, said in CAPTIONS[:1]]
+    assert write_results(tmp_path, "p", [*CAPTIONS, *own], {"": "caption"}) == []
+    assert json.loads((tmp_path / "p.coco.json").read_text())[1:] == [
+        {"image_id": 12, "caption": "two cats"}, {"image_id": 7, "caption": "a bus"},
+        {"image_id": "0012", "caption": "a dog on a sofa"},
+    ]  # fmt: skip
+    mixed = [question(5, "7", dataset="q"), question(6, "ü", dataset="z"), question(7, "no", dataset="e")]
+    assert write_results(tmp_path, "p-test", mixed, {"q": "textvqa", "z": "vizwiz"}) == []
+    assert json.loads((tmp_path / "p-test.q.vqa.json").read_text()) == [{"question_id": 5, "answer": "7"}]
+    assert json.loads((tmp_path / "p-test.z.vizwiz.json").read_text()) == [{"image": "6.jpg", "answer": "ü"}]
+    assert len(list(tmp_path.iterdir())) == 3, "none for exact match"
+    for name, task in (("p.coco.json", "caption"), ("p-test.q.vqa.json", "vqa"), ("p-test.z.vizwiz.json", "vizwiz")):
+        assert read_predictions(tmp_path / name, task).answers  # `score` reads them
+    assert write_results(tmp_path, "p", [CAPTIONS[0], CAPTIONS[0]], {"": "caption"}) == [
+        "p.coco.json: not written: image_id 3 comes 2 times, which servers refuse"
+    ]
+    assert not (tmp_path / "p.coco.json").exists(), "no file of an earlier run stays"
+
+
+def test_metric_settings():
+    data = ShardDataModule(metric="vqa", val={"a": "x", "b": {"shards": "y", "metric": "caption"}}, test="z")
+    assert data.tasks("val") == {"a": "vqa", "b": "caption"}
+    assert data.tasks("test") == {"": "vqa"}
+    assert ShardDataModule(test="z").tasks("test") == {"": "exact"}
+    for settings, message in (
+        ({"metric": "captions"}, r"^data\.metric: expected one of caption, .*, got 'captions'; did you mean caption\?"),
+        ({"val": {"a": {"shards": "x", "metric": "f1"}}}, r"^data\.val\.a\.metric: expected one of .*got 'f1'"),
+        ({"train": {"a": {"shards": "x", "metric": "vqa"}}}, r"^data\.train\.a\.metric: expected none"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ShardDataModule(**settings)
+
+
+# Two processes against one ------------------------------------------------------------------------------------------
+
+NUM_SAMPLES = 101
+
+
+class Echo(pl.Callback):
+    """Answers begin with the instruction: a random model alone would score nothing. Each rank writes what it logged."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def setup(self, trainer, module, stage):
+        generate, tokenizer = module.generate, module.processor.tokenizer
+
+        def echo(prompts, image_tokens):
+            said = tokenizer.batch_decode(prompts.input_ids, skip_special_tokens=True)
+            said = [text.replace("<image>", "").replace("<pad>", "").strip() for text in said]
+            own = generate(prompts, image_tokens)
+            return [f"{a} {b}" if a.startswith("a ") else a for a, b in zip(said, own, strict=True)]
+
+        module.generate = echo
+
+    def on_validation_end(self, trainer, module):
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        Path(f"{self.path}.{trainer.global_rank}").write_text(json.dumps(values))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """101 captions and 101 questions, texts of many lengths, and a config."""
+    folder = tmp_path_factory.mktemp("runner")
+    captions, questions = [], []
+    for n in range(NUM_SAMPLES):
+        key, image, _ = colour_record(n, side=12)
+        words = " ".join(["dog", "cat", "bus", "tree", "house"][n % 5 : n % 5 + 1 + n % 3])
+        kind = ("in", "out")[n % 2]
+        targets = [f"a {words} with number {n}", f"one {words} number {n % 7}"]
+        one = {"id": str(n), "image_id": str(n), "kind": kind, "instruction": f"a {words} number {n % 9}"}
+        captions.append((key, image, json.dumps({**one, "targets": targets}).encode()))
+        answers = [str(n % 4)] * (n % 11) + ["many"] * (10 - n % 11)
+        one |= {"instruction": str(n % 3) + "?" * (n % 6), "target": answers[0], "answers": answers}
+        questions.append((key, image, json.dumps(one).encode()))
+    write_shard(folder / "captions.tar", captions)
+    write_shard(folder / "questions.tar", questions)
+    content = json.loads(json.dumps(CONFIG))
+    content["data"] = {
+        "train": str(folder / "questions.tar"),
+        "val": {
+            "captions": {"shards": str(folder / "captions.tar"), "metric": "caption"},
+            "questions": {"shards": str(folder / "questions.tar"), "metric": "vqa"},
+        },
+        "eval_batch_size": 16, "max_target_tokens": 24, "caption_tokenizer": "python",
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    mmprefix(folder, "fit", "one", "--trainer.max_steps", "1", "--trainer.limit_val_batches", "1")
+    return folder
+
+
+def mmprefix(folder, command, name, *arguments, echo=False):
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT), ENVIRONMENT.get("PYTHONPATH", "")])}
+    overlay = folder / f"{name}.yaml"
+    callbacks = [{"class_path": "tests.test_runner.Echo", "init_args": {"path": str(folder / f"{name}.values")}}]
+    overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks if echo else []}}))
+    run_folder = folder / f"{name}-run"
+    done = subprocess.run(
+        [sys.executable, "-m", "mmprefix", command, "--config", str(folder / "config.yaml"), "--config", str(overlay),
+         "--trainer.default_root_dir", str(run_folder), *arguments],
+        env=environment, cwd=folder, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout, run_folder
+
+
+def evaluated(folder, name, *arguments):
+    """Table, predictions and each rank's values of `validate`."""
+    (checkpoint,) = (folder / "one-run" / "checkpoints").glob("*.ckpt")
+    weights = ("--ckpt_path", str(checkpoint), "--trainer.limit_val_batches", "1.0")
+    out, run_folder = mmprefix(folder, "validate", name, *weights, *arguments, echo=True)
+    files = {path.name: path.read_text() for path in run_folder.glob("predictions*.json*")}
+    values = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}.values.*"))]
+    return out[out.index("val captions: ") :], files, values
+
+
+@pytest.fixture(scope="module")
+def of_one(trained):
+    return evaluated(trained, "alone")
+
+
+def test_validate_reports_the_real_thing(of_one):
+    text, files, (values,) = of_one
+    assert set(files) == {
+        "predictions-validate.jsonl", "predictions-validate.captions.coco.json", "predictions-validate.questions.vqa.json",
+    }  # fmt: skip
+    rows = [json.loads(line) for line in files["predictions-validate.jsonl"].splitlines()]
+    assert [row["id"] for row in rows] == [*map(str, range(NUM_SAMPLES))] * 2, "in the split's order, each once"
+    for dataset, task in (("captions", "caption"), ("questions", "vqa")):
+        said = {row["id"]: row["prediction"] for row in rows if row["dataset"] == dataset}
+        known = {row["id"]: row["references"] for row in rows if row["dataset"] == dataset}
+        if task == "caption":
+            expected = score_captions(said, known, tokenizer="python").corpus
+            assert expected["CIDEr"] > 0.1
+        else:
+            expected = score_answers(task, said, {n: AnswerReference(tuple(a)) for n, a in known.items()}).corpus
+            assert 0.01 < expected["vqa_accuracy"] < 0.9
+        for metric, value in expected.items():
+            assert values[f"val/{dataset}/{metric}"] == pytest.approx(value, rel=1e-6)
+            assert values[f"val/{metric}"] == pytest.approx(value, rel=1e-6)
+    assert "val captions: caption: 101 items, 101 images\ntokenizer=python, not official" in text
+    assert "val questions: vqa: 101 items, 101 images\nvqa_accuracy: vqav2" in text
+    assert "95% interval" in text
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_say_and_score_what_one_does(trained, of_one, strategy):
+    """101 samples are not divisible: the ranks' batches are unequal in size."""
+    text, files, values = evaluated(trained, strategy, "--trainer.devices", "2", "--trainer.strategy", strategy)
+    assert files == of_one[1]
+    assert text == of_one[0]
+    assert len(values) == 2
+    assert values[0] == values[1], "what checkpoint callbacks monitor"
+    expected = of_one[2][0]
+    assert values[0].keys() == expected.keys()
+    for name, value in expected.items():
+        if name.endswith("/loss"):
+            assert values[0][name] == pytest.approx(value, rel=1e-5)  # summed in another order
+        else:
+            assert values[0][name] == value
