@@ -294,7 +294,8 @@ def _lex(text: str) -> list[str]:
         if shadow[position] <= " " or shadow[position] in "\x7f\xa0":
             position += 1
             continue
-        longest, stop, write = -1, position + 1, _as_it_is
+        longest, stop = -1, position + 1
+        write: Callable[[str], str] = _as_it_is
         for rule in RULES:
             found = rule.pattern.match(shadow, position)
             if found and found.end() > longest:
