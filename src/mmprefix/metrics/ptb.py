@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from mmprefix.errors import InputError
 import mmprefix.metrics.java as java
+from mmprefix.errors import InputError
 from mmprefix.metrics.treebank import split_captions
 
 Tokenizer = Literal["auto", "official", "python"]
