@@ -246,6 +246,9 @@ _WIDE = re.compile(
     rf"|(?<![A-Za-z])(?:[A-Za-z]|{'|'.join(BEFORE_A_NUMBER)})\. +[A-Z0-9]",
     re.IGNORECASE,
 )
+# No rule goes on over the space behind a plain word, and these six are all that are parted.
+_PLAIN = re.compile("[A-Za-z]+(?= |$)")
+_PARTED = frozenset("cannot gonna wanna gotta gimme lemme".split())
 _INITIAL_AT_END = re.compile(rf"(?:.*[^A-Za-z0-9.])?[A-Za-z]\.{SPACE}*")
 _STARTS_SENTENCE = re.compile(rf"(?:{SENTENCE_START})(?:{SPACE}|$)")
 
@@ -296,6 +299,10 @@ def _lex(text: str) -> list[str]:
     while position < end:
         if shadow[position] <= " " or shadow[position] in "\x7f\xa0":
             position += 1
+            continue
+        if (plain := _PLAIN.match(shadow, position)) and (word := plain[0].lower()) not in _PARTED:
+            tokens.append(word)
+            position = plain.end()
             continue
         longest, stop = -1, position + 1
         write: Callable[[str], str] = _as_it_is
