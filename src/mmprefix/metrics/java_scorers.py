@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from mmprefix.metrics import java
+import mmprefix.metrics.java as java
 from mmprefix.metrics.ngrams import CaptionCorpus, Floats
 
 METEOR_JAR: Final = "meteor/meteor-1.5.jar"
@@ -38,7 +38,18 @@ def meteor(corpus: CaptionCorpus, timeout: float = TIMEOUT) -> tuple[float, Floa
     Raises:
         JavaUnavailableError: it cannot be run, or answered with another number of lines.
     """
-    program = ["-Xmx2G", *_LOCALE, "-jar", java.jar(METEOR_JAR), "-", "-", "-stdio", "-l", "en", "-norm"]
+    program: list[str | Path] = [
+        "-Xmx2G",
+        *_LOCALE,
+        "-jar",
+        java.jar(METEOR_JAR),
+        "-",
+        "-",
+        "-stdio",
+        "-l",
+        "en",
+        "-norm",
+    ]
     lines = [
         f" {_SEPARATOR} ".join(("SCORE", *map(_one_field, references), _one_field(prediction)))
         for prediction, references in zip(corpus.predictions, corpus.references, strict=True)
@@ -84,7 +95,15 @@ def spice(corpus: CaptionCorpus, timeout: float = TIMEOUT) -> tuple[float, Float
         folder = Path(name)
         (folder / "cache").mkdir()
         (folder / "in.json").write_text(json.dumps(asked), encoding="utf-8")
-        files = [folder / "in.json", "-cache", folder / "cache", "-out", folder / "out.json", "-subset", "-silent"]
+        files: list[str | Path] = [
+            folder / "in.json",
+            "-cache",
+            folder / "cache",
+            "-out",
+            folder / "out.json",
+            "-subset",
+            "-silent",
+        ]
         java.run(["-Xmx8G", *_LOCALE, "-jar", program, *files], folder, timeout)
         try:
             answers = json.loads((folder / "out.json").read_bytes())
