@@ -73,7 +73,7 @@ class Row:
         axis: what it is a group of; "" for the whole split.
         name: metric or group.
         value: a fraction, not rounded.
-        interval: 95% bootstrap; None where there is none for such a value.
+        interval: 95% bootstrap; None for a single image, and where the value is no mean.
         count: items.
     """
 
@@ -222,7 +222,15 @@ def _answerability_rows(
         def drawn(items: NDArray[np.int64], of: Callable[[Any, Any], float] = of) -> float:
             return of(labels[items], predicted[items])
 
-        rows.append(Row("", metric, of(labels, predicted), statistic_interval(drawn, len(labels)), len(labels)))
+        rows.append(
+            Row(
+                "",
+                metric,
+                of(labels, predicted),
+                statistic_interval(drawn, len(labels)) if len(labels) > 1 else None,
+                len(labels),
+            )
+        )
     return rows
 
 
@@ -243,7 +251,7 @@ def _score_captions(
             items[name][metric] = of_image
         # BLEU of a corpus is no mean of its captions' (its n-grams are counted together): no interval.
         is_mean = abs(sum(of_images.values()) / len(captions) - value) <= 1e-9
-        interval = mean_interval([*of_images.values()]) if is_mean else None
+        interval = mean_interval([*of_images.values()]) if is_mean and len(captions) > 1 else None
         rows.append(Row("", metric, value, interval, len(captions)))
     if scores.tokenizer_reason:
         notes.append(f"{scores.tokenizer}: {scores.tokenizer_reason}")
@@ -261,7 +269,10 @@ def _images(references: Mapping[str, AnswerReference]) -> dict[str, str]:
 def _mean_row(
     axis: str, name: str, members: Sequence[str], values: Mapping[str, float], images: Mapping[str, str], value: float
 ) -> Row:
-    interval = mean_interval([values[member] for member in members], [images[member] for member in members])
+    of_members = [images[member] for member in members]
+    # All draws of a single image are the same: an interval of width 0 would claim to know.
+    several = len({*of_members}) > 1
+    interval = mean_interval([values[member] for member in members], of_members) if several else None
     return Row(axis, name, value, interval, len(members))
 
 
