@@ -35,7 +35,7 @@ class Row:
         axis: what it is a group of; "" for the whole split.
         name: metric or group.
         value: a fraction, not rounded; CIDEr is in [0, 10].
-        interval: 95% bootstrap; None where there is none for such a value, or where none was asked for.
+        interval: 95% bootstrap; None for a single image, where the value is no mean, or where none was asked for.
         count: items.
     """
 
@@ -147,7 +147,7 @@ def _answerability_rows(
         def drawn(items: NDArray[np.int64], of: Callable[[Any, Any], float] = of) -> float:
             return of(labels[items], predicted[items])
 
-        interval = statistic_interval(drawn, len(labels)) if intervals else None
+        interval = statistic_interval(drawn, len(labels)) if intervals and len(labels) > 1 else None
         rows.append(Row("", metric, of(labels, predicted), interval, len(labels)))
     return rows
 
@@ -185,7 +185,8 @@ def score_caption_split(
         interval = _interval(list(references), scores.items[metric], images) if wanted else None
         rows.append(Row("", metric, value, interval, len(references)))
     of_images = scores.items.get(HEADLINE)
-    for axis, members in _groups(references) if of_images else ():
+    for axis, members in _groups(references) if of_images is not None else ():
+        assert of_images is not None
         for kind, names in members.items():
             interval = _interval(names, of_images, images) if intervals else None
             value = sum(of_images[name] for name in names) / len(names)
@@ -215,8 +216,14 @@ def _images(references: Mapping[str, AnswerReference]) -> dict[str, str]:
     }
 
 
-def _interval(members: Sequence[str], values: Mapping[str, float], images: Mapping[str, str]) -> tuple[float, float]:
-    return mean_interval([values[member] for member in members], [images[member] for member in members])
+def _interval(
+    members: Sequence[str], values: Mapping[str, float], images: Mapping[str, str]
+) -> tuple[float, float] | None:
+    of_members = [images[member] for member in members]
+    # All draws of a single image are the same: an interval of width 0 would claim to know.
+    if len({*of_members}) < 2:
+        return None
+    return mean_interval([values[member] for member in members], of_members)
 
 
 def table(scored: Scored, where: str = "") -> str:
