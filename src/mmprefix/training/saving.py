@@ -34,7 +34,7 @@ class CheckpointArgs:
     Attributes:
         every_n_steps: also every so many optimizer steps; else at the end of each epoch.
         keep_last: how many of the newest are kept.
-        best: a metric of validation (`val/exact_match`) by which the best one is kept, too, in `checkpoints/best`.
+        best: a metric of validation (`val/exact_match`, `val/CIDEr`) by which the best one is kept, too, in `checkpoints/best`.
         best_mode: whether more or less of the metric is better.
         asynchronous: write in the background, while training goes on, for a copy of weights and optimizer state in the host's
             memory.
