@@ -35,7 +35,7 @@ class BestArgs:
     """Which checkpoints are kept for what validation says of them, beside the newest.
 
     Attributes:
-        metric: what validation logs: `val/exact_match`, `val/loss`, ...
+        metric: what validation logs: `val/exact_match`, `val/CIDEr`, `val/loss`, ...
         mode: whether more or less of it is better.
         keep: how many of the best are kept.
     """
