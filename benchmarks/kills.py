@@ -105,8 +105,9 @@ def steps_case(kills: int, epochs: int, seed: int) -> bool:
                     sys.exit(f"step {target} did not come")
                 time.sleep(0.005)
             tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            ranks = [p for p in tree if "mmprefix" in p.cmdline() and p.ppid() in (os.getpid(), process.pid)]
-            ranks = [p for p in ranks if p.pid == process.pid or p.environ().get("LOCAL_RANK") == "1"]
+            # The first process starts the second, and tells it its rank; loader processes of the first have none.
+            (second,) = (p for p in tree if p.ppid() == process.pid and p.environ().get("LOCAL_RANK") == "1")
+            ranks = [tree[0], second]
             one = ranks[number // 2 % 2] if number % 2 == 0 else None
             kill_all(tree if one is None else [one])
             start = time.monotonic()

@@ -1,5 +1,7 @@
 """Full sharding, with real processes and gloo: what one process learns, several do."""
 
+from datetime import timedelta
+
 import pytest
 import safetensors.torch
 import torch
@@ -131,6 +133,12 @@ def test_replicas_that_do_not_divide_the_processes_are_refused():
         InputError, match="trainer.strategy: expected several processes to shard the model over, got one"
     ):
         strategy.setup_environment()
+
+
+def test_an_exchange_leaves_time_to_find_out_who_is_missing():
+    """So that the run has ended within the time-out."""
+    assert FullyShardedStrategy(timeout_minutes=30)._timeout == timedelta(minutes=29, seconds=40)
+    assert FullyShardedStrategy(timeout_minutes=0.5)._timeout == timedelta(seconds=15)
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.cluster.runs import ENVIRONMENT, ROOT, RigError, await_, compare, digits, finish, last_step, versions
 
-GRACE = 45
-"""Seconds beyond the time-out for a process to end."""
-
 
 def missing() -> str | None:
     """Why this cannot run here."""
@@ -163,7 +160,7 @@ def cut_off(hosts: Hosts, folder: Path, minutes: float) -> str:
     start, seconds = time.monotonic(), []
     try:
         for number, process in enumerate(processes):
-            status = finish(process, f"host {number} without a wire", minutes * 60 + GRACE)
+            status = finish(process, f"host {number} without a wire", max(start + minutes * 60 - time.monotonic(), 0))
             seconds.append(time.monotonic() - start)
             if status in (0, 75):
                 raise RigError(f"host {number} without a wire: expected an error, got status {status}")
@@ -245,7 +242,7 @@ def main() -> int:
     """All scenarios, a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--timeout_minutes", type=float, default=0.5, help="of the strategy, in the run that is cut off"
+        "--timeout_minutes", type=float, default=1.0, help="of the strategy, in the run that is cut off"
     )
     parser.add_argument("--only", help="a part of a scenario's name")
     parser.add_argument("--keep", type=Path, help="new folder for everything; by default a temporary one")

@@ -43,6 +43,10 @@ from mmprefix.training.saving import AtomicCheckpointIO
 STRATEGY_NAME = "fsdp2"
 """What the command line knows the strategy by."""
 
+FINDING_OUT = timedelta(seconds=20)
+"""What is left of a time-out for the watchdog, which asks the job's store who is missing, for up to ten seconds, and for the
+end of the process; of short time-outs, half."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -69,12 +73,13 @@ class FullyShardedStrategy(ModelParallelStrategy):
             cpu_offload: parameters, gradients and optimizer state live in the host's memory.
             prefetch: how many layers ahead are being gathered while one computes, in forward and backward. More hide a slow
                 link behind small layers, for the memory of so many gathered layers.
-            timeout_minutes: how long a process waits for the others before the run fails.
+            timeout_minutes: when processes that can't reach each other have ended, counted from the last exchange that came
+                through. Each exchange may take so long, less what it takes to find out who is missing (`FINDING_OUT`).
         """
         super().__init__(
             data_parallel_size=1,  # set below, when the number of processes is known
             tensor_parallel_size=1,
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=timedelta(minutes=timeout_minutes) - min(FINDING_OUT, timedelta(minutes=timeout_minutes / 2)),
         )
         if replicas < 1:
             raise InputError(f"trainer.strategy.replicas: expected at least 1, got {replicas}")
