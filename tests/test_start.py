@@ -224,6 +224,25 @@ def test_shares_of_two_processes_match_a_model_made_at_once(parts, tmp_path):
         assert other_trained == trained, name
 
 
+@pytest.mark.parametrize("name", ["scratch", "tied"])
+def test_weights_that_were_put_off_for_another_strategy_match_too(parts, name):
+    arguments = settings_of(parts)[name]
+    torch.manual_seed(1)
+    expected = MMPrefixModule(**arguments)
+    torch.manual_seed(1)
+    module = MMPrefixModule(**arguments, meta_start=True)
+    assert all(p.is_meta for p in module.parameters())
+    assert module.feature_key().hash == expected.feature_key().hash
+    module._trainer = SimpleNamespace(strategy=None)
+    module.configure_model()
+    ties = [{n: id(p) for n, p in m.named_parameters(remove_duplicate=False)} for m in (expected, module)]
+    for shared in ({n for n in ids if list(ids.values()).count(ids[n]) > 1} for ids in ties):
+        assert bool(shared) == (name == "tied")
+    for key, value in expected.state_dict().items():
+        assert torch.equal(module.state_dict()[key], value), key
+    assert module.model.config.to_dict() == expected.model.config.to_dict()
+
+
 def failed(rank, processes, settings):
     strategy = strategy_of(rank, processes)
     messages = []

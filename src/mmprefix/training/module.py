@@ -353,6 +353,8 @@ class MMPrefixModule(pl.LightningModule):
         if self._deferred is not None:
             fill(self.model, self._deferred, device)
             self._deferred = None
+            if self._sharding is None:  # else it is cast first
+                self.on_sharded()
         # Parameters are others now.
         self._trainable = {name: self._of_part(name) for name in PARTS}
 
@@ -459,7 +461,7 @@ class MMPrefixModule(pl.LightningModule):
 
     def feature_key(self) -> FeatureKey:
         """What the features of the encoder, as its weights are now, are known by."""
-        values = {} if self._deferred is None else {"values": self._deferred.whole}
+        values: dict[str, Any] = {} if self._deferred is None else {"values": self._deferred.whole}
         return FeatureKey.of(self.model.vision, self.model.config.vision_spec, self.processor.transform, **values)
 
     def frozen_feature_key(self) -> FeatureKey:

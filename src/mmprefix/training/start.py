@@ -75,7 +75,10 @@ def fill(model: nn.Module, deferred: Deferred, device: torch.device) -> None:
     Raises:
         InputError: on all processes, where one can't; rank 0's says which and why, the others' are empty.
     """
+    tied = _tied(model)
     model._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t)
+    for owner, name, first in tied:  # by now each place may have memory of its own
+        owner._parameters[name] = model.get_parameter(first)
 
     def work() -> None:
         targets: dict[str, tuple[int, int, Callable[[Tensor], Any]]] = {}
@@ -86,6 +89,17 @@ def fill(model: nn.Module, deferred: Deferred, device: torch.device) -> None:
             deferred.fill(targets)
 
     _together(work)
+
+
+def _tied(model: nn.Module) -> list[tuple[nn.Module, str, str]]:
+    """Second places of parameters: module, name there, full name of the first place."""
+    first: dict[int, str] = {}
+    found = []
+    for full, parameter in model.named_parameters(remove_duplicate=False):
+        owner, _, name = full.rpartition(".")
+        if first.setdefault(id(parameter), full) != full:
+            found.append((model.get_submodule(owner), name, first[id(parameter)]))
+    return found
 
 
 @contextmanager
