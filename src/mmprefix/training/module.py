@@ -701,7 +701,8 @@ class MMPrefixModule(pl.LightningModule):
         return int(getattr(self.trainer.datamodule, "max_new_tokens", 256))  # type: ignore[attr-defined]
 
     def _evaluate(self, batch: EvaluationBatch, split: str) -> list[tuple[Reference, str]]:
-        image_tokens = self.model.image_tokens_of(batch.prompts)
+        with self._uncompiled():
+            image_tokens = self.model.image_tokens_of(batch.prompts)
         if batch.targets is not None:
             of_labels: list[Tensor] = []
             with self._uncompiled():
@@ -762,7 +763,9 @@ class MMPrefixModule(pl.LightningModule):
 
     def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[tuple[Reference, str]]:
         """Answers only; targets are not needed."""
-        predictions = self.generate(batch.prompts, self.model.image_tokens_of(batch.prompts))
+        with self._uncompiled():
+            image_tokens = self.model.image_tokens_of(batch.prompts)
+        predictions = self.generate(batch.prompts, image_tokens)
         return list(zip(batch.references, predictions, strict=True))
 
     # Checkpoints
