@@ -24,7 +24,11 @@ def test_the_best_stays_beside_the_newest_and_is_gone_on_from(records, sharded):
         "worst": (0, [*SETTINGS, *strategy, "--checkpoints.best.mode", "max"]),
         "two": (0, [*SETTINGS, *strategy, "--checkpoints.best.mode", "min", "--checkpoints.best.keep", "2",
                     "--checkpoints.every_n_steps", "1"]),
+        "epochs": (0, [*strategy, *SETTINGS, "--trainer.val_check_interval", "1.0", "--checkpoints.best.mode", "max"]),
     })  # fmt: skip
+    assert sorted(path.name for path in (records / "epochs-run" / "checkpoints").iterdir()) == [
+        "best.json", "step=00000005.ckpt", "step=00000010.ckpt",
+    ], "of a validation at an epoch's end, what is saved there anyway"  # fmt: skip
     assert sorted(path.name for path in checkpoints.iterdir()) == [
         "best.json",
         "step=00000002.ckpt",

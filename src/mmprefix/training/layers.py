@@ -45,7 +45,7 @@ def _repeated(part: nn.Module) -> list[nn.Module]:
 
 
 def recomputed_every(which: Recomputing) -> int:
-    """Every how manyeth layer of a part is recomputed, the first among them; 0 for none.
+    """Of how many layers of a part one is recomputed, the first among them; 0: none is.
 
     Raises:
         InputError: a negative number.

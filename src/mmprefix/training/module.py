@@ -759,7 +759,8 @@ class MMPrefixModule(pl.LightningModule):
         tasks = self._tasks(split)
         for reference in batch.references:
             runner.check_reference(tasks.get(reference.dataset, DEFAULT_TASK), reference)
-        image_tokens = self.model.image_tokens_of(batch.prompts)
+        with self._uncompiled():
+            image_tokens = self.model.image_tokens_of(batch.prompts)
         if batch.targets is not None:
             of_labels: list[Tensor] = []
             with self._uncompiled():
@@ -853,7 +854,9 @@ class MMPrefixModule(pl.LightningModule):
 
     def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[Prediction]:
         """Answers only; targets are not needed."""
-        return self._predict(batch, self.model.image_tokens_of(batch.prompts))
+        with self._uncompiled():
+            image_tokens = self.model.image_tokens_of(batch.prompts)
+        return self._predict(batch, image_tokens)
 
     def on_predict_epoch_end(self) -> None:
         """Scores, where all samples of a set have references; nothing can be logged here."""
