@@ -169,6 +169,8 @@ def test_a_sample_longer_than_the_decoders_positions_is_one_line():
         InputError, match=r"sample: expected at most 64 tokens \(the decoder's max_position_embeddings\), got 7\d"
     ):
         trace_sample(model, processor, [], "what?", "x" * 65)
+    with pytest.raises(InputError, match="expected at most 64 tokens .*, got 67"):
+        trace_sample(model, processor, [], "what?", max_new_tokens=60)
 
 
 def test_greedy_answer_is_what_generate_says(model_and_processor, photos):

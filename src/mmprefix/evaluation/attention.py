@@ -159,8 +159,8 @@ def trace_sample(
         max_new_tokens: of a greedy answer.
 
     Raises:
-        InputError: a layer that isn't there, a sample longer than the decoder's positions, a target without a token, or a
-            decoder whose attention weights are not to be had.
+        InputError: a layer that isn't there, a sample (with its answer) longer than the decoder's positions, a target
+            without a token, or a decoder whose attention weights are not to be had.
     """
     decoder: PreTrainedModel = model.decoder
     count = int(decoder.config.num_hidden_layers)
@@ -190,11 +190,10 @@ def _trace(
     pixels = [processor.transform.views(image) for image in images]
     views = [len(of_image) for of_image in pixels]
     sequence = processor.encode(instruction, () if target is None else (target,), views=views)
-    _check_length(model, len(sequence))
+    _check_length(model, len(sequence) + (max_new_tokens if target is None else 0))
     image_tokens = model.get_image_tokens(torch.cat(pixels).to(model.device)) if pixels else None
     if target is None:
         sequence = _answered(model, processor, sequence, image_tokens, max_new_tokens)
-        _check_length(model, len(sequence))
     batch = collate(
         [sequence], [tuple(range(sum(views)))], None, pad_id=processor.pad_id, visibility=model.config.prefix_visibility
     )
