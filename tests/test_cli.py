@@ -75,7 +75,7 @@ def test_no_command_and_wrong_command():
     assert wrong.returncode == 2
     assert (
         wrong.stderr
-        == "error: expected one of fit, validate, test, predict, prepare, inspect, cache-features, report, generate, "
+        == "error: expected one of fit, validate, test, predict, prepare, inspect, cache-features, score, report, generate, "
         "visualize, probe, estimate, doctor, scaling, import-paligemma, export, consolidate, "
         "got 'fitt'; did you mean fit?\n"
     )
