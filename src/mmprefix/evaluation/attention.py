@@ -358,8 +358,9 @@ def token_texts(tokenizer: Any, sequence: TokenSequence) -> tuple[str, ...]:
 def split_words(tokenizer: Any, ids: Sequence[int]) -> tuple[Word, ...]:
     """Token ids of a target -> its words, which together are all of them.
 
-    White space parts words, and belongs to what stands behind it; a special token is a word of its own, and so is a character
-    of a script that is written wide and without spaces (Unicode's East Asian width, UAX 11).
+    White space parts words, and belongs to what stands behind it, at the end to what stands before it; a special token is a
+    word of its own, and so is a character of a script that is written wide and without spaces (Unicode's East Asian width,
+    UAX 11).
     """
     words: list[Word] = []
     is_open = False  # whether the last word may go on
@@ -376,6 +377,9 @@ def split_words(tokenizer: Any, ids: Sequence[int]) -> tuple[Word, ...]:
         else:
             words.append(Word(text, start, stop))
         is_open = not special
+    if len(words) > 1 and not words[-1].text.strip():  # nothing stands behind it
+        blank, before = words.pop(), words.pop()
+        words.append(Word(before.text, before.start, blank.stop))
     return tuple(Word(word.text.strip(), word.start, word.stop) for word in words)
 
 
