@@ -8,6 +8,7 @@ import pytest
 
 from mmprefix.errors import InputError
 from mmprefix.training.agreement import together
+from mmprefix.training.fsdp import FullyShardedStrategy
 from tests.several import errors, fit_each, run_each, statuses
 from tests.test_resume import CONFIG
 
@@ -29,11 +30,14 @@ def test_settings_and_checkpoints_that_do_not_fit(records):
         "error: trainer.strategy: expected several processes to shard the model over, got one; leave the strategy out, or give "
         "more with --trainer.devices"
     ]
+    by_path = (
+        f"{FullyShardedStrategy.__module__}.{FullyShardedStrategy.__name__}"  # a registered name takes no settings
+    )
     sharded, once = ["--trainer.strategy", "fsdp2", "--data.batch_size", "1"], ["--trainer.max_steps", "1"]
     fit_each(records, 1, {"narrow": (1, once)})
     narrow = ["--ckpt_path", str(records / "narrow" / "step=00000001.ckpt"), "--model.decoder.config", WIDER]
     found = run_each(records, 2, {
-        "replicas": (0, [*sharded, "--trainer.strategy.replicas", "3"]),
+        "replicas": (0, ["--trainer.strategy", by_path, "--trainer.strategy.replicas", "3", "--data.batch_size", "1"]),
         "wide": (0, [*sharded, *once, *narrow]),
         "wide_ddp": (0, ["--trainer.strategy", "ddp", *once, *narrow]),
         "wide_folder": (1, [*sharded, *once, "--model.decoder.config", WIDER]),
@@ -73,11 +77,20 @@ def test_a_disk_that_cannot_be_written_ends_all_processes(records, small_disk, s
     folder, make_read_only = small_disk
     if read_only:
         make_read_only()
-    arguments = ["--trainer.strategy", strategy, "--data.batch_size", "1", "--trainer.max_epochs", "1"]
+    arguments = [
+        "--trainer.strategy",
+        strategy,
+        "--data.batch_size",
+        "1",
+        "--trainer.max_epochs",
+        "1",
+        "--hang_timeout_minutes",
+        "5",
+    ]
     found = run_each(records, 2, {"run": (0, [*arguments, "--trainer.default_root_dir", folder / "run"])})
     reason = "Read-only file system" if read_only else "No space left on device"
     assert all(status for status, _, _ in found), found
-    assert all(not err or "Traceback" not in err for _, _, err in found), found
+    assert all(not err or "Traceback" not in err for _, _, err in found), "\n\n".join(err for _, _, err in found)
     said = [line for _, _, err in found for line in errors(err)]
     assert sum(reason in line for line in said) == 1, said
     if not read_only:

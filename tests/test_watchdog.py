@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -48,8 +49,11 @@ def test_only_what_the_watchdog_found_out_is_told():
     error = RuntimeError("gloo: Connection closed by peer\n [127.0.0.1]")
     assert lost_process(error) is None
     watchdog = Watchdog(1.0)
-    watchdog.on_exception(None, None, error)
-    assert lost_process(error) is None, "not started: there is one process only"
+    watchdog.on_exception(SimpleNamespace(world_size=1), None, error)
+    assert lost_process(error) is None, "there is one process only"
+    elsewhere = RuntimeError("gloo: Connection closed by peer")
+    watchdog.on_exception(SimpleNamespace(world_size=2), None, elsewhere)  # before training, or behind it
+    assert lost_process(elsewhere) == "another process has ended; see what it says (gloo: Connection closed by peer)"
     error.add_note("lost process: rank 1 (node, process 101) has not been heard of since step 6")
     assert lost_process(error) == (
         "rank 1 (node, process 101) has not been heard of since step 6 (gloo: Connection closed by peer [127.0.0.1])"

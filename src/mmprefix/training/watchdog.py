@@ -29,6 +29,7 @@ _LOST = re.compile(
     re.IGNORECASE,
 )
 _NOTE = "lost process: "
+_ENDED = "another process has ended; see what it says"
 _NO_STORE = "rank 0, which keeps the job's store, cannot be reached"
 
 Result = TypeVar("Result")
@@ -224,11 +225,13 @@ class Watchdog(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Finds out who is gone, where that is why a process could not go on."""
-        if self._thread is None:
+        watches = self._thread is not None
+        if not watches and trainer.world_size == 1:
             return
         if isinstance(exception, RuntimeError) and _LOST.search(str(exception)):
-            exception.add_note(_NOTE + self._missing())
-        self._stop()
+            exception.add_note(_NOTE + (self._missing() if watches else _ENDED))
+        if watches:
+            self._stop()
 
     def _missing(self) -> str:
         try:
