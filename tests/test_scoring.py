@@ -271,7 +271,7 @@ def test_captions(annotations, tmp_path, write, capsys, monkeypatch):
 
 R = VQA
 BAD = {
-    "missing and unknown": ([*VQA_RESULTS[1:], {"question_id": 99, "answer": "x"}], R, "1 missing (12), 1 unknown (99)"),
+    "missing and unknown": ([*VQA_RESULTS[1:], {"question_id": 99, "answer": "x"}], R, "p.json: expected a prediction for each of 3 ids and no others, got 1 missing (12), 1 unknown (99)"),
     "twice": ([*VQA_RESULTS, VQA_RESULTS[0]], R, "p.json: expected each id once, got 1 of them again (12)"),
     "twice, as number and text": ([*VQA_RESULTS, {"question_id": "12", "answer": "x"}], R, "again (12)"),
     "not a string": ([{"question_id": 12, "answer": 2}], R, "entry 0: expected `answer` of 12 to be a string, got int '2'"),
@@ -428,8 +428,8 @@ def test_ctrl_c_ends_with_130(tmp_path):
     os.mkfifo(pipe)
     program = (
         "import sys, pathlib; sys.argv = ['-m']; pathlib.Path.is_file = lambda self: True\n"
-        "from mmprefix.__main__ import main\n"
-        f"sys.exit(main(['score', '--task', 'vqa', '--predictions', {str(pipe)!r}, '--references', 'r']))"
+        "from mmprefix.scoring import run\n"
+        f"sys.exit(run(['--task', 'vqa', '--predictions', {str(pipe)!r}, '--references', 'r']))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
     writer = None
