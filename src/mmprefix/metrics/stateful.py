@@ -109,8 +109,8 @@ class CaptionMetrics(Metric):
         if differing:
             raise InputError(f"expected one caption for each id, got several different ones for {listed(differing)}")
         self.scores = score_captions(
-            {name: rows[name][0] for name in sorted(rows)},
-            {name: rows[name][1] for name in sorted(rows)},
+            {name: prediction for name, (prediction, _) in rows.items()},
+            {name: rows[name][1] for name in sorted(rows)},  # whose order counts
             metrics=self.metrics,
             tokenizer=self.tokenizer,
         )
