@@ -276,6 +276,11 @@ def test_a_letter_at_the_end_is_read_with_the_next_caption():
     assert [drop_punctuation(" ".join(tokens)) for tokens in split_captions(lines)] == expected
 
 
+def test_the_last_prediction_is_not_read_with_the_first_reference():
+    """The official code tokenizes both by themselves."""
+    assert score({"1": "A plan B."}, {"1": ["A plan B."]}).corpus["BLEU-1"] == pytest.approx(1)
+
+
 def test_clean_leaves_one_line():
     assert clean("a\rb\vc\fd\u2028e\u2029f\x85g\nh\x1ci") == "a b c d e f g h i"
     assert clean("x\ud83dy") == "x\ufffdy"
@@ -465,6 +470,7 @@ def test_two_ranks_match_one(tmp_path):
     for _, _, values, items, few, images in ranks:
         assert values == expected
         assert items == alone.scores.items
+        assert list(items["CIDEr"]) == sorted(made.predictions), "the tokenizer reads some captions with the next one"
         assert images == 9
         assert few["CIDEr"] > 0
     assert ranks[0][4] == ranks[1][4]

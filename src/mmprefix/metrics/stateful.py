@@ -151,8 +151,8 @@ class CaptionMetrics(Metric):
                 f"expected one caption for each id, got several different ones for {listed(list(dict.fromkeys(differing)))}"
             )
         self.scores = score_captions(
-            {name: rows[name][0] for name in sorted(rows)},
-            {name: rows[name][1] for name in sorted(rows)},
+            {name: prediction for name, (prediction, _) in rows.items()},
+            {name: rows[name][1] for name in sorted(rows)},  # whose order counts
             metrics=self.metrics,
             tokenizer=self.tokenizer,
         )
