@@ -184,12 +184,12 @@ def score_caption_split(
         wanted = intervals and metric in MEANS
         interval = _interval(list(references), scores.items[metric], images) if wanted else None
         rows.append(Row("", metric, value, interval, len(references)))
-    of_images = scores.items.get(HEADLINE)
+    of_images = scores.items.get(HEADLINE, {})  # empty where it was not asked for
     for axis, members in _groups(references) if of_images else ():
         for kind, names in members.items():
-            interval = _interval(names, of_images, images) if intervals else None
-            value = sum(of_images[name] for name in names) / len(names)
-            rows.append(Row(f"{HEADLINE} by {axis}", kind, value, interval, len(names)))
+            between = _interval(names, of_images, images) if intervals else None
+            mean = float(sum([of_images[name] for name in names])) / len(names)
+            rows.append(Row(f"{HEADLINE} by {axis}", kind, mean, between, len(names)))
     items = {name: {metric: of[name] for metric, of in scores.items.items()} for name in references}
     notes = [scores.tokenizer_reason] if scores.tokenizer_reason else []
     return Scored(CAPTION, HEADLINE, rows=rows, rules=scores.tokenizer, items=items, unavailable=scores.unavailable,
