@@ -167,7 +167,7 @@ def score_tables(
     Args:
         split: names it in the first lines.
         evaluation: what was found.
-        baseline_name, baseline: see `accuracy_table`.
+        baseline_name, baseline: see `accuracy_table`; of exact match only.
     """
     of_sets, scores = by_set(evaluation.predictions), evaluation.scores
     exact = [p for name, members in of_sets.items() if name in scores and scores[name].task == "exact" for p in members]
