@@ -53,7 +53,7 @@ from mmprefix.training.checkpoints import (
     remove_leftovers,
     set_aside_newer,
 )
-from mmprefix.training.fsdp import STRATEGY_NAME, FullyShardedStrategy
+from mmprefix.training.fsdp import FullyShardedStrategy
 from mmprefix.training.module import MMPrefixModule
 from mmprefix.training.preemption import Preempted, Preemption
 from mmprefix.training.saving import AtomicCheckpointIO, CheckpointArgs
@@ -112,11 +112,6 @@ class MMPrefixCLI(LightningCLI):
         parser.link_arguments("model.frozen_feature_key", "data.feature_key", apply_on="instantiate")
         for part in ("model", "data"):
             parser.link_arguments("seed_everything", f"{part}.seed", compute_fn=_seed)
-        self.link_start(parser)
-
-    def link_start(self, parser: LightningArgumentParser) -> None:
-        """A model that will be sharded is not made whole first."""
-        parser.link_arguments("trainer.strategy", "model.meta_start", compute_fn=_is_sharded)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds what every run has: loggers, checkpoints, reports, in the run folder."""
@@ -244,9 +239,6 @@ class MMPrefixCLI(LightningCLI):
 class PartsCLI(MMPrefixCLI):
     """Builds model and data from the arguments of ``fit``, weights and all as ``fit`` would, and runs nothing."""
 
-    def link_start(self, parser: LightningArgumentParser) -> None:
-        """Nothing: no trainer will start."""
-
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """None: loggers and checkpoints would make a run folder."""
         return None
@@ -295,12 +287,6 @@ def _cache_features(arguments: list[str]) -> int:
 
 def _seed(value: bool | int) -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", 0)) if isinstance(value, bool) else value
-
-
-def _is_sharded(strategy: Any) -> bool:
-    """Of what ``trainer.strategy`` is in a config: a name, or a class and its arguments."""
-    path = str(getattr(strategy, "class_path", strategy))
-    return path == STRATEGY_NAME or path.rpartition(".")[2] == FullyShardedStrategy.__name__
 
 
 def _quieten() -> None:

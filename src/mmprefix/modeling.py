@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -34,7 +33,6 @@ from mmprefix.decoder import DecoderArgs, build_decoder, decoder_config, find_lo
 from mmprefix.errors import InputError
 from mmprefix.generation import PrefixDecoderConfig, PrefixDecoderModel, cached_length, plan_of_rows, run_decoder
 from mmprefix.last_layer import find_label_only, restrict_last_layer
-from mmprefix.lazy import is_lazy, suspended
 from mmprefix.loss import (
     LogitTransform,
     LossNormalization,
@@ -91,16 +89,8 @@ class MMPrefixConfig(PrefixDecoderConfig):
 
     def note(self, report: ProbeReport, decoder: PreTrainedModel) -> None:
         """Enters what the probe found out about the decoder, and what is found by looking at it, or at a tiny copy."""
-        self.note_report(report)
-        self.note_decoder(decoder)
-
-    def note_report(self, report: ProbeReport) -> None:
-        """The first half of `note`."""
         self.shared_prefix, self.refused_caches = report.can_share, list(report.refused_caches)
         self.mask_free = report.dense_reason is None
-
-    def note_decoder(self, decoder: PreTrainedModel) -> None:
-        """The second half of `note`, which runs the decoder."""
         transform = find_logit_transform(decoder)
         self.logit_transform = None if transform is None else asdict(transform)
         self.label_only = find_label_only(decoder) if self.mask_free else []
@@ -241,30 +231,13 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             InputError: one that does not obey the prefix mask.
         """
         super().replace_decoder(decoder)
-        unmade = any(is_lazy(parameter) for parameter in decoder.parameters())
-        with suspended() if unmade else nullcontext():  # tiny copies are made at once
-            report = probe(decoder.config, decoder.config._attn_implementation, None if unmade else decoder)
+        report = probe(decoder.config, decoder.config._attn_implementation, decoder)
         if report.refusal is not None:
             raise InputError(report.refusal)
-        self.config.note_report(report)
-        if not unmade:
-            self.look_at_decoder()
+        check_prefix_lm(decoder)
+        self.config.note(report, decoder)
+        restrict_last_layer(decoder, self.config.label_only)
         return report
-
-    def look_at_decoder(self, prove: bool = True) -> None:
-        """Runs the decoder on a few tokens, and enters in the config what is found; with its weights, lazy ones first get them.
-
-        Args:
-            prove: also that it obeys the prefix mask, as its tiny copy did; what half precision rounds away would show as a
-                prefix that is not seen.
-
-        Raises:
-            InputError: one that does not obey.
-        """
-        if prove:
-            check_prefix_lm(self.decoder)
-        self.config.note_decoder(self.decoder)
-        restrict_last_layer(self.decoder, self.config.label_only)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialises what `from_pretrained` did not find, and buffers that are never saved.

@@ -19,7 +19,7 @@ import json
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
 from pathlib import Path
@@ -70,25 +70,14 @@ class FeatureKey:
     format: dict[str, Any]
 
     @classmethod
-    def of(
-        cls,
-        encoder: VisionEncoder,
-        spec: VisionSpec,
-        transform: ImageTransform,
-        values: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    ) -> FeatureKey:
-        """The key of an encoder as it is now; reads all its weights, about a second for a gigabyte.
-
-        Args:
-            encoder, spec, transform: what features depend on.
-            values: of a tensor of the encoder, where it has none of its own yet.
-        """
+    def of(cls, encoder: VisionEncoder, spec: VisionSpec, transform: ImageTransform) -> FeatureKey:
+        """The key of an encoder as it is now; reads all its weights, about a second for a gigabyte."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(encoder.model.state_dict(keep_vars=True).items()):
+        for name, tensor in sorted(encoder.model.state_dict().items()):
             if name in spec.unused:  # heads may be random where only the body was loaded; features don't see them
                 continue
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(values(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         parts = {
             "encoder": {"name": spec.name, "kwargs": spec.kwargs},
             "weights": digest.hexdigest(),

@@ -40,9 +40,6 @@ from mmprefix.training.checkpoints import TIED, check_fits, read_checkpoint
 from mmprefix.training.layers import layers_by_part, layers_of
 from mmprefix.training.saving import AtomicCheckpointIO
 
-STRATEGY_NAME = "fsdp2"
-"""What the command line knows the strategy by."""
-
 FINDING_OUT = timedelta(seconds=20)
 """What is left of a time-out for the watchdog, which asks the job's store who is missing, for up to ten seconds, and for the
 end of the process; of short time-outs, half."""
@@ -139,23 +136,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
         for part in layers_by_part(model).values():
             prefetch_neighbours(part, self.prefetch)
         # Passes begin at the model: the first to run would take itself for the root.
-        for method in ("target_loss", "image_tokens_of", "look_at_decoder"):
+        for method in ("target_loss", "image_tokens_of"):
             register_fsdp_forward_method(model, method)
         whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
         if whole:  # they would be learnt by each process on its own
             raise RuntimeError(f"parameters that no unit shards: {', '.join(whole[:5])}")
-
-    def setup(self, trainer: Any) -> None:
-        """See `lightning.pytorch.strategies.ModelParallelStrategy.setup`; then a model that was built lazily is looked at."""
-        super().setup(trainer)
-        look: Any = getattr(self.lightning_module, "on_sharded", None)
-        if look is not None:
-            look()
-
-    @property
-    def parameter_device(self) -> torch.device:
-        """Where shards are."""
-        return torch.device("cpu") if self.cpu_offload else self.root_device
 
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[None]:
@@ -283,5 +268,5 @@ def prefetch_neighbours(layers: Sequence[nn.Module], number: int) -> None:
         layer.set_modules_to_backward_prefetch(list(reversed(layers[max(0, i - number) : i])))  # type: ignore[arg-type]
 
 
-if STRATEGY_NAME not in StrategyRegistry:
-    StrategyRegistry.register(STRATEGY_NAME, FullyShardedStrategy, description=FullyShardedStrategy.__doc__ or "")
+if "fsdp2" not in StrategyRegistry:
+    StrategyRegistry.register("fsdp2", FullyShardedStrategy, description=FullyShardedStrategy.__doc__ or "")

@@ -39,7 +39,6 @@ from mmprefix.errors import InputError
 from mmprefix.evaluation import runner
 from mmprefix.evaluation.runner import DEFAULT_TASK, Evaluation, Prediction
 from mmprefix.evaluation.scores import Scored
-from mmprefix.lazy import Deferred
 from mmprefix.loss import LossNormalization, label_weights
 from mmprefix.masks import PrefixVisibility
 from mmprefix.modeling import MMPrefixForConditionalGeneration
@@ -60,7 +59,6 @@ from mmprefix.training.checkpoints import CONTENT_KEY, check_fits, load_model
 from mmprefix.training.fsdp import FullyShardedStrategy
 from mmprefix.training.layers import Recomputing, checkpoint_activations, compile_layers
 from mmprefix.training.optim import Guard, GuardArgs, OptimizerArgs, PartArgs, build_optimizer
-from mmprefix.training.start import built_lazily, fill
 from mmprefix.varlen import MAX_HEAD_SIZE
 from mmprefix.vision import ConnectorArgs, VisionArgs
 
@@ -127,19 +125,6 @@ def _from_parts(
     return model, processor
 
 
-def _from_pretrained(
-    path: Path, prefix_visibility: PrefixVisibility | None
-) -> tuple[MMPrefixForConditionalGeneration, MMPrefixProcessor]:
-    model, processor = load_model(path)
-    # Weights in half precision would lose small updates; computing in it is the trainer's choice.
-    model.float().train()
-    for config in (model.config, model.config.text_config, model.decoder.config):
-        config.dtype = torch.float32  # what is saved says what it is
-    if prefix_visibility is not None:
-        model.config.prefix_visibility = processor.prefix_visibility = prefix_visibility
-    return model, processor
-
-
 def _images_by_prompt(image_tokens: Tensor | None, image_of: Tensor) -> Tensor | None:
     """float ``[I, N, W]`` -> ``[S, K * N, W]``, the images of each prompt side by side; None where no prompt has one."""
     if image_tokens is None or not image_of.shape[1]:
@@ -185,7 +170,6 @@ class MMPrefixModule(pl.LightningModule):
         num_beams: int = 1,
         peak_tflops: float | Literal["measure"] | None = None,
         seed: int = 0,
-        meta_start: bool = False,
     ) -> None:
         """Builds model and processor from their parts.
 
@@ -215,8 +199,6 @@ class MMPrefixModule(pl.LightningModule):
             peak_tflops: TFLOP/s that a device can do at most, from its data sheet, to log utilization (train/mfu);
                 `measure` times matrix products at start instead. Without it no utilization is logged.
             seed: of dropout; the command line passes `seed_everything`.
-            meta_start: weights are made when the trainer starts, under `FullyShardedStrategy` this process's share of them only
-                (`start`); the command line passes whether that is the strategy.
         """
         super().__init__()
         optimizer.check()
@@ -234,27 +216,20 @@ class MMPrefixModule(pl.LightningModule):
             for name, args in given.items():
                 if args != type(args)():
                     raise InputError(f"model.pretrained: expected no model.{name} beside it, got {args}")
-        self.part_args = dict(zip(PARTS, (train_vision, train_connector, train_decoder), strict=True))
-
-        def build() -> tuple[MMPrefixForConditionalGeneration, MMPrefixProcessor]:
-            if pretrained is None:
-                model, processor = _from_parts(vision, decoder, connector, tokenizer, prefix_visibility or "full")
-            else:
-                model, processor = _from_pretrained(Path(pretrained), prefix_visibility)
-            self._add_adapters(model, decoder)
-            return model, processor
-
-        recording = None
-        if meta_start and not decoder.load_in_4bit:  # 4 bits are refused when the model is to be sharded
-            (self.model, self.processor), recording = built_lazily(build)
+            self.model, self.processor = load_model(Path(pretrained))
+            # Weights in half precision would lose small updates; computing in it is the trainer's choice.
+            self.model.float().train()
+            for config in (self.model.config, self.model.config.text_config, self.model.decoder.config):
+                config.dtype = torch.float32  # what is saved says what it is
+            if prefix_visibility is not None:
+                self.model.config.prefix_visibility = self.processor.prefix_visibility = prefix_visibility
         else:
-            self.model, self.processor = build()
-        self._deferred = None if recording is None else Deferred(self.model, recording)
-        self._unseen = recording is not None and pretrained is None
-        """Whether what `look_at_decoder` finds is still to be found."""
+            self.model, self.processor = _from_parts(vision, decoder, connector, tokenizer, prefix_visibility or "full")
         self.loss_normalization: LossNormalization = loss_normalization
         self.optimizer_args = optimizer
         self.guard_args, self._guard = guard, Guard()
+        self.part_args = dict(zip(PARTS, (train_vision, train_connector, train_decoder), strict=True))
+        self._add_adapters(decoder)
         self.num_beams = num_beams
         self.settings = ""
         """The run's configuration in YAML, for its checkpoints, where the command line knows it."""
@@ -288,7 +263,7 @@ class MMPrefixModule(pl.LightningModule):
         part: nn.Module = getattr(self.model, name)
         return part
 
-    def _add_adapters(self, model: MMPrefixForConditionalGeneration, decoder: DecoderArgs) -> None:
+    def _add_adapters(self, decoder: DecoderArgs) -> None:
         for name, args in self.part_args.items():
             if args.lora is None:
                 continue
@@ -299,7 +274,7 @@ class MMPrefixModule(pl.LightningModule):
             if args.freeze:
                 raise InputError(f"model.train_{name}: expected lora or freeze: true, got both")
             base_name = decoder.name if name == "decoder" and decoder.pretrained else None
-            adapters.add_lora(model, name, args.lora, base_name)
+            adapters.add_lora(self.model, name, args.lora, base_name)
 
     @property
     def lora(self) -> dict[str, adapters.LoraArgs]:
@@ -337,10 +312,9 @@ class MMPrefixModule(pl.LightningModule):
         }
 
     def configure_model(self) -> None:
-        """Compiles the model, shards it, where the strategy does, and makes weights that were put off."""
+        """Compiles the model, and shards it, where the strategy does."""
         if self._compiled and self._sharding is None and self.model._compiled_call_impl is None:
             self.model.compile()
-        device = torch.device("cpu")
         if self._sharding is not None:
             if self._in_4bit:
                 raise InputError(
@@ -349,27 +323,8 @@ class MMPrefixModule(pl.LightningModule):
             if self._compiled and not isinstance(self.model, FSDPModule):
                 compile_layers(self.model)  # each as it is gathered: a graph of all would need all at once
             self._sharding.shard(self.model)
-            device = self._sharding.parameter_device
-        if self._deferred is not None:
-            fill(self.model, self._deferred, device)
-            self._deferred = None
-            if self._sharding is None:  # else it is cast first
-                self.on_sharded()
-        # Parameters are others now.
-        self._trainable = {name: self._of_part(name) for name in PARTS}
-
-    @torch.no_grad()
-    def on_sharded(self) -> None:
-        """What is found by running the decoder, of one whose weights were put off, when it has them."""
-        if not self._unseen:
-            return
-        self._unseen = False
-        self._restore_buffers()
-        half = self._sharding is not None and self._sharding.param_dtype not in (None, "float32")
-        self.model.look_at_decoder(prove=not half and self.model.dtype == torch.float32)
-        for unit in self.model.modules():
-            if isinstance(unit, FSDPModule):
-                unit.reshard()
+            # Parameters are others now.
+            self._trainable = {name: self._of_part(name) for name in PARTS}
 
     @property
     def _sharding(self) -> FullyShardedStrategy | None:
@@ -461,8 +416,7 @@ class MMPrefixModule(pl.LightningModule):
 
     def feature_key(self) -> FeatureKey:
         """What the features of the encoder, as its weights are now, are known by."""
-        values: dict[str, Any] = {} if self._deferred is None else {"values": self._deferred.whole}
-        return FeatureKey.of(self.model.vision, self.model.config.vision_spec, self.processor.transform, **values)
+        return FeatureKey.of(self.model.vision, self.model.config.vision_spec, self.processor.transform)
 
     def frozen_feature_key(self) -> FeatureKey:
         """`feature_key`, for training on cached features.

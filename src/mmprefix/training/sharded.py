@@ -13,7 +13,6 @@ The folder is written under another name and renamed when all of it is there: wh
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
@@ -24,9 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed
-from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -221,19 +218,9 @@ def read_into(tensors: dict[str, Tensor], folder: Path, group: Any = None) -> No
 
 
 def read(folder: Path, prefix: str = "") -> dict[str, Tensor]:
-    """Whole tensors whose names begin so, on the CPU: views of the files, where all rows of one are in one."""
-    infos(folder)  # looks whether all rows are there
-    pieces: dict[str, list[tuple[int, Tensor]]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            places = json.loads(file.metadata()[CUSTOM_METADATA_KEY])
-            for name in file.keys():  # noqa: SIM118  (no dict)
-                if name.startswith(prefix):
-                    offset = places[name][SAVED_OFFSETS_KEY]
-                    assert not any(offset[1:]), (name, offset)
-                    pieces.setdefault(name, []).append((sum(offset), file.get_tensor(name)))
-    tensors = {}
-    for name, of_one in pieces.items():
-        rows = [piece for _, piece in sorted(of_one, key=lambda entry: entry[0])]
-        tensors[name] = rows[0] if len(rows) == 1 else torch.cat(rows)
+    """Whole tensors whose names begin so, on the CPU."""
+    found = infos(folder).items()
+    tensors = {name: torch.empty(one.shape, dtype=one.dtype) for name, one in found if name.startswith(prefix)}
+    if tensors:
+        read_into(tensors, folder)
     return tensors
