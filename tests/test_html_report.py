@@ -561,6 +561,7 @@ def test_every_evaluation_leaves_a_page_of_its_own(tmp_path, photos):
 
     from mmprefix.data.images import UndecodableImageError
     from mmprefix.evaluation.report import PredictionReport
+    from mmprefix.evaluation.runner import Evaluation, score_predictions
     from mmprefix.packing import Reference
 
     def originals(split, record):
@@ -572,7 +573,7 @@ def test_every_evaluation_leaves_a_page_of_its_own(tmp_path, photos):
     trainer = SimpleNamespace(datamodule=datamodule, ckpt_path="runs/x/step=7.ckpt", global_step=7)
     predictions = [(Reference(f"a{n}", f"i{n}", "k", "?", ("x",), (n, 0)), "x") for n in range(3)]
     report = PredictionReport(str(tmp_path), None, name="predictions-validate")
-    report._write_page(trainer, "val", predictions)
+    report._write_page(trainer, "val", Evaluation(predictions, score_predictions(predictions, {})))
     assert [path.name for path in tmp_path.iterdir()] == ["report-validate.html"]
     page = (tmp_path / "report-validate.html").read_text()
     sources = blocks(page)["pictures"]["sources"]
@@ -580,3 +581,35 @@ def test_every_evaluation_leaves_a_page_of_its_own(tmp_path, photos):
     assert sources[1:] == [NO_PICTURE, "picture can't be read"]
     for text in ("runs/x/step=7.ckpt", "predictions-validate.jsonl", "SVC", "torch "):
         assert text in page
+
+
+def test_a_page_has_the_scores_that_the_run_was_scored_by():
+    """Of each set its own metric, on its own rows; of several sets no number for all."""
+    from mmprefix.evaluation.report import page_scores
+    from mmprefix.evaluation.runner import Evaluation, score_predictions
+    from mmprefix.packing import Reference
+
+    def predictions(dataset, texts, first):
+        return [
+            (Reference(f"a{n}", f"i{n}", "k", "?", (right,), (n, 0), dataset), said)
+            for n, (said, right) in enumerate(texts, first)
+        ]
+
+    captions = predictions("captions", [("a red bus", "a red bus"), ("a dog", "two cats on a sofa")], 0)
+    questions = predictions("questions", [("yes", "yes"), ("no", "yes")], 2)
+    both = [*captions, *questions]
+    evaluation = Evaluation(both, score_predictions(both, {"captions": "caption"}, tokenizer="python"))
+    rows = [Row(r.id, r.image_id, r.kind, r.instruction, said, r.references, r.dataset) for r, said in both]
+    scores = page_scores(evaluation, rows)
+    assert scores.primary == "CIDEr"
+    assert scores.items["CIDEr"][0] > scores.items["CIDEr"][1]
+    assert np.isnan(scores.items["CIDEr"]).tolist() == [False, False, True, True]
+    np.testing.assert_array_equal(scores.items["exact match"], [np.nan, np.nan, 1, 0])
+    assert scores.corpus == {}
+    assert scores.notes[0] == "captions: tokenizer=python, not official"
+    alone = page_scores(
+        Evaluation(captions, score_predictions(captions, {"captions": "caption"}, tokenizer="python")), rows[:2]
+    )
+    assert alone.corpus["CIDEr"] == pytest.approx(np.mean(alone.items["CIDEr"]))
+    unscored = page_scores(Evaluation(both), rows)
+    assert unscored.primary == "exact match"
