@@ -65,7 +65,9 @@ def main_process(steps: Steps, work: Path) -> list[SourceRecord]:
     """What happens in front of the workers; returns all records."""
     captions, images = work / "captions.json", work / "images"
     options = sources.SourceOptions(images, (captions,))
-    steps.timed("main: JSON alone", lambda: sum(len(b) for _, b in reading.json_lists(captions, "images", "annotations")))
+    steps.timed(
+        "main: JSON alone", lambda: sum(len(b) for _, b in reading.json_lists(captions, "images", "annotations"))
+    )
     with Staging(work / "staging", "steps") as staging:
         steps.timed("main: reading and staging (with JSON)", lambda: sources.coco(options, staging))
         steps.timed("main: joining", lambda: len(staging))
