@@ -53,7 +53,7 @@ from mmprefix.training.checkpoints import (
     remove_leftovers,
     set_aside_newer,
 )
-from mmprefix.training.fsdp import FullyShardedStrategy
+from mmprefix.training.fsdp import STRATEGY_NAME, FullyShardedStrategy
 from mmprefix.training.module import MMPrefixModule
 from mmprefix.training.preemption import Preempted, Preemption
 from mmprefix.training.saving import AtomicCheckpointIO, CheckpointArgs
@@ -112,6 +112,10 @@ class MMPrefixCLI(LightningCLI):
         parser.link_arguments("model.frozen_feature_key", "data.feature_key", apply_on="instantiate")
         for part in ("model", "data"):
             parser.link_arguments("seed_everything", f"{part}.seed", compute_fn=_seed)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As Lightning's, but that `--trainer.strategy fsdp2` may have settings beside it."""
+        super().parse_arguments(parser, _with_class(args))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds what every run has: loggers, checkpoints, reports, in the run folder."""
@@ -283,6 +287,20 @@ def _cache_features(arguments: list[str]) -> int:
     options, others = caching.parse(arguments)
     parts = _build(PartsCLI, ["fit", *others])
     return caching.cache_features(parts.model, parts.datamodule, options)
+
+
+def _with_class(arguments: list[str]) -> list[str]:
+    """Names the class of a registered strategy that settings follow, as only classes take them."""
+    option, words = "--trainer.strategy", list(arguments)
+    if not any(word.startswith(f"{option}.") for word in words):
+        return words
+    path = f"{FullyShardedStrategy.__module__}.{FullyShardedStrategy.__name__}"
+    for i, word in enumerate(words):
+        if word == f"{option}={STRATEGY_NAME}":
+            words[i] = f"{option}={path}"
+        elif word == STRATEGY_NAME and i and words[i - 1] == option:
+            words[i] = path
+    return words
 
 
 def _seed(value: bool | int) -> int:

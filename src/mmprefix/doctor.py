@@ -805,11 +805,15 @@ def check_bandwidth(ranks: Ranks, on_gpu: bool, expected: float | None) -> list[
     return found
 
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Its name since torch 2.14, which warns of the old one."""
+
+
 def _run(collective: str, whole: Tensor, share: Tensor) -> None:
     if collective == "all-reduce":
         dist.all_reduce(whole)
     else:
-        dist.all_gather_into_tensor(whole, share)
+        _all_gather(whole, share)
 
 
 def judge_bandwidth(

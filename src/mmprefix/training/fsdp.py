@@ -40,6 +40,9 @@ from mmprefix.training.checkpoints import TIED, check_fits, read_checkpoint
 from mmprefix.training.layers import layers_by_part, layers_of
 from mmprefix.training.saving import AtomicCheckpointIO
 
+STRATEGY_NAME = "fsdp2"
+"""What `FullyShardedStrategy` is known by on the command line."""
+
 FINDING_OUT = timedelta(seconds=20)
 """What is left of a time-out for the watchdog, which asks the job's store who is missing, for up to ten seconds, and for the
 end of the process; of short time-outs, half."""
@@ -128,7 +131,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
         settings: dict[str, Any] = {
             "mesh": init_device_mesh(self.root_device.type, shape, mesh_dim_names=names),
             "mp_policy": MixedPrecisionPolicy(dtype, _DTYPES[self.reduce_dtype or "float32"] if dtype else None),
-            "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda")
+            if self.cpu_offload
+            else OffloadPolicy(),
         }
         for layer in layers_of(model):
             fully_shard(layer, **settings, reshard_after_forward=self.reshard_after_forward)
@@ -268,5 +273,5 @@ def prefetch_neighbours(layers: Sequence[nn.Module], number: int) -> None:
         layer.set_modules_to_backward_prefetch(list(reversed(layers[max(0, i - number) : i])))  # type: ignore[arg-type]
 
 
-if "fsdp2" not in StrategyRegistry:
-    StrategyRegistry.register("fsdp2", FullyShardedStrategy, description=FullyShardedStrategy.__doc__ or "")
+if STRATEGY_NAME not in StrategyRegistry:
+    StrategyRegistry.register(STRATEGY_NAME, FullyShardedStrategy, description=FullyShardedStrategy.__doc__ or "")
