@@ -110,7 +110,10 @@ def test_ranks_share_an_epoch_of_a_mixture(num_ranks):
     [
         ({}, "data.train: expected shards, or sets by name, got {}"),
         ({"a": 3}, "data.train.a.shards: expected a path, glob or folder, or a list of them, got 3"),
-        ({"a": {"shard": "x"}}, "expected shards, weight, size, instructions, metric, got 'shard'; did you mean shards?"),
+        (
+            {"a": {"shard": "x"}},
+            "expected shards, weight, size, instructions, metric, got 'shard'; did you mean shards?",
+        ),
         ({"a": {"shards": "x", "weight": 0}}, "data.train.a.weight: expected a number above 0, got 0"),
         ({"a": {"shards": "x", "weight": True}}, "data.train.a.weight"),
         ({"a": {"shards": "x", "size": 0}}, "data.train.a.size: expected a number of records above 0, got 0"),

@@ -148,6 +148,7 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         prefix_visibility: PrefixVisibility = "full",
         special_tokens: dict[str, int] | None = None,
         vocab_size: int | None = None,
+        decoder_dtype: torch.dtype | None = torch.float32,
     ) -> MMPrefixForConditionalGeneration:
         """A model from its parts, with their pretrained weights where asked for.
 
@@ -157,6 +158,8 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
             prefix_visibility: how prefix tokens see each other.
             special_tokens: `bos_token_id`, `eos_token_id`, `pad_token_id` of the tokenizer.
             vocab_size: ids that the tokenizer can yield; fills an inline decoder config that names none.
+            decoder_dtype: of the decoder's weights; None leaves pretrained ones in their files, see `build_decoder`. All
+                else is float32.
 
         Raises:
             InputError: parts that don't exist, don't fit, or a decoder that does not obey the prefix mask.
@@ -177,7 +180,7 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
                 "is it the decoder's own?",
                 stacklevel=2,
             )
-        language_model = build_decoder(decoder, text_config)
+        language_model = build_decoder(decoder, text_config, decoder_dtype)
         tokens: dict[str, Any] = dict(special_tokens or {})
         config = MMPrefixConfig(
             vision_config=spec.to_dict(),

@@ -120,7 +120,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
             )
 
     def shard(self, model: MMPrefixForConditionalGeneration) -> None:
-        """Replaces the model's parameters by shards of them, in place; the optimizer must be made after it."""
+        """Replaces the model's parameters by shards of them, in place; the optimizer must be made after it.
+
+        Args:
+            model: its weights may be in half precision and in files, see `decoder.build_decoder`. A layer becomes float32 just
+                before it is sharded: a process holds its share, and above it one layer, or what is outside of layers.
+        """
         if isinstance(model, FSDPModule):  # by `fit`, before its test
             return
         shape: tuple[int, ...] = (self.world_size,)
@@ -136,7 +141,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
             else OffloadPolicy(),
         }
         for layer in layers_of(model):
+            self._to_float32(layer)
             fully_shard(layer, **settings, reshard_after_forward=self.reshard_after_forward)
+        self._to_float32(model)
         fully_shard(model, **settings)
         for part in layers_by_part(model).values():
             prefetch_neighbours(part, self.prefetch)
@@ -146,6 +153,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
         whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
         if whole:  # they would be learnt by each process on its own
             raise RuntimeError(f"parameters that no unit shards: {', '.join(whole[:5])}")
+
+    def _to_float32(self, unit: nn.Module) -> None:
+        for tensor in (*unit.parameters(), *unit.buffers()):
+            if not isinstance(tensor, DTensor) and tensor.is_floating_point():
+                # First to the device, which is the faster one, and has to hold a whole unit anyway.
+                tensor.data = tensor.data.to(self.root_device).to(torch.float32)
 
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[None]:

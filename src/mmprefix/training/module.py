@@ -10,6 +10,7 @@ resumed draws what it would have drawn, and no generator state has to be saved.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -33,7 +34,7 @@ from mmprefix import adapters
 from mmprefix.accounting import PARTS
 from mmprefix.attention import MASK_FREE_IMPLEMENTATION
 from mmprefix.data.features import FeatureKey
-from mmprefix.decoder import DecoderArgs, windows_of
+from mmprefix.decoder import DecoderArgs, parameters_on_meta, take_buffers, windows_of
 from mmprefix.errors import InputError
 from mmprefix.evaluation import runner
 from mmprefix.evaluation.runner import DEFAULT_TASK, Evaluation, Prediction
@@ -111,6 +112,7 @@ def _from_parts(
         }
         | {"eos_token_id": prompt_end(text_tokenizer, tokenizer.prompt)},
         vocab_size=text_vocab_size(text_tokenizer),
+        decoder_dtype=None,
     )
     processor = MMPrefixProcessor(
         MMPrefixImageProcessor.from_spec(model.config.vision_spec),
@@ -216,14 +218,19 @@ class MMPrefixModule(pl.LightningModule):
                 if args != type(args)():
                     raise InputError(f"model.pretrained: expected no model.{name} beside it, got {args}")
             self.model, self.processor = load_model(Path(pretrained))
-            # Weights in half precision would lose small updates; computing in it is the trainer's choice.
-            self.model.float().train()
-            for config in (self.model.config, self.model.config.text_config, self.model.decoder.config):
-                config.dtype = torch.float32  # what is saved says what it is
+            self.model.train()
             if prefix_visibility is not None:
                 self.model.config.prefix_visibility = self.processor.prefix_visibility = prefix_visibility
         else:
             self.model, self.processor = _from_parts(vision, decoder, connector, tokenizer, prefix_visibility or "full")
+        for config in (self.model.config, self.model.config.text_config, self.model.decoder.config):
+            config.dtype = torch.float32  # what is saved says what it is
+        if pretrained is not None and self.model.decoder.dtype != torch.float32:
+            with parameters_on_meta():
+                take_buffers(self.model, MMPrefixForConditionalGeneration(copy.deepcopy(self.model.config)))
+        # The decoder's turn comes in `configure_model`: until then it costs no memory.
+        self.model.vision.float()
+        self.model.connector.float()
         self.loss_normalization: LossNormalization = loss_normalization
         self.optimizer_args = optimizer
         self.guard_args, self._guard = guard, Guard()
@@ -311,7 +318,12 @@ class MMPrefixModule(pl.LightningModule):
         }
 
     def configure_model(self) -> None:
-        """Compiles the model, and shards it, where the strategy does."""
+        """Gives the model weights in float32, compiles it, and shards it, where the strategy does.
+
+        Weights in half precision would lose small updates; computing in it is the trainer's choice.
+        """
+        if self._sharding is None and not self._in_4bit:
+            self.model.float()
         if self._compiled and self._sharding is None and self.model._compiled_call_impl is None:
             self.model.compile()
         if self._sharding is not None:
@@ -323,8 +335,9 @@ class MMPrefixModule(pl.LightningModule):
                 raise InputError(
                     "model.compile: expected false under FSDP2, got true: compiled layers that are sharded gave other gradients"
                 )
+            # Parameters become others; the old ones, which nobody may keep, have memory until then.
+            self._trainable = {}
             self._sharding.shard(self.model)
-            # Parameters are others now.
             self._trainable = {name: self._of_part(name) for name in PARTS}
 
     @property
