@@ -253,20 +253,29 @@ def test_maps_lie_over_the_patches_of_each_view(photos, connector, grid):
 
 
 @torch.no_grad()
-def test_patches_of_the_map_are_where_the_picture_is(photos):
-    """What changes in a corner of the picture changes the image token that the map shows in that corner."""
-    model, processor = make_model(
-        vision=VisionArgs("test_resnet", image_size=128), connector=ConnectorArgs("pixel_shuffle", 2)
-    )
+def test_patches_of_the_map_are_where_the_picture_is():
+    """What changes in a part of the picture changes the image token that the map shows there."""
+    model, processor = make_model(vision=VisionArgs("test_vit", image_size=64))
     rows, columns = token_grid(model)
-    grey = Image.new("RGB", (300, 100), (128, 128, 128))
-    for row, column in ((0, columns - 1), (rows - 1, 0)):
+    grey = Image.new("RGB", (320, 160), (128, 128, 128))
+    for row, column in ((0, columns - 1), (rows - 1, 0), (1, 2)):
         spot = grey.copy()
-        x, y = 300 * column // columns, 100 * row // rows
-        spot.paste((255, 0, 0), (x, y, x + 300 // columns, y + 100 // rows))
+        x, y = 320 * column // columns, 160 * row // rows
+        spot.paste((255, 0, 0), (x, y, x + 320 // columns, y + 160 // rows))
         tokens = [model.get_image_tokens(processor.transform.views(picture))[0] for picture in (grey, spot)]
         change = (tokens[1] - tokens[0]).norm(dim=1)
         assert divmod(int(change.argmax()), columns) == (row, column)
+
+
+def test_joined_patches_of_the_map_are_neighbours():
+    """Tokens that say where they stand, through `pixel_shuffle`: each joined one holds those of its block."""
+    model, _ = make_model(vision=VisionArgs("test_vit", image_size=96), connector=ConnectorArgs("pixel_shuffle", 3))
+    (rows, columns), (height, width) = token_grid(model), model.config.vision_spec.grid
+    assert (rows, columns, height, width) == (2, 2, 6, 6)
+    places = torch.tensor([(r, c) for r in range(height) for c in range(width)])
+    joined = model.connector[0](places[None])[0].view(rows * columns, 9, 2)
+    for number, block in enumerate(joined.tolist()):
+        assert {(r // 3, c // 3) for r, c in block} == {divmod(number, columns)}
 
 
 # Charts

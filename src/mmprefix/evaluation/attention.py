@@ -376,6 +376,9 @@ def split_words(tokenizer: Any, ids: Sequence[int]) -> tuple[Word, ...]:
         else:
             words.append(Word(text, start, stop))
         is_open = not special
+    if len(words) > 1 and is_open and not words[-1].text.strip():  # white space at the very end
+        last_but_one = words[-2]
+        words[-2:] = [Word(last_but_one.text, last_but_one.start, words[-1].stop)]
     return tuple(Word(word.text.strip(), word.start, word.stop) for word in words)
 
 
