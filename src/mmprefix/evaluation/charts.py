@@ -307,9 +307,9 @@ def _matrix(pixels: np.ndarray, axis: TokenAxis, labelled: bool) -> Image.Image:
 def _legend(axis: TokenAxis) -> Image.Image:
     """Regions with their sizes, and the line between prefix and target."""
     entries: list[tuple[str, Colour | None]] = []
-    for name, colour in REGION_COLOURS.items():
+    for name, of_region in REGION_COLOURS.items():
         if count := axis.regions.count(name):
-            entries.append((f"{name} ({count})", colour))
+            entries.append((f"{name} ({count})", of_region))
     entries.append(("prefix boundary", None))
     widths = [20 + _size(text, _TEXT) + 18 for text, _ in entries]
     legend = Image.new("RGB", (sum(widths), 16), _PAPER)
