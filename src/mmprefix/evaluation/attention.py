@@ -208,7 +208,6 @@ def _trace(
             image_tokens=image_tokens,
             plan=batch.plan,
             use_cache=False,
-            output_attentions=True,  # some architectures give their attention's weights out only then
         ).logits
     kept.check(type(model.decoder).__name__, int(model.decoder.config.num_hidden_layers))
     losses = F.cross_entropy(logits.float(), sequence.labels.to(logits.device), reduction="none")
@@ -271,7 +270,7 @@ def eager_attention(decoder: nn.Module) -> Iterator[None]:
     before = [(config, config._attn_implementation) for config in configs.values()]
     try:
         for config, _ in before:
-            # Not `set_attn_implementation`: it refuses architectures (falcon) whose attention asks the config as well.
+            # Not `set_attn_implementation`: it refuses architectures (falcon) that read the config at each pass all the same.
             config._attn_implementation = "eager"
         yield
     finally:
@@ -314,7 +313,7 @@ class _Weights:
             # The weights are the only thing of this shape that a module returns beside its output.
             if isinstance(value, Tensor) and value.shape[2:] == (length, length) and value.is_floating_point():
                 self._add(value[0])
-                # Nothing is left for those around it: layers, and the library's own collection of all weights.
+                # Nothing is left for those around it: some layers return the weights of their attention once more.
                 return (*output[:place], value.new_empty(0), *output[place + 1 :])
         return None
 

@@ -101,7 +101,7 @@ def draw_trace(
     whose = "the model's own answer" if trace.generated else "the given target"
     of_target = [texts[trace.boundary + n] for n in range(len(trace.losses))]
     windows = [size for size in trace.windows if size < len(sequence)]
-    more = [f"Some layers see the target in a window of {windows[0]} tokens only."] if windows else []
+    more = [f"Some layers see less, through a window of {windows[0]} tokens of their own."] if windows else []
     pictures = {
         "mask": mask_chart(
             trace.visible, axis, f"Mask: {trace.visibility} prefix, {len(sequence)} tokens",
