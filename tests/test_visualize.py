@@ -12,6 +12,8 @@ from PIL import Image
 from mmprefix.attention import prefix_plan
 from mmprefix.cli import run
 from mmprefix.decoder import install, uninstall
+from mmprefix.errors import InputError
+from mmprefix.evaluation import attention
 from mmprefix.evaluation.attention import _Weights, eager_attention, split_words, token_grid, token_texts, trace_sample
 from mmprefix.evaluation.charts import (
     REGION_COLOURS,
@@ -134,7 +136,6 @@ def test_attention_explains_what_the_layer_puts_out():
 
 def test_weights_that_cannot_be_the_models_are_refused(monkeypatch):
     from mmprefix import attention
-    from mmprefix.errors import InputError
 
     model, processor = make_model()
     layer = model.decoder.model.layers[1].self_attn
@@ -167,8 +168,6 @@ def test_modes_of_frozen_parts_stay():
 
 
 def test_a_sample_longer_than_the_decoders_positions_is_one_line():
-    from mmprefix.errors import InputError
-
     model, processor = make_model(decoder={**DECODERS["gpt2"], "n_positions": 64})
     with pytest.raises(
         InputError, match=r"sample: expected at most 64 tokens \(the decoder's max_position_embeddings\), got 7\d"
@@ -215,6 +214,56 @@ def test_every_architecture_of_the_matrix_gives_weights(name):
     kept.check(name, decoder.config.num_hidden_layers)
     assert kept.layers == len(kept.heads) == 2
     uninstall(decoder)
+
+
+def test_more_memory_than_is_free_is_refused_before_it_is_taken(model_and_processor, photos, monkeypatch):
+    model, processor = model_and_processor
+    monkeypatch.setattr(model, "generate", lambda **kwargs: pytest.fail("it should have been refused"))
+    length = 20_000 + 64
+    instruction = "a" * (length - 64 - len(processor.encode("", (), views=())))
+    monkeypatch.setattr(model.decoder.config, "max_position_embeddings", 1 << 20)
+    monkeypatch.setattr(attention, "free_memory", lambda device: 30 << 30)
+    layer = 4 * 4 * length**2  # of four heads
+    assert 4 * layer + 2 * layer / 4 < 30 << 30 < 4 * layer + 2 * (layer / 4 + layer)
+    with pytest.raises(InputError) as error:
+        trace_sample(model, processor, [], instruction, heads=True)
+    assert str(error.value) == (
+        "attention of 2 layers and their 4 heads over 20,064 tokens: expected at most 30.0 GiB, what is free on cpu, it needs "
+        "39.0 GiB; ask for no heads, or fewer layers, or a shorter prefix (smaller images, fewer tiles)"
+    )
+    monkeypatch.setattr(attention, "free_memory", lambda device: 10 << 30)
+    with pytest.raises(InputError, match=r"over 20,064 tokens: .* ask for a shorter prefix \(smaller"):
+        trace_sample(model, processor, [], instruction)
+    monkeypatch.setattr(attention, "free_memory", lambda device: None)
+    assert len(trace_sample(model, processor, [], "a", "b").attention) == 2, "where nothing says, nothing is refused"
+
+
+def test_estimate_of_memory_covers_what_a_pass_takes(model_and_processor):
+    """Bytes that torch allocates and does not give back, against the estimate that is compared with what is free."""
+    model, processor = model_and_processor
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        trace = trace_sample(model, processor, [], "a" * 900, "b", heads=True)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    layer = 4 * 4 * len(trace.sequence) ** 2
+    assert 2 * layer < peak < attention._PASS_COPIES * layer + 2 * (layer + layer / 4)
+
+
+def test_free_memory_is_the_least_that_anything_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(attention, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(attention, "_CGROUP", tmp_path)
+    assert attention.free_memory(torch.device("cpu")) is None
+    (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable:     512 kB\n")
+    assert attention.free_memory(torch.device("cpu")) == 512 * 1024
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert attention.free_memory(torch.device("cpu")) == 512 * 1024
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert attention.free_memory(torch.device("cpu")) == 4000
+    assert attention.free_memory(torch.device("meta")) is None
 
 
 # Words, texts and patches
