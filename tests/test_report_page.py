@@ -388,7 +388,7 @@ def test_another_score_sorts_anew(opened):
 
 
 def drawn_samples(*rows):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 900, 3), np.uint8))
+    picture = Image.linear_gradient("L").resize((900, 300)).convert("RGB")
     title = HOSTILE[0] + "a long title " * 20
     return [
         DrawnSample(n, (Drawing(title, "r 0.10; e 0.20", picture, n == 0), Drawing("Mask", "m", picture))) for n in rows
