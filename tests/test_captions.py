@@ -277,6 +277,17 @@ def test_a_letter_at_the_end_is_read_with_the_next_caption():
     assert [drop_punctuation(" ".join(tokens)) for tokens in split_captions(lines)] == expected
 
 
+@needs_java
+def test_short_words_keep_their_period_where_the_official_program_keeps_it():
+    """Every word of two letters in three spellings, and those of three that either side may keep."""
+    two = [a + b for a in "abcdefghijklmnopqrstuvwxyz" for b in "abcdefghijklmnopqrstuvwxyz"]
+    words = [*two, "ave", "dog", "cat", "jan", "ill", "ark", "del", "tex", "figs", "wash", "mass", "phd"]
+    lines = [f"go {spelled}. x" for word in words for spelled in (word, word.capitalize(), word.upper())]
+    expected = official_lines(lines)
+    assert [" ".join(tokens) for tokens in split_captions(lines)] == expected
+    assert 60 < sum(line.split()[1].endswith(".") for line in expected) < 300
+
+
 def test_the_last_prediction_is_not_read_with_the_first_reference():
     """The official code tokenizes both by themselves."""
     assert score({"1": "A plan B."}, {"1": ["A plan B."]}).corpus["BLEU-1"] == pytest.approx(1)
