@@ -88,6 +88,18 @@ def test_answerability_matches_scikit_learn(items):
     assert average_precision(labels, scores) == pytest.approx(average_precision_score(labels, scores))
 
 
+@pytest.mark.parametrize(
+    ("labels", "scores", "value"),
+    [
+        ([1, 0], [0.5, 0.5], 1 / 2), ([0, 1], [0.5, 0.5], 1 / 2),  # equal scores are one threshold, whoever comes first
+        ([1, 0, 0, 1], [0.9, 0.4, 0.4, 0.4], 1 / 2 * 1 + 1 / 2 * 2 / 4), ([0, 0, 1, 1], [0.4, 0.4, 0.4, 0.9], 3 / 4),
+        ([0, 1, 1], [0.9, 0.9, 0.1], 1 / 2 * 1 / 2 + 1 / 2 * 2 / 3), ([1, 1, 0], [0.1, 0.9, 0.9], 7 / 12),
+    ],
+)  # fmt: skip
+def test_equal_scores_are_one_threshold(labels, scores, value):
+    assert average_precision(labels, scores) == pytest.approx(value, abs=1e-12)
+
+
 def test_no_positive_item_has_no_precision():
     assert average_precision([False, False], [0.1, 0.9]) == 0
     with pytest.raises(InputError, match="as many labels"):
@@ -156,6 +168,20 @@ def test_kinds_and_their_means():
     assert {name: kind.count for name, kind in scores.kinds["topic"].items()} == {"food": 2, "sport": 1}
 
 
+def test_letters_beyond_the_choices_are_none():
+    """Whether there is an E decides whether these name one letter or two."""
+    said = "The answer is E. The answer is B."
+    scores = score_answers(
+        "scienceqa", {"four": said, "five": said},
+        {"four": AnswerReference(("B",), num_choices=4), "five": AnswerReference(("B",), num_choices=5)},
+    )  # fmt: skip
+    assert [of["accuracy"] for of in scores.items.values()] == [1, 0]
+    for choices, score in ((4, 1), (5, 0)):
+        metric = AnswerMetric("scienceqa")
+        metric.update(said, ("B",), num_choices=choices)
+        assert metric.compute() == score
+
+
 def test_the_variant_is_named():
     references = references_of("vqa", ["dog"])
     assert score_answers("vqa", {"0": "dog"}, references).variant == "vqav2 (VQA v2, official code since 2021)"
@@ -182,6 +208,8 @@ def test_input_errors():
     both = {"1": "x", "2": "x"}
     for error, call in {
         "got 1 missing .2., 1 unknown .3.": lambda: score_answers("vqa", {"1": "x", "3": "x"}, ten),
+        "for each of 2 ids and no others, got 1 missing .2.$": lambda: score_answers("exact", {"1": "x"}, ten),
+        "for each of 2 ids and no others, got 1 unknown .3.$": lambda: score_answers("exact", both | {"3": "x"}, ten),
         "99 unknown .0, 2, .* and 89 more.": lambda: score_answers("exact", {str(n): "" for n in range(100)} | both, {"1": ten["1"]}),
         "an empty split": lambda: score_answers("vqa", {}, {}),
         "2: expected an answer that is a string, got int": lambda: score_answers("vqa", {"1": "x", "2": 3}, ten),
@@ -216,6 +244,16 @@ def test_metric_matches_the_entry_over_ranks(task):
     assert 0 < scores.corpus[scores.metric] < 1
     assert whole.compute().item() == pytest.approx(scores.corpus[scores.metric], abs=1e-12)
     assert {reduction.__name__ for reduction in whole._reductions.values()} == {"dim_zero_sum"}
+
+
+def test_metric_is_a_mean_over_what_it_counted():
+    metric = AnswerMetric("exact")
+    for number, (said, total) in enumerate((("a", 1.0), ("b", 1 / 2), ("b", 1 / 3), ("a", 2 / 4)), 1):
+        metric.update(said, ("a",))
+        assert int(metric.total) == number
+        assert metric.compute().item() == pytest.approx(total, abs=1e-12)
+    metric.reset()
+    assert int(metric.total) == 0
 
 
 def test_metric_without_predictions_and_with_a_wrong_task():

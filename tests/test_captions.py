@@ -22,6 +22,7 @@ from mmprefix.errors import InputError
 from mmprefix.metrics import CaptionMetrics, score_captions
 from mmprefix.metrics import java as java_programs
 from mmprefix.metrics.bleu import bleu
+from mmprefix.metrics.captions import in_order
 from mmprefix.metrics.cider import cider
 from mmprefix.metrics.java_scorers import meteor
 from mmprefix.metrics.ngrams import CaptionCorpus
@@ -276,9 +277,51 @@ def test_a_letter_at_the_end_is_read_with_the_next_caption():
     assert [drop_punctuation(" ".join(tokens)) for tokens in split_captions(lines)] == expected
 
 
+@needs_java
+def test_short_words_keep_their_period_where_the_official_program_keeps_it():
+    """Every word of two letters in three spellings, and those of three that either side may keep."""
+    two = [a + b for a in "abcdefghijklmnopqrstuvwxyz" for b in "abcdefghijklmnopqrstuvwxyz"]
+    words = [*two, "ave", "dog", "cat", "jan", "ill", "ark", "del", "tex", "figs", "wash", "mass", "phd"]
+    lines = [f"go {spelled}. x" for word in words for spelled in (word, word.capitalize(), word.upper())]
+    expected = official_lines(lines)
+    assert [" ".join(tokens) for tokens in split_captions(lines)] == expected
+    assert 60 < sum(line.split()[1].endswith(".") for line in expected) < 300
+
+
 def test_the_last_prediction_is_not_read_with_the_first_reference():
     """The official code tokenizes both by themselves."""
     assert score({"1": "A plan B."}, {"1": ["A plan B."]}).corpus["BLEU-1"] == pytest.approx(1)
+
+
+_ENDS_IN_A_LETTER = [
+    "this is plan B.",
+    "The dog runs",
+    "this is plan B.",
+    "a dog with plan B.",
+    "he has vitamin C.",
+    "A cat",
+]
+
+
+@pytest.mark.parametrize("tokenizer", ["python", pytest.param("official", marks=needs_java)])
+def test_scores_are_the_same_in_any_order_of_images_and_in_the_metric(tokenizer):
+    """Although tokens of captions that end in a letter depend on which caption comes next."""
+    names = ["9", "10", "a", "100", "B", "2"]
+    captions = dict(zip(names, _ENDS_IN_A_LETTER, strict=True))
+    references = {name: [text.replace("plan B.", "a plan b"), text] for name, text in captions.items()}
+    mixed = dict(sorted(captions.items(), reverse=True))
+    lines = [dict(zip(order, split_captions(list(order.values())), strict=True)) for order in (captions, mixed)]
+    assert lines[0] != lines[1], "the order must matter to the tokenizer"
+    expected = score_captions(captions, references, tokenizer=tokenizer)
+    other = score_captions(captions, {name: references[name] for name in mixed}, tokenizer=tokenizer)
+    assert (other.corpus, other.items) == (expected.corpus, expected.items)
+    assert list(other.items["CIDEr"]) == list(mixed)
+    metric = CaptionMetrics(tokenizer=tokenizer)
+    for name in mixed:
+        metric.update([name], [captions[name]], [references[name]])
+    metric.compute()
+    assert (metric.scores.corpus, metric.scores.items) == (expected.corpus, expected.items)
+    assert in_order(captions) == ["2", "9", "10", "100", "B", "a"]
 
 
 def test_clean_leaves_one_line():
@@ -470,7 +513,7 @@ def test_two_ranks_match_one(tmp_path):
     for _, _, values, items, few, images in ranks:
         assert values == expected
         assert items == alone.scores.items
-        assert list(items["CIDEr"]) == sorted(made.predictions), "the tokenizer reads some captions with the next one"
+        assert list(items["CIDEr"]) == in_order(made.predictions)
         assert images == 9
         assert few["CIDEr"] > 0
     assert ranks[0][4] == ranks[1][4]

@@ -1,5 +1,6 @@
 """The command line as a user meets it: separate processes for what concerns start-up, exit status and signals."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import torch
 import yaml
 from fsspec.implementations.memory import MemoryFileSystem
 
+from mmprefix.__main__ import main
 from mmprefix.cli import run
 from mmprefix.data import storage
 from mmprefix.data.shards import write_shard
@@ -67,6 +69,41 @@ def test_help_and_version_import_nothing_heavy():
         imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
         assert "mmprefix.__main__" in imported or "mmprefix" in imported, "the reader of imports must see them"
         assert not {"torch", "lightning", "transformers", "timm"} & imported
+
+
+def test_output_that_nobody_reads_ends_quietly(tmp_path):
+    """As under `| head -1`: the reader has gone before the command prints, and again while it prints."""
+    rows = [{"id": str(n), "prediction": "a", "references": ["a"], "kind": "k" * 90 + str(n)} for n in range(1000)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score = ["score", "--task", "exact", "--predictions", str(tmp_path / "p.jsonl"), "--json", str(tmp_path / "s.json")]
+    report = ["report", "--run", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "r.html")]
+    for arguments in ([], ["--version"], ["score", "--help"], score, report, ["probe", "--help"]):
+        reading, writing = os.pipe()
+        os.close(reading)
+        command = [sys.executable, "-m", "mmprefix", *arguments]
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300)
+        os.close(writing)
+        assert done.stderr == "", arguments
+        # argparse itself passes over it, where output isn't buffered.
+        assert done.returncode in ((141, 0) if "--help" in arguments else (141,)), arguments
+    assert len(json.loads((tmp_path / "s.json").read_text())["items"]) == 1000, "files are whole all the same"
+    assert (tmp_path / "r.html").is_file()
+    with subprocess.Popen(
+        [sys.executable, "-m", "mmprefix", *score], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout.read(100)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(300) == 141
+
+
+def test_a_broken_pipe_of_something_else_is_an_error(monkeypatch, capfd):
+    def broken(arguments):
+        raise BrokenPipeError(32, "of a worker")
+
+    monkeypatch.setattr("mmprefix.scoring.score", broken)
+    assert main(["score"]) == 1
+    assert capfd.readouterr().err == "error: [Errno 32] of a worker\n"
 
 
 def test_no_command_and_wrong_command():

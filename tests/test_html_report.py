@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import io
 import json
 import math
@@ -15,6 +16,9 @@ from PIL import Image
 from mmprefix.__main__ import main
 from mmprefix.data.shards import write_shard
 from mmprefix.errors import InputError
+from mmprefix.evaluation.attention import trace_sample
+from mmprefix.evaluation.charts import percent
+from mmprefix.evaluation.drawings import Drawing, DrawnSample, as_uri, drawn_section
 from mmprefix.evaluation.html_report import embedded_pictures, write_report
 from mmprefix.evaluation.pictures import as_stored
 from mmprefix.evaluation.report import log_picture
@@ -32,7 +36,7 @@ from mmprefix.evaluation.summary import MAX_ANSWERS, confusions, paired, summari
 from mmprefix.evaluation.svg import line_chart, thinned, ticks
 from mmprefix.evaluation.thumbnails import NO_PICTURE, NO_ROOM, SIDE, embed, encode, telling_first
 from mmprefix.metrics.intervals import mean_interval
-from tests.conftest import colour_record
+from tests.conftest import colour_record, make_model
 
 ROWS = [
     Row("a", "1", "colour", "which?", "red", ("red",)),
@@ -485,6 +489,10 @@ def test_command_compares_two_runs(tmp_path):
         (["--run", "p.jsonl", "--out", "."], "--out: expected the name of a file, got the folder ."),
         (["--run", "p.jsonl", "--out", "r.html", "--compare-scores", "x"], "--compare-scores: expected --compare with it"),
         (["--run", "p.jsonl", "--out", "r.html", "--scores", "x"], "--scores: expected a file, found none at x"),
+        (["--run", "p.jsonl", "--out", "r.html", "--visualize", "2"], "--visualize: expected --images with it"),
+        (["--run", "p.jsonl", "--out", "r.html", "--visualize", "2", "--images", "s"], "expected a run folder or --checkpoint"),
+        (["--run", "p.jsonl", "--out", "r.html", "--visualize", "101"], "--visualize: expected a number of samples from 0"),
+        (["--run", "p.jsonl", "--out", "r.html", "--checkpoint", "x"], "--checkpoint: expected --visualize with it"),
         (["--out", "r.html"], "report: the following arguments are required: --run"),
     ],
 )  # fmt: skip
@@ -511,6 +519,124 @@ def test_scores_that_are_no_shares_are_not_called_right(tmp_path):
         [False, True, False],
         0,
     )
+
+
+# Attention and loss ---------------------------------------------------------------------------------------------------
+
+
+def drawing(seed, title="Mask", words="which token sees which", side=40):
+    noise = np.random.default_rng(seed).integers(0, 255, (side, side, 3), np.uint8)
+    return Drawing(title, words, Image.fromarray(noise))
+
+
+def test_drawings_are_in_the_page_with_words_for_them(tmp_path):
+    drawn = [
+        DrawnSample(2, (drawing(0), drawing(1, "<b>Loss</b>", '"red" <0.5> nats'))),
+        DrawnSample(0, (), ("Not drawn: <too long>",)),
+    ]
+    line = write_report(tmp_path / "r.html", run_of(ROWS), no_picture, drawn=drawn)
+    assert "2 drawn" in line
+    page = (tmp_path / "r.html").read_text()
+    assert page.count('<details class="drawn"') == 2
+    section = page[page.index('<section id="inside"') :].partition("</section>")[0]
+    uris = re.findall(r'<img src="data:image/webp;base64,([^"]+)" width="40" height="40" alt="([^"]*)"', section)
+    assert [words for _, words in uris] == ["which token sees which", "&quot;red&quot; &lt;0.5&gt; nats"]
+    for seed, (uri, _) in enumerate(uris):  # charts are kept without loss
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))))
+        assert np.array_equal(shown, np.asarray(drawing(seed).picture))
+    assert "&lt;b&gt;Loss&lt;/b&gt;" in section
+    assert "Not drawn: &lt;too long&gt;" in section
+    assert "<b>Loss" not in section
+    assert "grün" in section
+    assert blocks(page)["data"]["drawn"] == {"2": 2, "0": 0}
+    write_report(tmp_path / "r.html", run_of(ROWS), no_picture)
+    assert 'id="inside"' not in (tmp_path / "r.html").read_text()
+
+
+def test_drawings_have_a_budget_and_say_what_it_left_out():
+    samples = [DrawnSample(n, (drawing(n),)) for n in range(4)]
+    one = len(as_uri(samples[0].drawings[0]))
+    section, rows = drawn_section(samples, run_of(ROWS), budget=int(2.5 * one))
+    assert rows == [0, 1]
+    assert "2 of 4 samples are left out" in section
+    assert len(section) < 2.5 * one + 4000
+    assert drawn_section(samples, run_of(ROWS))[1] == [0, 1, 2, 3]
+
+
+def test_two_runs_point_to_the_first_ones_drawings(tmp_path):
+    second = [row._replace(prediction="red") for row in reversed(ROWS[1:])]
+    write_report(tmp_path / "r.html", run_of(ROWS), no_picture, run_of(second), drawn=[DrawnSample(3, (drawing(0),))])
+    data = blocks((tmp_path / "r.html").read_text())["data"]
+    ((place, row),) = data["drawn"].items()
+    assert (data["id"][int(place)], row) == (ROWS[3].id, 3)
+
+
+@pytest.mark.parametrize("reference", ["red", "no"])
+def test_command_draws_what_the_model_did(reference, tmp_path, capsys):
+    model, processor = make_model()
+    folder = tmp_path / "run"
+    for part in (model, processor):
+        part.save_pretrained(folder / "model")
+    records = [colour_record(n) for n in range(3)]
+    write_shard(tmp_path / "s" / "val-000.tar", records)
+    rows = [
+        Row(sample["id"], key, sample["kind"], sample["instruction"], "red", (reference,))
+        for key, _, payload in records for sample in json.loads(payload)
+    ]  # fmt: skip
+    rows.insert(0, Row("none", "nowhere", "", "?", "", ("x",)))  # the worst, of which there is no picture
+    run_folder(folder, rows)
+    out = tmp_path / "r.html"
+    arguments = ["report", "--run", str(folder), "--images", str(tmp_path / "s"), "--out", str(out)]
+    assert main([*arguments, "--visualize", "2"]) == 0
+    assert "2 drawn" in capsys.readouterr().out
+    page = out.read_text()
+    section = page[page.index('<section id="inside"') :].partition("</section>")[0]
+    assert re.findall(r'id="drawn-(\d+)"', section) == ["1", "2"]
+    expected = ["Where the answer's words look, mean of 2 layers", "Loss of the answer"]
+    expected += ["Loss of what was expected: no"] if reference == "no" else []
+    expected += ["Mask", "Attention of layer 0", "Attention of layer 1"]
+    titles = [html.unescape(text) for text in re.findall(r"<figcaption><bdi>(.*?)</bdi>", section)]
+    assert titles == 2 * expected
+    words = [html.unescape(text) for text in re.findall(r'alt="(.*?)"', section)][: len(expected)]
+    trace = trace_sample(model, processor, [Image.open(io.BytesIO(records[0][1]))], "which colour?", "red")
+    assert f"r {trace.losses[0]:.2f}; e {trace.losses[1]:.2f}; d {trace.losses[2]:.2f}; </s>" in words[1]
+    share = percent(float(trace.image_attention(trace.words[0]).sum()))
+    assert f"red {share}; </s>" in words[0]
+    to_image = float(
+        trace.attention[0][trace.sequence.label_positions.numpy()][:, trace.sequence.regions == 0].sum(1).mean()
+    )
+    assert f"{percent(to_image)} to the image" in words[-2]
+    assert f"{trace.sequence.num_image_tokens} image, " in words[-3]
+
+
+def test_samples_that_cannot_be_drawn_say_why(tmp_path, capsys):
+    model, processor = make_model()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    turns = [
+        {"id": "t", "instruction": ["a", "b", "c"], "target": "d"},
+        {"id": "long", "instruction": "x", "target": "y"},
+    ]
+    record = colour_record(0)
+    write_shard(tmp_path / "s" / "val-000.tar", [(record[0], record[1], json.dumps(turns).encode())])
+    rows = [Row("t", "0000", "", "other words", "e", ("d",)), Row("long", "0000", "", "x" * 5000, "e", ("y",))]
+    write_predictions(tmp_path / "p.jsonl", rows)
+    arguments = [
+        "report",
+        "--run",
+        str(tmp_path / "p.jsonl"),
+        "--images",
+        str(tmp_path / "s"),
+        "--out",
+        str(tmp_path / "r.html"),
+    ]
+    assert main([*arguments, "--visualize", "5", "--checkpoint", str(tmp_path / "model")]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "Not drawn: its turns were put into a template" in page
+    assert "Not drawn: sample: expected at most 2048 tokens" in page
+    write_predictions(tmp_path / "p.jsonl", [rows[0]._replace(instruction="a\nb\nc")])
+    assert main([*arguments, "--visualize", "5", "--checkpoint", str(tmp_path / "model")]) == 0
+    assert "Not drawn" not in (tmp_path / "r.html").read_text()
 
 
 # Loggers --------------------------------------------------------------------------------------------------------------

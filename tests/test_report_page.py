@@ -4,7 +4,9 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from mmprefix.evaluation.drawings import Drawing, DrawnSample
 from mmprefix.evaluation.html_report import write_report
 from mmprefix.evaluation.runs import Curve, Row, Run, Scores, exact_match_scores
 from mmprefix.evaluation.thumbnails import NO_PICTURE
@@ -38,13 +40,13 @@ def opened(browser, tmp_path, photos):
     """Writes a run's page and opens it; fails on whatever the console says, and on anything that is loaded."""
     contexts, complaints = [], []
 
-    def write_and_open(rows, second=None, size="laptop", scores=None, **context):
+    def write_and_open(rows, second=None, size="laptop", scores=None, drawn=(), **context):
         one = Run(
             "first", rows, scores or exact_match_scores(rows), CURVES, {"Model": "a → b"}, ("SVC", {"colour": 0.4})
         )
         other = None if second is None else Run("second", second, exact_match_scores(second))
         path = tmp_path / "report.html"
-        write_report(path, one, lambda row: photos[row % 3] if row % 5 else NO_PICTURE, other)
+        write_report(path, one, lambda row: photos[row % 3] if row % 5 else NO_PICTURE, other, drawn=drawn)
         width, height = SIZES[size]
         contexts.append(browser.new_context(viewport={"width": width, "height": height}, **context))
         page = contexts[-1].new_page()
@@ -383,6 +385,54 @@ def test_another_score_sorts_anew(opened):
     page.select_option("#metric", label="accuracy")
     assert first.inner_text() == "s00000"
     assert page.locator(".card .badge").all_inner_texts()[2] == "◐ partly right 0.500"
+
+
+def drawn_samples(*rows):
+    picture = Image.linear_gradient("L").resize((900, 300)).convert("RGB")
+    title = HOSTILE[0] + "a long title " * 20
+    return [
+        DrawnSample(n, (Drawing(title, "r 0.10; e 0.20", picture, n == 0), Drawing("Mask", "m", picture))) for n in rows
+    ]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_drawings_are_seen_and_reached_from_their_sample(opened, size):
+    rows = colours(60)
+    wrong = next(n for n, row in enumerate(rows) if row.prediction not in row.references)
+    page = opened(rows, size=size, drawn=drawn_samples(7, wrong))
+    first, second = page.locator("details.drawn").all()
+    assert page.get_by_role("link", name="Attention and loss").count() == 1, "in the list of sections"
+    assert first.evaluate("one => one.open")
+    assert not second.evaluate("one => one.open")
+    for image in first.locator("img").all():
+        assert image.evaluate("one => one.complete && one.naturalWidth") == 900
+        assert image.get_attribute("alt").strip()
+    assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
+    assert page.evaluate(NAMES) == []
+    assert page.evaluate(CONTRAST)[1] == []
+    page.locator(".card").first.focus()
+    page.keyboard.press("Enter")
+    link = page.locator("dialog").get_by_role("link", name="Attention and loss")
+    link.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("!document.getElementById('detail').open")
+    page.evaluate(PAINTED)
+    assert second.evaluate("one => one.open")
+    assert page.evaluate("document.activeElement.parentElement.id") == f"drawn-{wrong}"
+    assert second.evaluate("one => one.getBoundingClientRect().top") < SIZES[size][1]
+    page.keyboard.press("Enter")  # the keyboard closes it again
+    assert not second.evaluate("one => one.open")
+    page.fill("#query", rows[7].id)
+    page.locator(".card").first.click()
+    page.keyboard.press("Escape")
+    page.wait_for_function("document.activeElement.className === 'card'")
+
+
+def test_many_samples_with_drawings_have_as_few_nodes(opened):
+    page = opened(colours(10_000), drawn=drawn_samples(*range(20)))
+    assert shown(page) == 10_000
+    assert page.locator("details.drawn").count() == 20
+    assert page.evaluate("document.querySelectorAll('*').length") < 1200
 
 
 def test_one_sample_is_a_page_too(opened):

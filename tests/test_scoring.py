@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mmprefix.errors import InputError
 from mmprefix.evaluation.official import TASKS, read_predictions, read_references
 from mmprefix.metrics import score_captions
 from mmprefix.scoring import run
@@ -242,6 +243,30 @@ TEXTCAPS = {"data": [
     {"image_id": 1, "caption_str": "one dog", "reference_strs": ["a dog", "one dog"]},
     {"image_id": 2, "caption_str": "a cat", "reference_strs": ["a cat"]},
 ]}  # fmt: skip
+
+
+def test_textcaps_as_published_has_all_captions_of_an_image_once(tmp_path, write):
+    """The fields of `TextCaps_0.1_val.json`: an entry for each caption, which may be there twice."""
+    captions = ["STOP on a sign.", "a red sign", "a red sign", "stop", "A sign."]
+    entries = [
+        {
+            "image_id": "011e7e629fb9ae7b", "image_classes": ["Traffic sign"], "flickr_original_url": "", "flickr_300k_url": "",
+            "image_width": 1024, "image_height": 702, "set_name": "val", "image_name": "011e7e629fb9ae7b",
+            "image_path": "train/011e7e629fb9ae7b.jpg", "caption_id": n, "caption_str": text, "caption_tokens": ["<s>", "</s>"],
+            "reference_strs": given, "reference_tokens": [],
+        }
+        for n, (text, given) in enumerate(zip(captions, (captions[:4], *4 * [captions]), strict=True))
+    ]  # fmt: skip
+    published = {"dataset_type": "val", "dataset_name": "textcaps", "dataset_version": 0.1, "data": entries}
+    (path,) = [Path(write("r.json", published))]
+    references = read_references([path], "caption")
+    assert {name: sorted(one.answers) for name, one in references.items.items()} == {
+        "011e7e629fb9ae7b": sorted(captions)
+    }
+    for entry in entries:  # the test split has no captions
+        del entry["reference_strs"], entry["caption_str"]
+    with pytest.raises(InputError, match="expected `reference_strs`"):
+        read_references([Path(write("t.json", published))], "caption")
 
 
 @pytest.mark.parametrize("annotations", [COCO, KARPATHY, TEXTCAPS], ids=["coco", "karpathy", "textcaps"])

@@ -9,8 +9,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from mmprefix.attention import prefix_plan
 from mmprefix.cli import run
-from mmprefix.evaluation.attention import eager_attention, split_words, token_grid, token_texts, trace_sample
+from mmprefix.decoder import install, uninstall
+from mmprefix.errors import InputError
+from mmprefix.evaluation import attention
+from mmprefix.evaluation.attention import _Weights, eager_attention, split_words, token_grid, token_texts, trace_sample
 from mmprefix.evaluation.charts import (
     REGION_COLOURS,
     TokenAxis,
@@ -23,9 +27,12 @@ from mmprefix.evaluation.charts import (
     shorten,
 )
 from mmprefix.evaluation.visualize import as_json, sample_pictures, view_pictures
+from mmprefix.masks import dense_mask
 from mmprefix.packing import collate
-from mmprefix.sequence import IGNORE_INDEX, Region
+from mmprefix.probe import tiny_copy
+from mmprefix.sequence import IGNORE_INDEX, Region, TokenSequence
 from mmprefix.vision import ConnectorArgs, VisionArgs
+from tests.architectures import ARCHITECTURES, attention_of, config_of
 from tests.conftest import TINY_VISION, make_model
 from tests.reference import may_see
 
@@ -129,7 +136,6 @@ def test_attention_explains_what_the_layer_puts_out():
 
 def test_weights_that_cannot_be_the_models_are_refused(monkeypatch):
     from mmprefix import attention
-    from mmprefix.errors import InputError
 
     model, processor = make_model()
     layer = model.decoder.model.layers[1].self_attn
@@ -162,8 +168,6 @@ def test_modes_of_frozen_parts_stay():
 
 
 def test_a_sample_longer_than_the_decoders_positions_is_one_line():
-    from mmprefix.errors import InputError
-
     model, processor = make_model(decoder={**DECODERS["gpt2"], "n_positions": 64})
     with pytest.raises(
         InputError, match=r"sample: expected at most 64 tokens \(the decoder's max_position_embeddings\), got 7\d"
@@ -186,6 +190,82 @@ def test_greedy_answer_is_what_generate_says(model_and_processor, photos):
     assert (trace.losses <= np.log(model.config.text_config.vocab_size)).all()
 
 
+def test_an_answer_ends_with_its_end_and_padding_is_none_of_it(model_and_processor, monkeypatch):
+    model, processor = model_and_processor
+    answer = [*processor.format.text_ids("no"), processor.layout.eos, processor.pad_id, processor.pad_id]
+    monkeypatch.setattr(
+        model, "generate", lambda input_ids, **kwargs: torch.cat([input_ids, torch.tensor([answer])], dim=1)
+    )
+    trace = trace_sample(model, processor, [], "what?")
+    assert trace.sequence.labels.tolist() == answer[:3]
+    assert trace.target == "no"
+    assert [word.text for word in trace.words] == ["no", "</s>"]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_of_the_matrix_gives_weights(name):
+    config = config_of(name)
+    decoder = install(tiny_copy(config, attention_of(config))).eval()
+    sequence = TokenSequence.from_ids(99, range(3, 10), [range(10, 17)])
+    batch = collate([sequence], [()], None, pad_id=0)
+    kept = _Weights((0, 1), True, dense_mask(batch.plan.tokens)[0])
+    with torch.no_grad(), eager_attention(decoder), kept.taken_from(decoder), prefix_plan(batch.plan):
+        decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    kept.check(name, decoder.config.num_hidden_layers)
+    assert kept.layers == len(kept.heads) == 2
+    uninstall(decoder)
+
+
+def test_more_memory_than_is_free_is_refused_before_it_is_taken(model_and_processor, photos, monkeypatch):
+    model, processor = model_and_processor
+    monkeypatch.setattr(model, "generate", lambda **kwargs: pytest.fail("it should have been refused"))
+    length = 20_000 + 64
+    instruction = "a" * (length - 64 - len(processor.encode("", (), views=())))
+    monkeypatch.setattr(model.decoder.config, "max_position_embeddings", 1 << 20)
+    monkeypatch.setattr(attention, "free_memory", lambda device: 30 << 30)
+    layer = 4 * 4 * length**2  # of four heads
+    assert 4 * layer + 2 * layer / 4 < 30 << 30 < 4 * layer + 2 * (layer / 4 + layer)
+    with pytest.raises(InputError) as error:
+        trace_sample(model, processor, [], instruction, heads=True)
+    assert str(error.value) == (
+        "attention of 2 layers and their 4 heads over 20,064 tokens: expected at most 30.0 GiB, what is free on cpu, it needs "
+        "39.0 GiB; ask for no heads, or fewer layers, or a shorter prefix (smaller images, fewer tiles)"
+    )
+    monkeypatch.setattr(attention, "free_memory", lambda device: 10 << 30)
+    with pytest.raises(InputError, match=r"over 20,064 tokens: .* ask for a shorter prefix \(smaller"):
+        trace_sample(model, processor, [], instruction)
+    monkeypatch.setattr(attention, "free_memory", lambda device: None)
+    assert len(trace_sample(model, processor, [], "a", "b").attention) == 2, "where nothing says, nothing is refused"
+
+
+def test_estimate_of_memory_covers_what_a_pass_takes(model_and_processor):
+    """Bytes that torch allocates and does not give back, against the estimate that is compared with what is free."""
+    model, processor = model_and_processor
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        trace = trace_sample(model, processor, [], "a" * 900, "b", heads=True)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    layer = 4 * 4 * len(trace.sequence) ** 2
+    assert 2 * layer < peak < attention._PASS_COPIES * layer + 2 * (layer + layer / 4)
+
+
+def test_free_memory_is_the_least_that_anything_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(attention, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(attention, "_CGROUP", tmp_path)
+    assert attention.free_memory(torch.device("cpu")) is None
+    (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable:     512 kB\n")
+    assert attention.free_memory(torch.device("cpu")) == 512 * 1024
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert attention.free_memory(torch.device("cpu")) == 512 * 1024
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert attention.free_memory(torch.device("cpu")) == 4000
+    assert attention.free_memory(torch.device("meta")) is None
+
+
 # Words, texts and patches
 
 
@@ -205,6 +285,7 @@ def test_words_are_all_tokens_of_the_target(model_and_processor):
     assert words_of(processor, "a temple,  in\nthe sun", [eos]) == ["a", "temple,", "in", "the", "sun", "</s>"]
     assert words_of(processor, " é ") == ["é"]
     assert words_of(processor, "ein 中文 Wort") == ["ein", "中", "文", "Wort"]
+    assert words_of(processor, "ab中文c d") == ["ab", "中", "文", "c", "d"]
     assert words_of(processor, "  ") == [""]
     assert words_of(processor, "a ", [eos]) == ["a", "</s>"]
     assert words_of(processor, "", [eos, eos]) == ["</s>", "</s>"]
@@ -252,21 +333,30 @@ def test_maps_lie_over_the_patches_of_each_view(photos, connector, grid):
     assert 0 < maps.sum() < 1
 
 
-def test_patches_of_the_map_are_where_the_picture_is(photos):
-    """What changes in a corner of the picture changes the image token that the map shows in that corner."""
-    model, processor = make_model(
-        vision=VisionArgs("test_resnet", image_size=128), connector=ConnectorArgs("pixel_shuffle", 2)
-    )
+def test_patches_of_the_map_are_where_the_picture_is():
+    """What changes in a part of the picture changes the image token that the map shows there."""
+    model, processor = make_model(vision=VisionArgs("test_vit", image_size=64))
     rows, columns = token_grid(model)
-    grey = Image.new("RGB", (300, 100), (128, 128, 128))
-    for row, column in ((0, columns - 1), (rows - 1, 0)):
+    grey = Image.new("RGB", (320, 160), (128, 128, 128))
+    for row, column in ((0, columns - 1), (rows - 1, 0), (1, 2)):
         spot = grey.copy()
-        x, y = 300 * column // columns, 100 * row // rows
-        spot.paste((255, 0, 0), (x, y, x + 300 // columns, y + 100 // rows))
+        x, y = 320 * column // columns, 160 * row // rows
+        spot.paste((255, 0, 0), (x, y, x + 320 // columns, y + 160 // rows))
         with torch.no_grad():
             tokens = [model.get_image_tokens(processor.transform.views(picture))[0] for picture in (grey, spot)]
         change = (tokens[1] - tokens[0]).norm(dim=1)
         assert divmod(int(change.argmax()), columns) == (row, column)
+
+
+def test_joined_patches_of_the_map_are_neighbours():
+    """Tokens that say where they stand, through `pixel_shuffle`: each joined one holds those of its block."""
+    model, _ = make_model(vision=VisionArgs("test_vit", image_size=96), connector=ConnectorArgs("pixel_shuffle", 3))
+    (rows, columns), (height, width) = token_grid(model), model.config.vision_spec.grid
+    assert (rows, columns, height, width) == (2, 2, 6, 6)
+    places = torch.tensor([(r, c) for r in range(height) for c in range(width)])
+    joined = model.connector[0](places[None])[0].view(rows * columns, 9, 2)
+    for number, block in enumerate(joined.tolist()):
+        assert {(r // 3, c // 3) for r, c in block} == {divmod(number, columns)}
 
 
 # Charts

@@ -1,4 +1,4 @@
-"""VQA accuracy: equal to the official code, whose scores are kept in `golden/vqa.jsonl`, and to a slow reference."""
+"""VQA accuracy: equal to the official code's scores, which are kept in `golden/vqa.jsonl`, and to a slow reference."""
 
 import json
 import random
@@ -13,10 +13,9 @@ from mmprefix.metrics.contractions import CONTRACTIONS, VIZWIZ_CONTRACTIONS
 from mmprefix.metrics.vqa import VARIANTS, normalized_answer, vqa_accuracy
 from tests.reference_answers import reference_vqa_answer, reference_vqav2
 
-# Made by running the official code of each variant (GT-Vision-Lab/VQA of 2021 and, as LAVIS ships it, of 2016; MMF's
-# m4c_evaluators.py; VizWiz's API) on 65,000 random pairs of a prediction and ten answers: punctuation, numbers, runs of
-# periods, contractions, typographic apostrophes, Unicode, all ten equal, annotators in other orders. All scores were equal
-# to those of `vqa_accuracy`, bit for bit; rows on which variants disagree were kept, and
+# Made by running the code of each variant (docs/metrics.md says which text of it) on 65,000 random pairs of a prediction and
+# ten answers: punctuation, numbers, runs of periods, contractions, typographic apostrophes, Unicode, all ten equal, annotators
+# in other orders. All scores were equal to those of `vqa_accuracy`, bit for bit; rows on which variants disagree were kept, and
 # some others. So were 399 pairs, run in the same way, that take one rule, mark, number word or contraction each.
 GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden" / "vqa.jsonl").read_text().splitlines()]
 

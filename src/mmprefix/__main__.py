@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import sys
 
 from mmprefix import __version__
@@ -47,9 +50,37 @@ COMMANDS = (
 )  # fmt: skip
 
 
+CLOSED_OUTPUT = 128 + signal.SIGPIPE
+"""Status where nobody reads our output any more (``| head -1``), as of programs that the signal ends."""
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0, or 2 for bad input."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Runs one command and returns the exit status: 0, 2 for bad input, `CLOSED_OUTPUT` where nobody reads what it prints."""
+    try:
+        try:
+            return _run(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()  # here, where it can be caught, and not when Python ends
+    except BrokenPipeError as error:
+        if not _reader_is_gone():  # a pipe of something else broke
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        # Python flushes once more at its end, and must find someone who takes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_OUTPUT
+
+
+def _reader_is_gone() -> bool:
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if arguments else 2

@@ -355,6 +355,8 @@ def run(arguments: list[str]) -> int:
         if str(error):  # else another process says it
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except BrokenPipeError:  # `__main__` knows whose pipe it was
+        raise
     except OSError as error:
         if error.errno is None and not isinstance(error, UnreadableError):
             raise

@@ -239,6 +239,8 @@ def run(arguments: list[str]) -> int:
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `__main__` knows whose pipe it was
+        raise
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from mmprefix.arguments import CommandParser
 from mmprefix.errors import InputError
+from mmprefix.evaluation.drawings import DrawnSample
 from mmprefix.evaluation.html_report import MAX_SAMPLES, PICTURE_BUDGET, from_page, write_report
-from mmprefix.evaluation.runs import Row, read_run
-from mmprefix.evaluation.thumbnails import MIB, NOT_FOUND, Picture
+from mmprefix.evaluation.runs import Row, Run, read_run
+from mmprefix.evaluation.thumbnails import MIB, NOT_FOUND, Picture, telling_first
+
+if TYPE_CHECKING:
+    from mmprefix.data.samples import Sample
+    from mmprefix.data.shards import ShardCollection
+
+MAX_DRAWN = 100
+"""Samples with drawings: each takes a pass or two, and some hundred KiB of the page."""
 
 
 def run(arguments: list[str]) -> int:
@@ -22,6 +32,8 @@ def run(arguments: list[str]) -> int:
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `__main__` knows whose pipe it was
+        raise
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -57,7 +69,22 @@ def report(arguments: list[str]) -> int:
         default=MAX_SAMPLES,
         help="samples in the gallery (default: %(default)s); numbers are of all",
     )
+    parser.add_argument(
+        "--visualize", type=int, default=0, metavar="K",
+        help="draw mask, attention and loss of K answers, the worst and the best by turns; needs --images",
+    )  # fmt: skip
+    parser.add_argument("--checkpoint", type=Path, help="of that model; by default the run folder's newest")
     options = parser.parse_args(arguments)
+    if not 0 <= options.visualize <= MAX_DRAWN:
+        raise InputError(f"--visualize: expected a number of samples from 0 to {MAX_DRAWN}, got {options.visualize}")
+    if options.visualize and not options.images:
+        raise InputError(
+            "--visualize: expected --images with it, shards with the pictures as the model sees them, got none"
+        )
+    if options.visualize and options.checkpoint is None and not options.run.is_dir():
+        raise InputError(f"--visualize: expected a run folder or --checkpoint, got the file {options.run} alone")
+    if options.checkpoint is not None and not options.visualize:
+        raise InputError("--checkpoint: expected --visualize with it, got none")
     if options.max_samples < 1:
         raise InputError(f"--max-samples: expected at least 1, got {options.max_samples}")
     if not 0 <= options.picture_budget < 1 << 20:
@@ -70,26 +97,30 @@ def report(arguments: list[str]) -> int:
         raise InputError("--compare-scores: expected --compare with it, got none")
     first = read_run(options.run, options.scores, options.metric)
     second = read_run(options.compare, options.compare_scores, options.metric) if options.compare else None
+    drawn: list[DrawnSample] = []
     if options.images:
-        picture = _from_shards(options.images, first.rows)
+        shards, records = _records(options.images, first.rows)
+        picture = _from_shards(shards, records)
+        if options.visualize:
+            drawn = _drawn(options.checkpoint or options.run, first, shards, records, options.visualize)
     else:
         folder = options.run if options.run.is_dir() else options.run.parent
         name = "report.html" if options.run.is_dir() else f"{options.run.stem.replace('predictions', 'report', 1)}.html"
         picture = from_page(first, folder / name)
     budget = int(options.picture_budget * MIB)
-    print(write_report(options.out, first, picture, second, budget=budget, max_samples=options.max_samples))
+    print(
+        write_report(options.out, first, picture, second, budget=budget, max_samples=options.max_samples, drawn=drawn)
+    )
     return 0
 
 
-def _from_shards(patterns: list[str], rows: Sequence[Row]) -> Picture:
-    """The pictures of rows in shards, by a sample's id, else by its image's.
+def _records(patterns: list[str], rows: Sequence[Row]) -> tuple[ShardCollection, list[int | None]]:
+    """Shards, and in which record of theirs each row's sample is: by its id, else by its image's.
 
     Raises:
         InputError: shards that can't be read, or that hold none of the samples.
     """
-    from mmprefix.data.images import UndecodableImageError, decode_image  # with torch
     from mmprefix.data.shards import ShardCollection
-    from mmprefix.evaluation.pictures import as_stored
 
     shards = ShardCollection(patterns, "--images", needs_target=False)
     of_sample: dict[tuple[str, str], int] = {}
@@ -107,6 +138,13 @@ def _from_shards(patterns: list[str], rows: Sequence[Row]) -> Picture:
         )
     if found < len(rows):
         print(f"--images: {len(rows) - found:,} of {len(rows):,} samples are not in these shards: they have no picture")
+    return shards, records
+
+
+def _from_shards(shards: ShardCollection, records: Sequence[int | None]) -> Picture:
+    """The pictures of rows, by the record of each."""
+    from mmprefix.data.images import UndecodableImageError, decode_image  # with torch
+    from mmprefix.evaluation.pictures import as_stored
 
     def picture(row: int) -> Image.Image | str:
         record = records[row]
@@ -118,3 +156,46 @@ def _from_shards(patterns: list[str], rows: Sequence[Row]) -> Picture:
             return "picture can't be read"
 
     return picture
+
+
+def _drawn(
+    checkpoint: Path, run: Run, shards: ShardCollection, records: Sequence[int | None], number: int
+) -> list[DrawnSample]:
+    """What the model did with the most telling samples of a run; a sample that can't be drawn says why.
+
+    Raises:
+        InputError: no model there.
+    """
+    import torch
+
+    from mmprefix.data.images import UndecodableImageError, decode_image
+    from mmprefix.evaluation.visualize import draw_answer
+    from mmprefix.training.checkpoints import load_model
+
+    model, processor = load_model(checkpoint)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    order = telling_first(run.scores.items[run.scores.primary])
+    found = []
+    for place in islice((place for place in order if records[place] is not None), number):
+        row, record = run.rows[place], records[place]
+        assert record is not None
+        others = [text for text in row.references if text.strip() != row.prediction.strip() and text.strip()]
+        expected = others[0] if others and len(others) == len(row.references) else None
+        try:
+            images = [decode_image(shards.image_bytes(record, n)) for n in range(shards.num_images(record))]
+            instruction = _instruction(row, shards.samples(record))
+            drawings, notes = draw_answer(model, processor, images, instruction, row.prediction.strip(), expected)
+        except (InputError, UndecodableImageError) as error:
+            drawings, notes = (), (f"Not drawn: {error}",)
+        found.append(DrawnSample(place, drawings, notes))
+    return found
+
+
+def _instruction(row: Row, samples: Sequence[Sample]) -> str | tuple[str, ...]:
+    """What stood in front of a row's answer: turns, where there were several and no template went over them."""
+    for sample in samples:
+        if sample.id == row.id and len(sample.turns) > 1:
+            if sample.instruction != row.instruction:
+                raise InputError("its turns were put into a template, of which the predictions have the text alone")
+            return sample.turns
+    return row.instruction

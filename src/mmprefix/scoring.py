@@ -99,9 +99,9 @@ def score(arguments: list[str]) -> int:
             options.task, answers, references.items, variant=options.variant, answerable=predictions.answerable
         )
     scored.notes[:0] = notes
-    print(table(scored))
     if options.json is not None:
         _write(options, scored)
+    print(table(scored))  # at the end: who reads it may stop (`| head -1`)
     return 0
 
 
@@ -153,6 +153,8 @@ def run(arguments: list[str]) -> int:
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `__main__` knows whose pipe it was
+        raise
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,9 @@ from mmprefix.sequence import Region, TokenSequence
 
 _MAX_BYTES = 4  # of a character in UTF-8
 _ROUNDING = 1e-2  # row sums in bfloat16
+_PASS_COPIES = 4  # of a layer's [H, T, T] in float32, while it attends and is checked; 3.6 were measured
+_GIB = 1 << 30
+_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ def trace_sample(
 
     Raises:
         InputError: a layer that isn't there, a sample (with its answer) longer than the decoder's positions, a target
-            without a token, or a decoder whose attention weights are not to be had.
+            without a token, more memory than is free, or a decoder whose attention weights are not to be had.
     """
     decoder: PreTrainedModel = model.decoder
     count = int(decoder.config.num_hidden_layers)
@@ -190,7 +194,9 @@ def _trace(
     pixels = [processor.transform.views(image) for image in images]
     views = [len(of_image) for of_image in pixels]
     sequence = processor.encode(instruction, () if target is None else (target,), views=views)
-    _check_length(model, len(sequence) + (max_new_tokens if target is None else 0))
+    length = len(sequence) + (max_new_tokens if target is None else 0)
+    _check_length(model, length)
+    _check_memory(model, length, len(wanted), heads)
     image_tokens = model.get_image_tokens(torch.cat(pixels).to(model.device)) if pixels else None
     if target is None:
         sequence = _answered(model, processor, sequence, image_tokens, max_new_tokens)
@@ -208,7 +214,6 @@ def _trace(
             image_tokens=image_tokens,
             plan=batch.plan,
             use_cache=False,
-            output_attentions=True,  # some architectures give their attention's weights out only then
         ).logits
     kept.check(type(model.decoder).__name__, int(model.decoder.config.num_hidden_layers))
     losses = F.cross_entropy(logits.float(), sequence.labels.to(logits.device), reduction="none")
@@ -257,6 +262,44 @@ def _check_length(model: MMPrefixForConditionalGeneration, length: int) -> None:
             raise InputError(f"sample: expected at most {limit} tokens (the decoder's {name}), got {length}")
 
 
+def _check_memory(model: MMPrefixForConditionalGeneration, length: int, layers: int, heads: bool) -> None:
+    """Eager attention is quadratic: what would be killed for it, or would take the machine with it, is refused."""
+    of_layer = int(model.decoder.config.num_attention_heads) * 4 * length**2
+    passing = _PASS_COPIES * of_layer
+    keeping = layers * (4 * length**2 + (of_layer if heads else 0))
+    device = model.device
+    needs = [(device, passing)] if device.type != "cpu" else []
+    needs.append((torch.device("cpu"), keeping + (passing if device.type == "cpu" else 0)))
+    for place, need in needs:
+        free = free_memory(place)
+        if free is None or need <= free:
+            continue
+        lower = ["a shorter prefix (smaller images, fewer tiles)"]
+        if need - keeping <= free and place.type == "cpu":  # what is kept is too much, and that can be less
+            lower = [*(["no heads"] if heads else []), *(["fewer layers"] if layers > 1 else []), *lower]
+        of_heads = f" and their {of_layer // (4 * length**2)} heads" if heads else ""
+        raise InputError(
+            f"attention of {layers:,} layers{of_heads} over {length:,} tokens: expected at most {free / _GIB:.1f} GiB, what "
+            f"is free on {place}, it needs {need / _GIB:.1f} GiB; ask for {', or '.join(lower)}"
+        )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process may still take there; None where nothing says."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    found = []
+    with suppress(OSError, ValueError, IndexError):
+        lines = _MEMINFO.read_text().splitlines()
+        found.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
+    with suppress(OSError, ValueError):  # a container's own limit; "max" is none
+        found.append(int((_CGROUP / "memory.max").read_text()) - int((_CGROUP / "memory.current").read_text()))
+    return min(found, default=None)
+
+
 def _rule(sequence: TokenSequence, visibility: PrefixVisibility) -> Tensor:
     tokens = TokenIndex(
         torch.zeros_like(sequence.ids), sequence.branches, sequence.questions, sequence.regions, sequence.positions
@@ -271,7 +314,7 @@ def eager_attention(decoder: nn.Module) -> Iterator[None]:
     before = [(config, config._attn_implementation) for config in configs.values()]
     try:
         for config, _ in before:
-            # Not `set_attn_implementation`: it refuses architectures (falcon) whose attention asks the config as well.
+            # Not `set_attn_implementation`: it refuses architectures (falcon) that read the config at each pass all the same.
             config._attn_implementation = "eager"
         yield
     finally:
@@ -314,7 +357,7 @@ class _Weights:
             # The weights are the only thing of this shape that a module returns beside its output.
             if isinstance(value, Tensor) and value.shape[2:] == (length, length) and value.is_floating_point():
                 self._add(value[0])
-                # Nothing is left for those around it: layers, and the library's own collection of all weights.
+                # Nothing is left for those around it: some layers return the weights of their attention once more.
                 return (*output[:place], value.new_empty(0), *output[place + 1 :])
         return None
 

@@ -202,10 +202,7 @@ class TokenAxis:
             False: _bins(len(regions) - images, int(_TEXT_ROOM * scale)),
         }
         starts, pixels, start = [], [], 0
-        for stop in [
-            *(i for i in range(1, len(regions)) if regions[i] != regions[i - 1] or i == boundary),
-            len(regions),
-        ]:
+        for stop in [*(i for i in range(1, len(regions)) if regions[i] != regions[i - 1]), len(regions)]:
             tokens, size = sizes[regions[start] == "image"]
             bins = list(range(start, stop, tokens))
             starts += bins
@@ -307,9 +304,9 @@ def _matrix(pixels: np.ndarray, axis: TokenAxis, labelled: bool) -> Image.Image:
 def _legend(axis: TokenAxis) -> Image.Image:
     """Regions with their sizes, and the line between prefix and target."""
     entries: list[tuple[str, Colour | None]] = []
-    for name, colour in REGION_COLOURS.items():
+    for name, of_region in REGION_COLOURS.items():
         if count := axis.regions.count(name):
-            entries.append((f"{name} ({count})", colour))
+            entries.append((f"{name} ({count})", of_region))
     entries.append(("prefix boundary", None))
     widths = [20 + _size(text, _TEXT) + 18 for text, _ in entries]
     legend = Image.new("RGB", (sum(widths), 16), _PAPER)
@@ -490,7 +487,7 @@ def loss_chart(losses: np.ndarray, labels: Sequence[str], title: str, notes: Seq
             length = _BAR * min(float(value), peak) / peak if value == value else 0.0
             if length >= 0.5:
                 draw.rectangle((left, middle - 5, left + length, middle + 5), REGION_COLOURS["image"])
-            _write(draw, (column.width - 1, middle), f"{value:.3g}", anchor="rm")
+            _write(draw, (column.width - 1, middle), f"{value:#.3g}", anchor="rm")
         bottom = len(values) * _ROW
         draw.line((left - 1, 0, left - 1, bottom), _PALE)
         if math.isfinite(mean):
@@ -499,11 +496,14 @@ def loss_chart(losses: np.ndarray, labels: Sequence[str], title: str, notes: Seq
                 draw.line((at, top, at, min(bottom, top + 3)), _BOUNDARY)
         columns.append(column)
     body = _grid(columns, _BANDS, 3 * _GAP)
+    below = (-(-len(columns) // _BANDS) - 1) * _BANDS * _ROWS  # losses above the last band, which may be short
+    unused = _ROWS - min(_ROWS, len(losses) - below) if below else 0
+    body = body.crop((0, 0, body.width, body.height - unused * _ROW))
     return _figure(title, notes, body, [_mean_key(mean, len(losses))])
 
 
 def _mean_key(mean: float, count: int) -> Image.Image:
-    text = f"mean {mean:.3g} nats over {count} token{'s' if count > 1 else ''}"
+    text = f"mean {mean:#.3g} nats over {count} token{'s' if count > 1 else ''}"
     key = Image.new("RGB", (24 + _size(text, _TEXT), 16), _PAPER)
     draw = ImageDraw.Draw(key)
     for left in range(0, 16, 6):

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from mmprefix.evaluation.drawings import DrawnSample, drawn_section
 from mmprefix.evaluation.runs import Curve, Run
 from mmprefix.evaluation.summary import Confusion, confusions, image_keys, kind_name, paired, summarize
 from mmprefix.evaluation.svg import SURROGATE, escaped, interval_bar, line_chart
@@ -52,6 +53,7 @@ def write_report(
     *,
     budget: int = PICTURE_BUDGET,
     max_samples: int = MAX_SAMPLES,
+    drawn: Sequence[DrawnSample] = (),
     written: datetime | None = None,
 ) -> str:
     """Writes the page; complete or absent. Returns a line that says what is in it.
@@ -63,12 +65,14 @@ def write_report(
         other: a run to compare with.
         budget: bytes of all pictures.
         max_samples: in the gallery: the worst and the best, by turns. Numbers are of all.
+        drawn: rows of ``run`` with pictures of what the model did, which have a budget of their own.
         written: the date in the page; by default now.
 
     Raises:
         InputError: runs that can't be compared.
     """
     note, original = "", range(len(run.rows))
+    inside, of_rows = drawn_section(drawn, run) if drawn else ("", [])
     if other is not None:
         if other.name == run.name:
             run, other = replace(run, name=f"{run.name} (first)"), replace(other, name=f"{other.name} (second)")
@@ -86,12 +90,17 @@ def write_report(
     sources = embed(
         (place[row] for row in telling), image_of, len(numbers), lambda n: picture(original[shown[n]]), budget
     )
-    page = _page(run, other, note, shown, image_of, list(numbers), sources, written or datetime.now(UTC))
+    anchors = {n: original[row] for n, row in enumerate(shown) if original[row] in of_rows}
+    page = _page(
+        run, other, note, shown, image_of, list(numbers), sources, (inside, anchors), written or datetime.now(UTC)
+    )
     with replacing(path) as temporary:
         temporary.write_bytes(page.encode())
     embedded = sum(source.startswith("data:") for source in sources)
+    more = f"{len(of_rows):,} drawn, " if drawn else ""
     return (
-        f"{path}: {len(shown):,} samples, {embedded:,} of {len(sources):,} pictures, {len(page.encode()) / MIB:.1f} MiB"
+        f"{path}: {len(shown):,} samples, {embedded:,} of {len(sources):,} pictures, {more}"
+        f"{len(page.encode()) / MIB:.1f} MiB"
     )
 
 
@@ -114,7 +123,7 @@ def from_page(run: Run, path: Path) -> Picture:
 
 def _page(
     run: Run, other: Run | None, note: str, shown: Sequence[int], image_of: Sequence[int],
-    image_names: Sequence[tuple[str, str]], sources: Sequence[str], written: datetime,
+    image_names: Sequence[tuple[str, str]], sources: Sequence[str], drawn: tuple[str, dict[int, int]], written: datetime,
 ) -> str:  # fmt: skip
     matrices = confusions(run.rows)
     of_other = confusions(other.rows) if other is not None else []
@@ -126,6 +135,7 @@ def _page(
         ("kinds", "By kind", _kinds(run, other)),
         ("curves", "Training", _curves(run, other)),
         ("confusion", "Confusion", _confusion(run, matrices, other, of_other)),
+        ("inside", "Attention and loss", drawn[0]),
     ]
     written_out = [(key, name, body) for key, name, body in sections if body]
     hidden = len(run.rows) - len(shown)
@@ -150,7 +160,7 @@ def _page(
             for key, name, body in written_out
         ),
         "remarks": "".join(f'<p class="note">{escaped(remark)}</p>' for remark in remarks),
-        "data": _json(_gallery_data(run, other, shown, image_of, matrices)),
+        "data": _json({**_gallery_data(run, other, shown, image_of, matrices), "drawn": drawn[1]}),
         "pictures": _json({"keys": image_names, "sources": sources}),
     }
     # In one pass: what stands in the data may look like a mark.

@@ -7,6 +7,7 @@ here on, so that ``12`` and ``"12"`` are one id.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -269,12 +270,15 @@ def _captions(path: Path, references: References, split: str) -> None:
         _karpathy(path, references, split)
         return
     if first is None and _first(path, "data") is not None:
-        for where, entry in _entries(
-            path, "data", CAPTION
-        ):  # TextCaps: an entry for each caption, with all of its image
+        # TextCaps: an entry for each caption, with all captions of its image.
+        several: dict[str, list[str]] = {}
+        for where, entry in _entries(path, "data", CAPTION):
             name = _name(_needed(entry, "image_id", where), where, "image_id")
             captions = _texts(_needed(entry, "reference_strs", where), where, "reference_strs")
-            references.items[name] = AnswerReference(captions, name)
+            known = several.setdefault(name, [])
+            known += (Counter(captions) - Counter(known)).elements()  # should an entry have more than those before it
+        for name, given in several.items():
+            references.add(str(path), name, AnswerReference(tuple(given), name))
         return
     captions_of: dict[str, list[str]] = {}
     for where, entry in _entries(path, "images", CAPTION):

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,11 @@ from mmprefix.evaluation.charts import (
     heads_chart,
     loss_chart,
     mask_chart,
+    percent,
     printable,
     word_charts,
 )
+from mmprefix.evaluation.drawings import Drawing
 from mmprefix.modeling import MMPrefixForConditionalGeneration
 from mmprefix.processing import MMPrefixProcessor
 from mmprefix.vision import ImageTransform, as_picture
@@ -101,7 +103,7 @@ def draw_trace(
     whose = "the model's own answer" if trace.generated else "the given target"
     of_target = [texts[trace.boundary + n] for n in range(len(trace.losses))]
     windows = [size for size in trace.windows if size < len(sequence)]
-    more = [f"Some layers see the target in a window of {windows[0]} tokens only."] if windows else []
+    more = [f"Some layers see less, through a window of {windows[0]} tokens of their own."] if windows else []
     pictures = {
         "mask": mask_chart(
             trace.visible, axis, f"Mask: {trace.visibility} prefix, {len(sequence)} tokens",
@@ -139,6 +141,84 @@ def draw_trace(
                 heads, trace.visible, small, f"Attention of layer {layer}, {len(heads)} heads", notes
             )
     return pictures, missing
+
+
+_SPELLED = 40  # tokens or words whose numbers are said in words
+
+
+def in_words(trace: SampleTrace) -> dict[str, str]:
+    """What the pictures of `draw_trace` show, by name, for those who can't see them; pages of `words` have one text."""
+    regions = trace.sequence.regions.numpy()
+    counts = ", ".join(f"{int((regions == n).sum())} {name}" for n, name in enumerate(_REGIONS))
+    tokens = [
+        f"{printable(text)} {loss:.2f}" for text, loss in zip(trace.texts[trace.boundary :], trace.losses, strict=True)
+    ]
+    texts = {
+        "mask": f"Which token sees which: {trace.visibility} prefix of {trace.boundary} tokens; tokens: {counts}.",
+        "loss": f"Loss of each target token in nats: {_spelled(tokens)}. Mean {trace.mean_loss:.2f}.",
+    }
+    if trace.grid is not None and trace.views:
+        words = [f"{printable(word.text)} {percent(float(trace.image_attention(word).sum()))}" for word in trace.words]
+        texts["words"] = f"For each word of the target, what share of attention goes to the image: {_spelled(words)}."
+    for layer, attention in zip(trace.layers, trace.attention, strict=True):
+        of_target = attention[trace.sequence.label_positions.numpy()].mean(0)
+        shares = (f"{percent(float(of_target[regions == n].sum()))} to the {name}" for n, name in enumerate(_REGIONS))
+        texts[f"attention-layer-{layer:02d}"] = (
+            f"Attention of layer {layer}, mean over heads: the positions that predict the target give {', '.join(shares)}."
+        )
+    return texts
+
+
+def _spelled(parts: Sequence[str]) -> str:
+    more = f" and {len(parts) - _SPELLED} more" if len(parts) > _SPELLED else ""
+    return "; ".join(parts[:_SPELLED]) + more
+
+
+def draw_answer(
+    model: MMPrefixForConditionalGeneration,
+    processor: MMPrefixProcessor,
+    images: Sequence[Image.Image],
+    instruction: str | Sequence[str],
+    answer: str,
+    reference: str | None = None,
+    layers: int = 4,
+) -> tuple[tuple[Drawing, ...], tuple[str, ...]]:
+    """Drawings of an answer for a page, and why others are missing.
+
+    Args:
+        model, processor, images, instruction: as `attention.trace_sample` takes them.
+        answer: the model's; of an empty one, what it says greedily is drawn.
+        reference: what was expected where that is something else: the loss of that is drawn beside the answer's.
+        layers: how many to show at most, evenly from the first to the last. Words are over the mean of all layers.
+
+    Raises:
+        InputError: as `attention.trace_sample`.
+    """
+    drawn = sample_pictures(model, processor, images, instruction, answer or None)
+    trace = drawn.trace
+    shown = {trace.layers[round(n)] for n in np.linspace(0, len(trace.layers) - 1, min(layers, len(trace.layers)))}
+    hidden = {f"attention-layer-{layer:02d}" for layer in trace.layers if layer not in shown}
+    words, order = in_words(trace), ("words", "loss", "mask", "attention")
+    found = []
+    for name in sorted(drawn.pictures, key=lambda name: (order.index(name.split("-")[0]), len(name), name)):
+        if name not in hidden:
+            kind = "words" if name.startswith("words") else name
+            found.append(
+                Drawing(_TITLES[name.split("-")[0]](trace, name), words[kind], drawn.pictures[name], kind == "words")
+            )
+        if name == "loss" and reference:
+            other = sample_pictures(model, processor, images, instruction, reference, layers=[0])
+            title = f"Loss of what was expected: {printable(reference)[:80]}"
+            found.append(Drawing(title, in_words(other.trace)["loss"], other.pictures["loss"]))
+    return tuple(found), tuple(f"No {name}: {reason}." for name, reason in drawn.missing.items())
+
+
+_TITLES: dict[str, Callable[[SampleTrace, str], str]] = {
+    "words": lambda trace, name: f"Where the answer's words look, mean of {len(trace.layers)} layers",
+    "loss": lambda trace, name: "Loss of the answer",
+    "mask": lambda trace, name: "Mask",
+    "attention": lambda trace, name: f"Attention of layer {int(name.rpartition('-')[2])}",
+}
 
 
 def _of_sinks(attention: np.ndarray) -> list[str]:

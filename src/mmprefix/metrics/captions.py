@@ -7,7 +7,7 @@ that, and multiplying is the business of who shows them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -80,8 +80,7 @@ def score_captions(
 
     Args:
         predictions: image id -> caption.
-        references: image id -> at least one caption; the same ids. Their order is the order of the official program's
-            lines, on which a few tokens depend (docs/metrics.md).
+        references: image id -> at least one caption; the same ids. The order of images does not matter (`in_order`).
         metrics: of `METRICS`. ``meteor`` and ``spice`` need Java and the extra ``captions``.
         tokenizer: see `mmprefix.metrics.ptb.tokenize`.
 
@@ -105,23 +104,35 @@ def score_captions(
             continue
         for title, (total, images) in scores.items():
             totals[title] = total
-            items[title] = dict(zip(references, images.tolist(), strict=True))
+            of_images = dict(zip(in_order(references), images.tolist(), strict=True))
+            items[title] = {name: of_images[name] for name in references}
     return CaptionScores(totals, items, *tokenized, unavailable)
 
 
 def _tokenized(
     predictions: Mapping[str, str], references: Mapping[str, Sequence[str]], tokenizer: Tokenizer
 ) -> tuple[CaptionCorpus, tuple[str, str]]:
-    """The corpus in the order of ``references``, the tokenizer's label, and why it is not the official one."""
-    texts = [predictions[name] for name in references]
+    """The corpus, images as `in_order`, the tokenizer's label, and why it is not the official one."""
+    names = in_order(references)
+    texts = [predictions[name] for name in names]
     # The official code tokenizes both sides by themselves; a line between them keeps the last prediction from being
     # read with the first reference.
     border = "."
-    counts = [len(captions) for captions in references.values()]
-    result = tokenize([*texts, border, *(text for captions in references.values() for text in captions)], tokenizer)
+    counts = [len(references[name]) for name in names]
+    result = tokenize([*texts, border, *(text for name in names for text in references[name])], tokenizer)
     tokens = iter(result.captions[len(texts) + 1 :])
     grouped = [[next(tokens) for _ in range(count)] for count in counts]
     return CaptionCorpus(result.captions[: len(texts)], grouped), (result.label, result.reason)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Ids in the order in which images are tokenized and added up: numbers by value, then other names.
+
+    The official program reads a caption that ends in a letter and a period with the next one (docs/metrics.md), so a few tokens
+    depend on which one that is. The official code has images as the annotations have them, which ranks and a run's own files
+    don't know; with an order that ids alone decide, the same captions have the same scores wherever they are scored.
+    """
+    return sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
 
 
 def _check(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:

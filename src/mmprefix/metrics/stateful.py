@@ -12,7 +12,7 @@ from torchmetrics import Metric
 
 from mmprefix.errors import InputError
 from mmprefix.metrics.answers import AnswerReference, listed, score_answer
-from mmprefix.metrics.captions import DEFAULT_METRICS, CaptionScores, score_captions
+from mmprefix.metrics.captions import DEFAULT_METRICS, CaptionScores, in_order, score_captions
 from mmprefix.metrics.exact_match import exact_match
 from mmprefix.metrics.ptb import Tokenizer
 
@@ -88,8 +88,8 @@ class CaptionMetrics(Metric):
     references, and the mean of batches' or ranks' scores is another number. So call `update`, not the metric itself,
     which would score every batch, too.
 
-    An image that several ranks saw, as samplers do that make ranks equally long, counts once. Images are scored in the
-    order of their ids, so that the result does not depend on the number of ranks.
+    An image that several ranks saw, as samplers do that make ranks equally long, counts once. The result does not depend on
+    the number of ranks, and is that of `score_captions`.
 
     Attributes:
         scores: of the last `compute`, with each image's score; None before.
@@ -152,7 +152,7 @@ class CaptionMetrics(Metric):
             )
         self.scores = score_captions(
             {name: prediction for name, (prediction, _) in rows.items()},
-            {name: rows[name][1] for name in sorted(rows)},  # whose order counts
+            {name: rows[name][1] for name in in_order(rows)},  # ranks came in any order
             metrics=self.metrics,
             tokenizer=self.tokenizer,
         )

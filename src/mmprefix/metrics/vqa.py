@@ -11,10 +11,10 @@ others, an answer scores ``min(1, matches / 3)``, and the mean over who is left 
 | `textvqa` | MMF's TextVQA evaluator: both sides always; ``,`` and ``?`` go first, ``'s`` becomes a word |
 | `vizwiz` | VizWiz's own evaluation: the prediction only, with another table of contractions |
 
-Scores equal those of the official code bit for bit, its oddities included, which are noted where they happen: they are part of
-every published number. Annotators are told apart by their place in the list, as the official code does by ``answer_id``.
-This module knows nothing of files, and changes nothing in place (the official code does, so that it may say something else when
-it is run a second time).
+Scores equal those of the official code bit for bit (docs/metrics.md: of which text of it), its oddities included, which are
+noted where they happen: they are part of every published number. Annotators are told apart by their place in the list, as the
+official code does by ``answer_id``. This module knows nothing of files, and changes nothing in place (the official code does,
+so that it may say something else when it is run a second time).
 """
 
 from __future__ import annotations

@@ -334,6 +334,21 @@
     add("Kind", isolated("", data.kinds[data.kind[sample]]));
     add("Sample", isolated("", data.id[sample]));
     add("Image", isolated("", pictures.keys[data.image[sample]][1]));
+    if (sample in data.drawn) {
+      const link = make("a", "", "Attention and loss");
+      link.href = `#drawn-${data.drawn[sample]}`;
+      link.addEventListener("click", (event) => {
+        event.preventDefault();
+        leave = () => {
+          const drawn = $(`drawn-${data.drawn[sample]}`);
+          drawn.open = true;
+          drawn.scrollIntoView();
+          drawn.firstElementChild.focus({ preventScroll: true });
+        };
+        dialog.close();
+      });
+      add("Inside the model", link);
+    }
     $("detail-body").replaceChildren(picture(sample, "large"), facts);
     dialog.scrollTop = 0;
   };
@@ -353,7 +368,12 @@
   $("next").addEventListener("click", () => step(1));
   $("close").addEventListener("click", () => dialog.close());
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
-  dialog.addEventListener("close", () => goTo(detailed));
+  let leave = null; // where to go when the dialog closes, if not back to its card
+  dialog.addEventListener("close", () => {
+    const go = leave;
+    leave = null;
+    if (go) go(); else goTo(detailed);
+  });
   dialog.addEventListener("keydown", (event) => {
     if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
     event.preventDefault();
