@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Host memory of a start from pretrained weights under FSDP2, beside that of transformers' own loading.
 
-    python benchmarks/start.py                  a decoder of 1.0 GiB in bfloat16, 9 files, 2 and 4 processes
+    python benchmarks/start.py                  a decoder of 0.8 GiB in bfloat16, 5 files, 2 and 4 processes
     python benchmarks/start.py --smoke          a small one, 2 processes
     python benchmarks/start.py --json FILE      writes the rows there, too
 
@@ -50,7 +50,7 @@ from mmprefix.vision import VisionArgs
 
 MIB = 1 << 20
 SIDES = "transformers", "mmprefix"
-SIZES = {"full": (1536, 16, 100), "smoke": (512, 8, 12)}
+SIZES = {"full": (1536, 16, 200), "smoke": (512, 8, 24)}
 """Width, layers, MiB of a file."""
 
 

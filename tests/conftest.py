@@ -71,6 +71,11 @@ def make_model(
     return model.eval(), processor
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # cores are shared out already, also those of processes that tests start
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What the probe remembers stays out of the user's home; processes that tests start inherit it."""

@@ -13,7 +13,7 @@ def test_readme_opens_with_exactly_the_two_commands():
     blocks = re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
     assert [b.strip() for b in blocks[:2]] == [
         "pip install -e . && python -m mmprefix fit --config configs/digits.yaml",
-        "pip install -e '.[dev]' && pytest",
+        "pip install -e '.[dev]' && pytest -n auto --dist loadfile",
     ]
     # "Opens with": nothing but a title and a sentence or two before them.
     assert README.index("```sh") < 900

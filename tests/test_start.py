@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmprefix.decoder import DecoderArgs, build_decoder, decoder_config, stored_dtype
+from mmprefix.decoder import DecoderArgs, build_decoder, decoder_config
+from mmprefix.last_layer import last_layer
 from mmprefix.probe import tiny_copy
+from mmprefix.stored_weights import computing_in_float32, stored_dtype
 from mmprefix.training.module import MMPrefixModule
 from tests.architectures import ARCHITECTURES, HYBRIDS, attention_of, config_of
 from tests.conftest import TINY_DECODER, make_model
@@ -42,6 +44,15 @@ def test_weights_made_float32_later_match_float32(tmp_path, name):
     assert stored_dtype(tmp_path) == torch.bfloat16
     whole, later = built(tmp_path, torch.float32, attention), built(tmp_path, None, attention)
     assert {p.dtype for p in later.parameters()} == {torch.bfloat16}
+    before = [(p, p.data_ptr()) for p in later.parameters()]
+    ids = torch.arange(6).unsqueeze(0)
+    with torch.no_grad():
+        expected = whole.eval()(input_ids=ids, use_cache=False).logits
+        with computing_in_float32(later.eval()):
+            assert torch.equal(later(input_ids=ids, use_cache=False).logits, expected)
+            assert {p.dtype for p in last_layer(later).parameters()} == {torch.bfloat16}, "a layer's turn is over"
+            assert torch.equal(later(input_ids=ids, use_cache=False).logits, expected)
+    assert all(p.data_ptr() == pointer for p, pointer in before), "weights are where they were"
     later.float()
     assert_same(later, whole)
 

@@ -7,21 +7,16 @@ everything back. Whether an architecture obeys is found out in `probe`.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from mmprefix.attention import (
     DENSE_IMPLEMENTATIONS,
@@ -34,6 +29,7 @@ from mmprefix.errors import InputError
 from mmprefix.four_bit import loading_options, save_whole
 from mmprefix.last_layer import release_last_layer
 from mmprefix.loss import LogitTransform
+from mmprefix.stored_weights import parameters_on_meta, stored_dtype, take_buffers
 
 WINDOW_SETTINGS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
 """Settings of transformers' configs that are lengths of windows or chunks, in tokens."""
@@ -159,64 +155,6 @@ def build_decoder(
         return AutoModelForCausalLM.from_config(config, **kwargs)
     except ValueError as error:  # an implementation that the architecture does not have, sizes that don't divide
         raise InputError(f"model.decoder: {config.model_type}: {_one_line(error)}") from error
-
-
-_STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Names of the safetensors format; of these, each value is one of float32."""
-
-
-def stored_dtype(source: str | os.PathLike[str]) -> torch.dtype | None:
-    """The precision of all tensors in a model's safetensors files; None where they differ, or there are no such files.
-
-    Args:
-        source: hub name or local folder.
-    """
-    try:
-        found = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-        names = [SAFE_WEIGHTS_NAME]
-        if found is not None:
-            names = sorted(set(json.loads(Path(found).read_text(encoding="utf-8"))["weight_map"].values()))
-        dtypes = set()
-        for name in names:
-            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-            if path is None:
-                return None
-            with safe_open(path, "pt") as file:
-                dtypes |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError):
-        return None  # what is wrong with them is said when they are loaded
-    return _STORED_DTYPES.get(dtypes.pop()) if len(dtypes) == 1 else None
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Modules that are built have no memory for their parameters; their buffers are real."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def take_buffers(model: nn.Module, exact: nn.Module) -> None:
-    """Replaces buffers that no file holds: built in half precision, frequencies and scales are rounded to it.
-
-    Args:
-        model: whose buffers are replaced.
-        exact: the same model, built in float32.
-    """
-    for name, module in model.named_modules():
-        other = exact.get_submodule(name)
-        for key in module._non_persistent_buffers_set:
-            if module._buffers[key] is not None:
-                module._buffers[key] = other._buffers[key]
 
 
 def load_exactly(model_class: Any, source: str | os.PathLike[str], where: str, **kwargs: Any) -> Any:

@@ -34,11 +34,15 @@ class _Current(threading.local):
 _current = _Current()
 
 
+def layers_of_decoder(decoder: PreTrainedModel) -> nn.ModuleList | None:
+    """The decoder's layers; None where they are not one list."""
+    number = getattr(decoder.config, "num_hidden_layers", None)
+    return next((m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == number), None)
+
+
 def last_layer(decoder: PreTrainedModel) -> nn.Module | None:
     """The decoder's last layer; None where its layers are not one list."""
-    number = getattr(decoder.config, "num_hidden_layers", None)
-    lists = (m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == number)
-    layers = next(lists, None)
+    layers = layers_of_decoder(decoder)
     return None if layers is None else layers[-1]
 
 

@@ -46,6 +46,7 @@ from mmprefix.masks import PrefixVisibility
 from mmprefix.packing import PackedBatch, PrefixPlan, PromptBatch
 from mmprefix.probe import ProbeReport, check_prefix_lm, probe
 from mmprefix.sequence import IGNORE_INDEX
+from mmprefix.stored_weights import computing_in_float32
 from mmprefix.vision import ConnectorArgs, VisionArgs, VisionEncoder, VisionSpec, build_connector, resolve_vision
 
 
@@ -237,8 +238,9 @@ class MMPrefixForConditionalGeneration(PrefixDecoderModel):
         report = probe(decoder.config, decoder.config._attn_implementation, decoder)
         if report.refusal is not None:
             raise InputError(report.refusal)
-        check_prefix_lm(decoder)
-        self.config.note(report, decoder)
+        with computing_in_float32(decoder):
+            check_prefix_lm(decoder)
+            self.config.note(report, decoder)
         restrict_last_layer(decoder, self.config.label_only)
         return report
 

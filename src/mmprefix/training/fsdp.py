@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 
 from mmprefix.errors import InputError
 from mmprefix.modeling import MMPrefixForConditionalGeneration
+from mmprefix.stored_weights import float32_in_mapping
 from mmprefix.training import sharded
 from mmprefix.training.agreement import together
 from mmprefix.training.checkpoints import TIED, check_fits, read_checkpoint
@@ -156,8 +157,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def _to_float32(self, unit: nn.Module) -> None:
         for tensor in (*unit.parameters(), *unit.buffers()):
-            if not isinstance(tensor, DTensor) and tensor.is_floating_point():
-                # First to the device, which is the faster one, and has to hold a whole unit anyway.
+            if isinstance(tensor, DTensor) or not tensor.is_floating_point() or tensor.dtype == torch.float32:
+                continue
+            if self.root_device.type == "cpu":
+                tensor.data = float32_in_mapping(tensor.data)
+            else:  # first to the device, which is the faster one, and has to hold a whole unit anyway
                 tensor.data = tensor.data.to(self.root_device).to(torch.float32)
 
     @contextmanager

@@ -34,7 +34,7 @@ from mmprefix import adapters
 from mmprefix.accounting import PARTS
 from mmprefix.attention import MASK_FREE_IMPLEMENTATION
 from mmprefix.data.features import FeatureKey
-from mmprefix.decoder import DecoderArgs, parameters_on_meta, take_buffers, windows_of
+from mmprefix.decoder import DecoderArgs, windows_of
 from mmprefix.errors import InputError
 from mmprefix.evaluation import runner
 from mmprefix.evaluation.runner import DEFAULT_TASK, Evaluation, Prediction
@@ -54,6 +54,7 @@ from mmprefix.processing import (
 )
 from mmprefix.prompts import prompt_end
 from mmprefix.sequence import TokenSequence
+from mmprefix.stored_weights import parameters_on_meta, take_buffers
 from mmprefix.training.agreement import together
 from mmprefix.training.checkpoints import CONTENT_KEY, check_fits, load_model
 from mmprefix.training.fsdp import FullyShardedStrategy
