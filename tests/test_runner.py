@@ -180,10 +180,10 @@ class Echo(pl.Callback):
     def setup(self, trainer, module, stage):
         generate, tokenizer = module.generate, module.processor.tokenizer
 
-        def echo(prompts, image_tokens):
-            said = tokenizer.batch_decode(prompts.input_ids, skip_special_tokens=True)
-            said = [text.replace("<image>", "").replace("<pad>", "").strip() for text in said]
-            own = generate(prompts, image_tokens)
+        def echo(prompts, rows):
+            said = tokenizer.batch_decode([prompt.ids for prompt in prompts], skip_special_tokens=True)
+            said = [text.replace("<image>", "").strip() for text in said]
+            own = generate(prompts, rows)
             return [f"{a} {b}" if a.startswith("a ") else a for a, b in zip(said, own, strict=True)]
 
         module.generate = echo

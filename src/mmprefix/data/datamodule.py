@@ -104,6 +104,7 @@ class ShardDataModule(pl.LightningDataModule):
         batch_size: int = 32,
         max_tokens: int | None = None,
         eval_batch_size: int = 128,
+        eval_window: int = 4,
         metric: str = "exact",
         caption_tokenizer: Tokenizer | None = None,
         num_workers: int = 0,
@@ -137,6 +138,8 @@ class ShardDataModule(pl.LightningDataModule):
                 a batch, `batch_size` at most. Steps then take the same memory, however ragged the texts. The texts
                 are tokenized once at the start.
             eval_batch_size: the same, for evaluation.
+            eval_window: so many batches of evaluation wait for each other and are answered together, sorted by length, as
+                many rows at a time as the largest of them has. The tokens of their images wait in the device's memory.
             metric: what evaluation reports, a task of `score`: `exact`, `caption` (CIDEr, BLEU, ROUGE-L), `vqa`, `okvqa`,
                 `textvqa`, `vizwiz`, `gqa`, `docvqa`, `chartqa` or `scienceqa`. A set of a mixture may have its own.
             caption_tokenizer: of caption metrics: `official` needs Java and its extra, `python` neither, `auto` takes the
@@ -164,6 +167,7 @@ class ShardDataModule(pl.LightningDataModule):
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("eval_batch_size", eval_batch_size, 1),
+            ("eval_window", eval_window, 1),
             ("num_workers", num_workers, 0),
         ):
             if value < least:
@@ -180,7 +184,7 @@ class ShardDataModule(pl.LightningDataModule):
             raise InputError(f"data.max_tokens: expected at least 1, got {max_tokens}")
         self.batch_size = batch_size
         self.max_tokens = max_tokens
-        self.eval_batch_size = eval_batch_size
+        self.eval_batch_size, self.eval_window = eval_batch_size, eval_window
         self.num_workers = num_workers
         self.limits = TextLimits(max_instruction_tokens, max_target_tokens, truncate)
         self.augmentation = augmentation

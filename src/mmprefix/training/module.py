@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ from mmprefix.accounting import PARTS
 from mmprefix.attention import MASK_FREE_IMPLEMENTATION
 from mmprefix.data.features import FeatureKey
 from mmprefix.decoder import DecoderArgs, windows_of
+from mmprefix.decoding import Prompt, SamplingArgs, answers
 from mmprefix.errors import InputError
 from mmprefix.evaluation import runner
 from mmprefix.evaluation.runner import DEFAULT_TASK, Evaluation, Prediction
@@ -41,7 +43,7 @@ from mmprefix.evaluation.scores import Scored
 from mmprefix.loss import LossNormalization, label_weights
 from mmprefix.masks import PrefixVisibility
 from mmprefix.modeling import MMPrefixForConditionalGeneration
-from mmprefix.packing import EvaluationBatch, PackedBatch, PromptBatch, collate, map_tensors
+from mmprefix.packing import EvaluationBatch, PackedBatch, collate, map_tensors
 from mmprefix.probe import mask_free_refusal, probe
 from mmprefix.processing import (
     IMAGE_TOKEN,
@@ -124,11 +126,22 @@ def _from_parts(
     return model, processor
 
 
-def _images_by_prompt(image_tokens: Tensor | None, image_of: Tensor) -> Tensor | None:
-    """float ``[I, N, W]`` -> ``[S, K * N, W]``, the images of each prompt side by side; None where no prompt has one."""
-    if image_tokens is None or not image_of.shape[1]:
-        return None
-    return image_tokens[image_of.clamp(min=0)].flatten(1, 2)
+def prompts_of(batch: EvaluationBatch, image_tokens: Tensor | None) -> list[Prompt]:
+    """The prompts of a batch, without their padding.
+
+    Args:
+        batch: with its samples' references, whose ids sampled answers are drawn by.
+        image_tokens: float ``[I, N, W]``, of the images of the batch.
+    """
+    mask, lengths = batch.prompts.attention_mask, batch.prompts.attention_mask.sum(1).tolist()
+    prompts = []
+    for row, (reference, images) in enumerate(zip(batch.references, batch.prompts.image_of.tolist(), strict=True)):
+        ids = batch.prompts.input_ids[row, mask.shape[1] - lengths[row] :]
+        own = () if image_tokens is None else tuple(image_tokens[image] for image in images if image >= 0)
+        # Of several references, the shortest; how many tokens it has is not known here, how many letters is enough.
+        expected = min((len(text) for text in reference.references), default=0)
+        prompts.append(Prompt(ids, own, f"{reference.dataset}\0{reference.id}", expected))
+    return prompts
 
 
 def _wrap_again(strategy: DDPStrategy) -> None:
@@ -167,6 +180,7 @@ class MMPrefixModule(pl.LightningModule):
         compile: bool = False,
         attention: Literal["auto", "dense"] = "auto",
         num_beams: int = 1,
+        sampling: SamplingArgs | None = None,
         peak_tflops: float | Literal["measure"] | None = None,
         seed: int = 0,
     ) -> None:
@@ -195,15 +209,18 @@ class MMPrefixModule(pl.LightningModule):
             attention: `auto`: without a mask, over samples packed into one row, where decoder, device and precision
                 allow it, which is said in one line at the start. `dense`: a row for each sample and a mask.
             num_beams: beams when generating for evaluation; 1 is greedy.
+            sampling: answers are drawn in place of the likeliest being taken, each from the seed and its sample's id.
             peak_tflops: TFLOP/s that a device can do at most, from its data sheet, to log utilization (train/mfu);
                 `measure` times matrix products at start instead. Without it no utilization is logged.
-            seed: of dropout; the command line passes `seed_everything`.
+            seed: of dropout and of sampled answers; the command line passes `seed_everything`.
         """
         super().__init__()
         optimizer.check()
         guard.check()
         if num_beams < 1:
             raise InputError(f"model.num_beams: expected at least 1, got {num_beams}")
+        if sampling is not None:
+            sampling.check(num_beams)
         if isinstance(peak_tflops, float | int) and not 0 < peak_tflops < math.inf:
             raise InputError(f"model.peak_tflops: expected more than 0, or `measure`, got {peak_tflops}")
         if decoder.load_in_4bit and train_decoder.lora is None:
@@ -229,7 +246,7 @@ class MMPrefixModule(pl.LightningModule):
         self.guard_args, self._guard = guard, Guard()
         self.part_args = dict(zip(PARTS, (train_vision, train_connector, train_decoder), strict=True))
         self._add_adapters(decoder)
-        self.num_beams = num_beams
+        self.num_beams, self.sampling = num_beams, sampling
         self.settings = ""
         """The run's configuration in YAML, for its checkpoints, where the command line knows it."""
         self.peak_tflops = peak_tflops
@@ -244,6 +261,10 @@ class MMPrefixModule(pl.LightningModule):
         self._in_4bit = decoder.load_in_4bit
         self._window = self._last_window = _Window()
         self._predictions: list[Prediction] = []
+        self._waiting: list[tuple[EvaluationBatch, Tensor | None]] = []
+        """Batches whose prompts wait to be answered, and the tokens of their images."""
+        self.answered: list[tuple[EvaluationBatch, list[Prediction]]] = []
+        """Batches that the last step has answered, for reports: none, or a whole window of them."""
         self.evaluation = Evaluation()
         """Of the last split that was evaluated, for reports."""
         self._evaluation_loss: list[Tensor] = []
@@ -675,26 +696,19 @@ class MMPrefixModule(pl.LightningModule):
     # Evaluation
 
     @torch.no_grad()
-    def generate(self, prompts: PromptBatch, image_tokens: Tensor | None) -> list[str]:
-        """One text for each prefix.
+    def generate(self, prompts: Sequence[Prompt], rows: int) -> list[str]:
+        """One text for each prompt.
 
         Args:
-            prompts: the prefixes.
-            image_tokens: float ``[I, N, W]``, of the images of ``prompts``.
+            prompts: of a window of batches.
+            rows: how many are answered at a time.
         """
-        if prompts.input_ids.shape[0] == 0:
-            return []
         with self._uncompiled():
-            generated = self.model.generate(
-                input_ids=prompts.input_ids,
-                attention_mask=prompts.attention_mask,
-                image_tokens=_images_by_prompt(image_tokens, prompts.image_of),
-                max_new_tokens=self.max_new_tokens,
-                num_beams=self.num_beams,
-                do_sample=False,
-                synced_gpus=False,  # each process has the whole model: one with fewer batches would be waited for
-            )
-        return self.processor.decode_generated(generated[:, prompts.input_ids.shape[1] :])
+            generated = answers(
+                self.model, prompts, rows=rows, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams,
+                sampling=self.sampling, seed=self.seed,
+            )  # fmt: skip
+        return self.processor.decode_ids(generated)
 
     def _uncompiled(self) -> AbstractContextManager[Any]:
         """Evaluation runs the model as it is: prefill, each cached step and the loss would all be compiled, for shapes
@@ -705,6 +719,11 @@ class MMPrefixModule(pl.LightningModule):
     def max_new_tokens(self) -> int:
         """What evaluation generates at most: the data module's longest target."""
         return int(getattr(self.trainer.datamodule, "max_new_tokens", 256))  # type: ignore[attr-defined]
+
+    @property
+    def _window_size(self) -> int:
+        """Batches whose prompts are answered together."""
+        return int(getattr(self.trainer.datamodule, "eval_window", 1))  # type: ignore[attr-defined]
 
     def _tasks(self, split: str) -> dict[str, str]:
         tasks = getattr(getattr(self.trainer, "datamodule", None), "tasks", None)
@@ -726,16 +745,34 @@ class MMPrefixModule(pl.LightningModule):
         return self._predict(batch, image_tokens)
 
     def _predict(self, batch: EvaluationBatch, image_tokens: Tensor | None) -> list[Prediction]:
-        predictions = list(zip(batch.references, self.generate(batch.prompts, image_tokens), strict=True))
-        self._predictions += predictions
-        return predictions
+        """Answers of a whole window, where this batch completes it."""
+        self._waiting.append((replace(batch, targets=None), image_tokens))
+        self.answered = []
+        if len(self._waiting) >= self._window_size:
+            self._answer_waiting()
+        return [prediction for _, predictions in self.answered for prediction in predictions]
+
+    def _answer_waiting(self) -> None:
+        """Answers all batches that wait, their prompts sorted by length and mixed with one another."""
+        waiting, self._waiting = self._waiting, []
+        prompts = [prompt for batch, tokens in waiting for prompt in prompts_of(batch, tokens)]
+        rows = max((len(batch.references) for batch, _ in waiting), default=0)
+        texts = iter(self.generate(prompts, rows) if prompts else ())
+        self.answered = [(b, [(reference, next(texts)) for reference in b.references]) for b, _ in waiting]
+        self._predictions += [prediction for _, predictions in self.answered for prediction in predictions]
+
+    def _answer_rest(self) -> None:
+        """Answers the last window, which may be smaller. No step is running, whose precision it needs."""
+        with self.trainer.precision_plugin.val_step_context():
+            self._answer_waiting()
 
     def _start_evaluation(self) -> None:
         """Nothing of an evaluation that was cut short goes into the next."""
-        self._predictions, self.evaluation = [], Evaluation()
+        self._predictions, self._waiting, self.answered, self.evaluation = [], [], [], Evaluation()
         self._evaluation_loss.clear()
 
     def _log_evaluation(self, split: str) -> None:
+        self._answer_rest()
         names = self._set_names(split)
         zeros = torch.zeros((1 + len(names), 2), device=self.device)
         sums = self.trainer.strategy.reduce(torch.stack([zeros, *self._evaluation_loss]).sum(0), reduce_op="sum")
@@ -815,6 +852,7 @@ class MMPrefixModule(pl.LightningModule):
 
     def on_predict_epoch_end(self) -> None:
         """Scores, where all samples of a set have references; nothing can be logged here."""
+        self._answer_rest()
         self._score("predict")
 
     # Checkpoints
