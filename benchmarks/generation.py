@@ -16,8 +16,8 @@ Cases:
     captions    an image and an instruction of 4 tokens for each sample: only answers differ in length
     questions   four questions of 4 to 12 tokens on each image, one after the other
 
-Answers end when the model says EOS, at most after NEW_TOKENS tokens. So that a model with random weights does, EOS has a
-larger embedding than other tokens, in both; their lengths are then about geometric. In float32, before any time is taken
+Answers end when the model says EOS, at most after NEW_TOKENS tokens. So that a model with random weights does, some of its
+weights are changed, in both (`let_end`); lengths are then about geometric. In float32, before any time is taken
 and whatever dtype is measured, both must give the same tokens for every sample.
 
 Metric (medians): `samples_per_s`.
@@ -64,7 +64,7 @@ from mmprefix.training.module import prompts_of
 
 CASES = ("mixed", "captions", "questions")
 BATCH_SIZE, WINDOW = 8, 4
-NUM_SAMPLES, NEW_TOKENS = 64, 64
+NUM_SAMPLES, NEW_TOKENS = 32, 64
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,20 @@ def make_samples(case: str, size: Size, vocab: int, number: int) -> list[Sample]
 
 
 def let_end(theirs: PaliGemmaForConditionalGeneration) -> None:
-    """Gives EOS, which no prompt holds, an embedding that its logit varies with."""
-    weight = theirs.get_input_embeddings().weight
+    """Makes random weights say something, and end.
+
+    As they are, all that differs between two steps is lost in what all have in common, and one token is said over and over.
+    With larger embeddings the last token counts; a larger last MLP, and signs in the last norm, make of it another one than
+    itself. EOS, which no prompt holds, gets a larger embedding than others: its logit varies more, and is sometimes the
+    largest.
+    """
+    generator = torch.Generator().manual_seed(2)
+    weight, text = theirs.get_input_embeddings().weight, theirs.model.language_model
     with torch.no_grad():
-        direction = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(2)).to(weight)
-        weight[EOS] = direction * weight[EOS + 1 :].std() * 3.0
+        weight.mul_(8)
+        text.layers[-1].mlp.down_proj.weight.mul_(30)
+        text.norm.weight.copy_(-2.0 * torch.randint(0, 2, text.norm.weight.shape, generator=generator))  # Gemma adds 1
+        weight[EOS] = (torch.randn(weight.shape[1], generator=generator) * 3).to(weight) * weight[EOS + 1 :].std()
         weight[-1] = 0.0  # the image placeholder: trained models don't say it, and it is read differently where they do
 
 
@@ -174,6 +183,8 @@ def main() -> None:
     """All combinations of size, vocabulary and dtype; the same models for all cases."""
     options = parse_arguments(__doc__, CASES, vocabs=(32_768,))
     device = options.device
+    if options.smoke:
+        torch.set_num_threads(1)  # threads that share a busy core wait for each other at each tiny product
     print_header(device)
     rows: list[Row] = []
     notes: list[str] = []

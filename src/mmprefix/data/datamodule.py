@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from mmprefix.data import digits
+from mmprefix.data import digits, storage
 from mmprefix.data.features import FeatureCache, FeatureKey
 from mmprefix.data.images import RandomAffine, decode_image, decode_levels
 from mmprefix.data.loading import (
@@ -212,6 +214,8 @@ class ShardDataModule(pl.LightningDataModule):
         """Whether batches are packed into one row; the module says, when it knows how it attends."""
         self.bucket = 1
         """What the lengths of a packed row's parts are rounded up to."""
+        self.finished: frozenset[int] = frozenset()
+        """Records that an evaluation which goes on after a kill has behind it; the module says."""
         self._shards: dict[str, ShardCollection] = {}
         self._position = _Position()
         self._budget: tuple[Any, tuple[list[list[int]], list[tuple[int, ...]]]] | None = None
@@ -330,6 +334,14 @@ class ShardDataModule(pl.LightningDataModule):
         """The split's sets, each with the setting that it came from."""
         for one in self._sets[split]:
             yield f"data.{split}.{one.name}" if one.name else f"data.{split}", one
+
+    def identity(self, split: str) -> str:
+        """Hexadecimal SHA-256 of the split's shards, with the state of each file, and of how texts are made of them."""
+        shards = self.shards(split)
+        states = [storage.state_of(path) for path in shards.paths]
+        sets = [(one.name, one.instructions) for one in self._sets[split]]
+        content = [split, shards.fingerprint(), states, sets, asdict(self.limits), self.undecodable_is_fatal]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _fetch(self, split: str) -> None:
         """Copies the split's shards to this machine, if asked to."""
@@ -548,7 +560,9 @@ class ShardDataModule(pl.LightningDataModule):
         return bins, shapes
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
-        sampler = EvaluationBatchSampler(len(self._shards[split]), self.eval_batch_size, **self._ranks())
+        sampler = EvaluationBatchSampler(
+            len(self._shards[split]), self.eval_batch_size, **self._ranks(), finished=self.finished
+        )
         return self._loader(split, sampler, self._collator(split).evaluate)
 
     def val_dataloader(self) -> DataLoader[Any]:

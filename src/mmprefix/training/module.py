@@ -10,6 +10,7 @@ resumed draws what it would have drawn, and no generator state has to be saved.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -33,11 +34,13 @@ from torch.nn.parallel import DistributedDataParallel
 from mmprefix import adapters
 from mmprefix.accounting import PARTS
 from mmprefix.attention import MASK_FREE_IMPLEMENTATION
+from mmprefix.data.datamodule import ShardDataModule
 from mmprefix.data.features import FeatureKey
 from mmprefix.decoder import DecoderArgs, windows_of
 from mmprefix.decoding import Prompt, SamplingArgs, answers
 from mmprefix.errors import InputError
 from mmprefix.evaluation import runner
+from mmprefix.evaluation.progress import Part, Progress, checkpoint_identity
 from mmprefix.evaluation.runner import DEFAULT_TASK, Evaluation, Prediction
 from mmprefix.evaluation.scores import Scored
 from mmprefix.loss import LossNormalization, label_weights
@@ -267,6 +270,11 @@ class MMPrefixModule(pl.LightningModule):
         """Batches that the last step has answered, for reports: none, or a whole window of them."""
         self.evaluation = Evaluation()
         """Of the last split that was evaluated, for reports."""
+        self._progress: Progress | None = None
+        self._found: list[Part] = []
+        """What an evaluation before this one was killed had done, on the first process."""
+        self._losses_kept = 0
+        """Of `_evaluation_loss`, how many are on disk."""
         self._evaluation_loss: list[Tensor] = []
         """Float ``[1 + sets, 2]`` of each batch: loss and count of all and of each set."""
         # What later unfreezing may switch on again; the rest (unused heads) never learns.
@@ -324,6 +332,9 @@ class MMPrefixModule(pl.LightningModule):
         if hasattr(data, "packed"):
             data.packed = packed
             data.bucket = _BUCKET if self._compiled else 1
+        self._progress, self._found = None, []  # where there is one, `on_load_checkpoint` says
+        if isinstance(data, ShardDataModule):
+            data.finished = frozenset()
         # Before the strategy casts the module for a `-true` precision.
         self._exact_buffers = {
             name: buffer.detach().clone()
@@ -363,8 +374,9 @@ class MMPrefixModule(pl.LightningModule):
         self._gather()
 
     def on_validation_end(self) -> None:
-        """See `_gather`."""
+        """See `_gather` and `_end_progress`."""
         self._gathered.close()
+        self._end_progress()
 
     def on_test_start(self) -> None:
         """See `_restore_buffers` and `_gather`."""
@@ -372,8 +384,9 @@ class MMPrefixModule(pl.LightningModule):
         self._gather()
 
     def on_test_end(self) -> None:
-        """See `_gather`."""
+        """See `_gather` and `_end_progress`."""
         self._gathered.close()
+        self._end_progress()
 
     def on_predict_start(self) -> None:
         """See `_restore_buffers` and `_gather`."""
@@ -381,8 +394,9 @@ class MMPrefixModule(pl.LightningModule):
         self._gather()
 
     def on_predict_end(self) -> None:
-        """See `_gather`."""
+        """See `_gather` and `_end_progress`."""
         self._gathered.close()
+        self._end_progress()
 
     def _gather(self) -> None:
         """Evaluation has the whole model on each process: batches and texts differ in number and length among them."""
@@ -472,6 +486,8 @@ class MMPrefixModule(pl.LightningModule):
             self._guard = Guard(**checkpoint[CONTENT_KEY].get("guard", {}))
             if hasattr(datamodule, "resume"):
                 datamodule.resume(checkpoint)
+        elif isinstance(datamodule, ShardDataModule):
+            self._resume_evaluation(datamodule)
         cached = getattr(datamodule, "feature_cache", None) is not None
         if self._sharding is not None:  # it has compared shapes, and loaded, already
             if cached and checkpoint[CONTENT_KEY].get("feature_key") != self.frozen_feature_key().hash:
@@ -744,6 +760,71 @@ class MMPrefixModule(pl.LightningModule):
             self._evaluation_loss.append(torch.cat([torch.stack(loss).unsqueeze(0), *of_sets]))
         return self._predict(batch, image_tokens)
 
+    def _resume_evaluation(self, data: ShardDataModule) -> None:
+        """Finds what an evaluation of the same had done before it was killed, and tells the data to leave it out."""
+        trainer = self.trainer
+        stage = str(trainer.state.fn.value)  # type: ignore[union-attr]
+        split, limit = {
+            "validate": ("val", trainer.limit_val_batches), "test": ("test", trainer.limit_test_batches),
+            "predict": ("predict", trainer.limit_predict_batches),
+        }[stage]  # fmt: skip
+        path = trainer.ckpt_path
+        # A limit counts this run's batches.
+        if path is None or not (isinstance(limit, float) and limit == 1.0):
+            return
+        key = self._evaluation_key(data, split, Path(path)) if trainer.is_global_zero else {}
+        key = trainer.strategy.broadcast(key)
+        progress = Progress(Path(trainer.default_root_dir), stage, key, trainer.global_rank)
+        if self.trainer.is_global_zero:
+            for line in progress.others():
+                rank_zero_info(line)
+            number = len(data.shards(split))
+            self._found = progress.read(number, at_least=self.trainer.world_size)
+            if self._found:
+                done = sum(len(part.records) for part in self._found)
+                answered = sum(len(part.predictions) for part in self._found)
+                rank_zero_info(
+                    f"{stage}: goes on where it was cut short: {answered:,} answers, to {done:,} of {number:,} records, "
+                    f"found in {progress.folder}"
+                )
+        finished = frozenset(record for part in self._found for record in part.records)
+        data.finished = self.trainer.strategy.broadcast(finished)
+        self._progress = progress
+
+    def _evaluation_key(self, data: ShardDataModule, split: str, checkpoint: Path) -> dict[str, str]:
+        """What answers and losses depend on; neither the number of processes nor the size of batches."""
+        files = self.processor.to_files()
+        digest = hashlib.sha256(json.dumps(self.model.config.to_dict(), sort_keys=True, default=str).encode())
+        for name in sorted(files):
+            digest.update(name.encode() + files[name].numpy().tobytes())
+        drawn = None if self.sampling is None else {**asdict(self.sampling), "seed": self.seed}
+        return {
+            "checkpoint": checkpoint_identity(checkpoint),
+            "data": data.identity(split),
+            "model or prompt": digest.hexdigest(),
+            "decoding": json.dumps([self.num_beams, drawn, self.max_new_tokens]),
+            "loss or precision": json.dumps([self.loss_normalization, str(self.trainer.precision)]),
+            "version": json.dumps([version(name) for name in ("mmprefix", "torch", "transformers", "timm")]),
+        }
+
+    def _keep_progress(self) -> None:
+        """Appends what the window that was just answered holds."""
+        if self._progress is None:
+            return
+        losses, self._losses_kept = self._evaluation_loss[self._losses_kept :], len(self._evaluation_loss)
+        predictions = tuple(prediction for _, members in self.answered for prediction in members)
+        records = tuple(sorted({reference.order[0] for reference, _ in predictions}))
+        if records:
+            sums = torch.stack(losses).sum(0).tolist() if losses else []
+            self._progress.add(Part(records, tuple((loss, count) for loss, count in sums), predictions))
+
+    def _end_progress(self) -> None:
+        """All is done, scored and written."""
+        if self._progress is not None:
+            self._progress.finish()
+            self.trainer.datamodule.finished = frozenset()  # type: ignore[attr-defined]
+            self._progress = None
+
     def _predict(self, batch: EvaluationBatch, image_tokens: Tensor | None) -> list[Prediction]:
         """Answers of a whole window, where this batch completes it."""
         self._waiting.append((replace(batch, targets=None), image_tokens))
@@ -760,6 +841,7 @@ class MMPrefixModule(pl.LightningModule):
         texts = iter(self.generate(prompts, rows) if prompts else ())
         self.answered = [(b, [(reference, next(texts)) for reference in b.references]) for b, _ in waiting]
         self._predictions += [prediction for _, predictions in self.answered for prediction in predictions]
+        self._keep_progress()
 
     def _answer_rest(self) -> None:
         """Answers the last window, which may be smaller. No step is running, whose precision it needs."""
@@ -767,9 +849,12 @@ class MMPrefixModule(pl.LightningModule):
             self._answer_waiting()
 
     def _start_evaluation(self) -> None:
-        """Nothing of an evaluation that was cut short goes into the next."""
-        self._predictions, self._waiting, self.answered, self.evaluation = [], [], [], Evaluation()
-        self._evaluation_loss.clear()
+        """Nothing of an evaluation that was cut short goes into the next, but what it has kept on disk."""
+        self._waiting, self.answered, self.evaluation = [], [], Evaluation()
+        found, self._found = self._found, []
+        self._predictions = [prediction for part in found for prediction in part.predictions]
+        self._evaluation_loss = [torch.tensor(part.losses, device=self.device) for part in found if part.losses]
+        self._losses_kept = len(self._evaluation_loss)
 
     def _log_evaluation(self, split: str) -> None:
         self._answer_rest()
