@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from mmprefix.cli import run
 from mmprefix.data.index import INDEX_NAME
 from mmprefix.data.loading import Collator, EncodedImage, EncodedRecord, RecordDataset, TextLimits
 from mmprefix.data.shards import ShardCollection
+from mmprefix.decoding import answers
 from mmprefix.errors import InputError
 from mmprefix.masks import dense_mask, visible_pairs
-from mmprefix.packing import collate
+from mmprefix.packing import Reference, collate
 from mmprefix.sequence import PREFIX_BRANCH, Region, TokenSequence
-from mmprefix.training.module import _images_by_prompt
+from mmprefix.training.module import prompts_of
 from tests.conftest import colour_record, make_model, png
 from tests.reference import losses_of_ids
 from tests.test_resume import fit
@@ -127,18 +129,17 @@ def test_pictures_and_their_tokens_must_match():
 def test_ragged_prompts_generate_what_each_does_alone(visibility, num_beams, photos):
     model, processor = make_model(visibility=visibility)
     batch = Collator(processor.pad_id, visibility).evaluate(records_of(processor, photos))
-    prompts = batch.prompts
-    tokens = _images_by_prompt(model.image_tokens_of(prompts), prompts.image_of)
+    batch = replace(batch, references=tuple(Reference(str(n)) for n in range(len(SAMPLES))))
     settings = {"max_new_tokens": 6, "num_beams": num_beams, "do_sample": False}
-    together = model.generate(
-        input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, image_tokens=tokens, **settings
-    )
+    with torch.no_grad():
+        prompts = prompts_of(batch, model.image_tokens_of(batch.prompts))
+        ids = answers(model, prompts, rows=len(SAMPLES) - 1, max_new_tokens=6, num_beams=num_beams)
+    texts = processor.decode_ids(ids)
     through_pixels = model.generate(
         **processor([[photos[n] for n in pictures] for pictures, _, _ in SAMPLES], [text for _, text, _ in SAMPLES]),
         **settings,
-    )
-    assert torch.equal(together, through_pixels)
-    texts = processor.decode_generated(together[:, prompts.input_ids.shape[1] :])
+    )[:, batch.prompts.input_ids.shape[1] :]
+    assert processor.decode_generated(through_pixels) == texts
     for (pictures, instruction, _), text in zip(SAMPLES, texts, strict=True):
         inputs = processor([photos[n] for n in pictures] or None, instruction)
         assert inputs["input_ids"][0].tolist() == written_out(processor, pictures, instruction)

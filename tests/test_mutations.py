@@ -103,7 +103,7 @@ def test_a_forgotten_prefix_in_cached_decoding(monkeypatch):
     """Layers that keep a window only, as the library would make them."""
     from mmprefix import generation
 
-    monkeypatch.setattr(generation, "_keep_everything", lambda cache, length: None)
+    monkeypatch.setattr(generation, "keep_everything", lambda cache, max_cache_length: None)
     assert 6 in failing("mistral")
     assert torch.is_grad_enabled()
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from mmprefix.data.datamodule import ShardDataModule
 from mmprefix.data.shards import write_shard
 from mmprefix.errors import InputError
 from mmprefix.evaluation.official import read_predictions
+from mmprefix.evaluation.progress import Part, Progress, checkpoint_identity
 from mmprefix.evaluation.report import score_tables
 from mmprefix.evaluation.runner import (
     Evaluation,
@@ -172,21 +174,30 @@ NUM_SAMPLES = 101
 
 
 class Echo(pl.Callback):
-    """Answers begin with the instruction: a random model alone would score nothing. Each rank writes what it logged."""
+    """Answers begin with the instruction: a random model alone would score nothing. Each rank writes what it logged.
 
-    def __init__(self, path):
-        self.path = path
+    With `kill_at`, each rank is killed behind so many batches.
+    """
+
+    def __init__(self, path, kill_at=0):
+        self.path, self.kill_at = path, kill_at
 
     def setup(self, trainer, module, stage):
         generate, tokenizer = module.generate, module.processor.tokenizer
 
-        def echo(prompts, image_tokens):
-            said = tokenizer.batch_decode(prompts.input_ids, skip_special_tokens=True)
-            said = [text.replace("<image>", "").replace("<pad>", "").strip() for text in said]
-            own = generate(prompts, image_tokens)
+        def echo(prompts, rows):
+            said = tokenizer.batch_decode([prompt.ids for prompt in prompts], skip_special_tokens=True)
+            said = [text.replace("<image>", "").strip() for text in said]
+            own = generate(prompts, rows)
+            with open(f"{self.path}.asked", "a") as file:
+                file.write(f"{len(prompts)}\n")
             return [f"{a} {b}" if a.startswith("a ") else a for a, b in zip(said, own, strict=True)]
 
         module.generate = echo
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, *args):
+        if batch_idx + 1 == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def on_validation_end(self, trainer, module):
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -224,10 +235,12 @@ def trained(tmp_path_factory):
     return folder
 
 
-def mmprefix(folder, command, name, *arguments, echo=False):
+def mmprefix(folder, command, name, *arguments, echo=False, kill_at=0):
     environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT), ENVIRONMENT.get("PYTHONPATH", "")])}
     overlay = folder / f"{name}.yaml"
-    callbacks = [{"class_path": "tests.test_runner.Echo", "init_args": {"path": str(folder / f"{name}.values")}}]
+    callbacks = [{"class_path": "tests.test_runner.Echo", "init_args": {
+        "path": str(folder / f"{name}.values"), "kill_at": kill_at,
+    }}]  # fmt: skip
     overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks if echo else []}}))
     run_folder = folder / f"{name}-run"
     done = subprocess.run(
@@ -235,17 +248,24 @@ def mmprefix(folder, command, name, *arguments, echo=False):
          "--trainer.default_root_dir", str(run_folder), *arguments],
         env=environment, cwd=folder, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout, run_folder
+    assert done.returncode == (-signal.SIGKILL if kill_at else 0), done.stderr
+    return done.stdout + done.stderr, run_folder
+
+
+def weights_of(folder):
+    (checkpoint,) = (folder / "one-run" / "checkpoints").glob("*.ckpt")
+    return "--ckpt_path", str(checkpoint), "--trainer.limit_val_batches", "1.0"
 
 
 def evaluated(folder, name, *arguments):
     """Table, predictions and each rank's values of `validate`."""
-    (checkpoint,) = (folder / "one-run" / "checkpoints").glob("*.ckpt")
-    weights = ("--ckpt_path", str(checkpoint), "--trainer.limit_val_batches", "1.0")
-    out, run_folder = mmprefix(folder, "validate", name, *weights, *arguments, echo=True)
+    out, run_folder = mmprefix(folder, "validate", name, *weights_of(folder), *arguments, echo=True)
+    return results_of(folder, name, out, run_folder)
+
+
+def results_of(folder, name, out, run_folder):
     files = {path.name: path.read_text() for path in run_folder.glob("predictions*.json*")}
-    values = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}.values.*"))]
+    values = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}.values.[0-9]"))]
     ours = re.split("[┏─]", out[out.index("val captions: ") :])[
         0
     ]  # Lightning's own table follows, losses with all digits
@@ -296,3 +316,84 @@ def test_two_processes_say_and_score_what_one_does(trained, of_one, strategy):
             assert values[0][name] == pytest.approx(value, rel=1e-5)  # summed in another order
         else:
             assert values[0][name] == value
+
+
+def asked(folder, name):
+    """How many prompts were answered since the last call."""
+    path = folder / f"{name}.values.asked"
+    number = sum(map(int, path.read_text().split()))
+    path.unlink()
+    return number
+
+
+TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+
+
+@pytest.mark.parametrize(("name", "before", "after"), [("killed", (), ()), ("fewer", TWO, ())])
+def test_a_killed_evaluation_goes_on_and_says_what_one_at_a_stretch_does(trained, of_one, name, before, after):
+    """Of 202 records in batches of 16, windows of 4 are kept; the window that was under way is answered again."""
+    kill_at = 5 if before else 9
+    mmprefix(trained, "validate", name, *weights_of(trained), *before, echo=True, kill_at=kill_at)
+    assert asked(trained, name) == 128, "two windows"
+    (unfinished,) = (trained / f"{name}-run" / "unfinished").iterdir()
+    for path in unfinished.glob("process-*.jsonl"):
+        with path.open("a") as file:  # as a kill in the middle of a write would leave it
+            file.write(path.read_text()[:1000])
+    if not before:  # other settings have answers of their own
+        other = ("--data.max_target_tokens", "47")
+        out, _ = mmprefix(trained, "validate", name, *weights_of(trained), *other, echo=True)
+        what = "another data, another decoding"
+        assert f"validate: {unfinished} holds an unfinished evaluation with {what}: not used" in out
+        assert asked(trained, name) == 202
+    out, run_folder = mmprefix(trained, "validate", name, *weights_of(trained), *after, echo=True)
+    assert f"goes on where it was cut short: 128 answers, to 128 of 202 records, found in {unfinished}" in out
+    assert asked(trained, name) == 202 - 128
+    assert not (run_folder / "unfinished").exists()
+    text, files, values = results_of(trained, name, out, run_folder)
+    assert text == of_one[0]
+    assert files == of_one[1]
+    for key, value in of_one[2][0].items():
+        assert values[0][key] == (pytest.approx(value, rel=1e-5) if key.endswith("/loss") else value)
+
+
+def part(*records):
+    predictions = tuple((question(n, f"said {n}\u2028")[0]._replace(order=(n, 0)), f"said {n}\u2028") for n in records)
+    return Part(records, ((0.1, 2.0), (1 / 3, 1.0)), predictions)
+
+
+def test_parts_survive_torn_lines_and_belong_to_one_key(tmp_path):
+    progress = Progress(tmp_path, "test", {"checkpoint": "a", "data": "d"}, rank=1)
+    assert progress.read(10, 1) == []
+    progress.add(part(0, 2))
+    (path,) = progress.folder.glob("process-1.jsonl")
+    with path.open("ab") as file:
+        file.write(part(4, 5).to_line().encode()[:-20])
+    progress.add(part(1, 3))
+    Progress(tmp_path, "test", progress.key, rank=0).add(part(3, 6))
+    assert progress.read(10, 1) == [part(3, 6), part(0, 2)], "3 once, and nothing of the torn line"
+    path.write_bytes(path.read_bytes().replace(b'"losses"', b'"lossless"'))
+    assert progress.read(10, 1) == [part(3, 6)]
+    assert progress.read(4, 2) == [part(3, 6)]
+    assert progress.read(4, 3) == [], "each process must have something to do"
+    for stage, key in (("test", {"checkpoint": "b", "data": "d"}), ("validate", progress.key)):
+        other = Progress(tmp_path, stage, key)
+        assert other.read(10, 1) == []
+        expected = [f"test: {progress.folder} holds an unfinished evaluation with another checkpoint: not used"]
+        assert other.others() == (expected if stage == "test" else [])
+    progress.finish()
+    assert not (tmp_path / "unfinished").exists()
+
+
+def test_another_checkpoint_has_another_identity(tmp_path):
+    path = tmp_path / "step=1.ckpt"
+    path.write_bytes(b"weights")
+    first = checkpoint_identity(path)
+    assert checkpoint_identity(path) == first
+    os.utime(path, ns=(1, 1))  # written anew, as long as before
+    assert checkpoint_identity(path) != first
+    path.unlink()
+    path.mkdir()
+    (path / "0.pt").write_bytes(b"shard")
+    sharded = checkpoint_identity(path)
+    (path / "1.pt").write_bytes(b"shard")
+    assert checkpoint_identity(path) != sharded

@@ -258,7 +258,7 @@ class PrefixDecoderModel(PreTrainedModel, GenerationMixin):
         if not isinstance(cache, Cache):
             return
         if own is None:
-            _keep_everything(cache, max_cache_length=args[-1])
+            keep_everything(cache, max_cache_length=args[-1])
         if any(cache.is_sliding):
             raise ValueError("past_key_values: expected a cache that keeps the whole prefix, got sliding-window layers")
 
@@ -284,8 +284,8 @@ class PrefixDecoderModel(PreTrainedModel, GenerationMixin):
         return attention_mask
 
 
-def _keep_everything(cache: Cache, max_cache_length: int) -> None:
-    """Replaces sliding-window layers of a fresh cache by ones that keep all columns.
+def keep_everything(cache: Cache, max_cache_length: int = 0) -> None:
+    """Replaces sliding-window layers of a fresh cache by ones that keep all columns; static ones of so many.
 
     Static layers get the length of their full neighbours: without a sliding layer left, the library takes the columns
     of every mask from the first layer.

@@ -259,8 +259,12 @@ class MMPrefixProcessor(ProcessorMixin):
 
     def decode_generated(self, generated: Tensor) -> list[str]:
         """Generated ids ``[S, K]``, without the prompt -> texts, cut at EOS."""
+        return self.decode_ids(generated.tolist())
+
+    def decode_ids(self, generated: Sequence[Sequence[int]]) -> list[str]:
+        """Generated ids of each row -> texts, cut at EOS."""
         texts = []
-        for row in generated.tolist():
+        for row in map(list, generated):
             end = row.index(self.layout.eos) if self.layout.eos in row else len(row)
             texts.append(self.tokenizer.decode(row[:end], skip_special_tokens=True).strip())
         return texts

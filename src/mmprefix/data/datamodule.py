@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from mmprefix.data import digits
+from mmprefix.data import digits, storage
 from mmprefix.data.features import FeatureCache, FeatureKey
 from mmprefix.data.images import RandomAffine, decode_image, decode_levels
 from mmprefix.data.loading import (
@@ -104,6 +106,7 @@ class ShardDataModule(pl.LightningDataModule):
         batch_size: int = 32,
         max_tokens: int | None = None,
         eval_batch_size: int = 128,
+        eval_window: int = 4,
         metric: str = "exact",
         caption_tokenizer: Tokenizer | None = None,
         num_workers: int = 0,
@@ -137,6 +140,8 @@ class ShardDataModule(pl.LightningDataModule):
                 a batch, `batch_size` at most. Steps then take the same memory, however ragged the texts. The texts
                 are tokenized once at the start.
             eval_batch_size: the same, for evaluation.
+            eval_window: so many batches of evaluation wait for each other and are answered together, sorted by length, as
+                many rows at a time as the largest of them has. The tokens of their images wait in the device's memory.
             metric: what evaluation reports, a task of `score`: `exact`, `caption` (CIDEr, BLEU, ROUGE-L), `vqa`, `okvqa`,
                 `textvqa`, `vizwiz`, `gqa`, `docvqa`, `chartqa` or `scienceqa`. A set of a mixture may have its own.
             caption_tokenizer: of caption metrics: `official` needs Java and its extra, `python` neither, `auto` takes the
@@ -164,6 +169,7 @@ class ShardDataModule(pl.LightningDataModule):
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("eval_batch_size", eval_batch_size, 1),
+            ("eval_window", eval_window, 1),
             ("num_workers", num_workers, 0),
         ):
             if value < least:
@@ -180,7 +186,7 @@ class ShardDataModule(pl.LightningDataModule):
             raise InputError(f"data.max_tokens: expected at least 1, got {max_tokens}")
         self.batch_size = batch_size
         self.max_tokens = max_tokens
-        self.eval_batch_size = eval_batch_size
+        self.eval_batch_size, self.eval_window = eval_batch_size, eval_window
         self.num_workers = num_workers
         self.limits = TextLimits(max_instruction_tokens, max_target_tokens, truncate)
         self.augmentation = augmentation
@@ -208,6 +214,8 @@ class ShardDataModule(pl.LightningDataModule):
         """Whether batches are packed into one row; the module says, when it knows how it attends."""
         self.bucket = 1
         """What the lengths of a packed row's parts are rounded up to."""
+        self.finished: frozenset[int] = frozenset()
+        """Records that an evaluation which goes on after a kill has behind it; the module says."""
         self._shards: dict[str, ShardCollection] = {}
         self._position = _Position()
         self._budget: tuple[Any, tuple[list[list[int]], list[tuple[int, ...]]]] | None = None
@@ -326,6 +334,14 @@ class ShardDataModule(pl.LightningDataModule):
         """The split's sets, each with the setting that it came from."""
         for one in self._sets[split]:
             yield f"data.{split}.{one.name}" if one.name else f"data.{split}", one
+
+    def identity(self, split: str) -> str:
+        """Hexadecimal SHA-256 of the split's shards, with the state of each file, and of how texts are made of them."""
+        shards = self.shards(split)
+        states = [storage.state_of(path) for path in shards.paths]
+        sets = [(one.name, one.instructions) for one in self._sets[split]]
+        content = [split, shards.fingerprint(), states, sets, asdict(self.limits), self.undecodable_is_fatal]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _fetch(self, split: str) -> None:
         """Copies the split's shards to this machine, if asked to."""
@@ -544,7 +560,9 @@ class ShardDataModule(pl.LightningDataModule):
         return bins, shapes
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
-        sampler = EvaluationBatchSampler(len(self._shards[split]), self.eval_batch_size, **self._ranks())
+        sampler = EvaluationBatchSampler(
+            len(self._shards[split]), self.eval_batch_size, **self._ranks(), finished=self.finished
+        )
         return self._loader(split, sampler, self._collator(split).evaluate)
 
     def val_dataloader(self) -> DataLoader[Any]:

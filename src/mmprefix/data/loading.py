@@ -382,12 +382,17 @@ class EvaluationBatchSampler(Sampler[list[EpochIndex]]):
     batch_size: int
     rank: int = 0
     num_ranks: int = 1
+    finished: frozenset[int] = frozenset()
+    """Records that an evaluation which goes on has behind it: they are left out, and the others dealt among the ranks."""
+
+    def _mine(self) -> Sequence[int]:
+        return [index for index in range(self.num_records) if index not in self.finished][self.rank :: self.num_ranks]
 
     def __len__(self) -> int:
-        return -(-len(range(self.rank, self.num_records, self.num_ranks)) // self.batch_size)
+        return -(-len(self._mine()) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[EpochIndex]]:
-        mine = range(self.rank, self.num_records, self.num_ranks)
+        mine = self._mine()
         for start in range(0, len(mine), self.batch_size):
             yield [(0, index) for index in mine[start : start + self.batch_size]]
 

@@ -234,11 +234,15 @@ class PredictionReport(pl.Callback):
     def _start(self) -> None:
         self._gallery = _Gallery(self.num_images)
 
-    def _collect(self, trainer: pl.Trainer, split: str, outputs: Any, batch: EvaluationBatch) -> None:
+    def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
+        """Takes the batches that the last step has answered: none, or a window of them."""
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self._gallery.add(batch, outputs, self.transform, partial(datamodule.picture, split), datamodule.tasks(split))
+        picture, tasks = partial(datamodule.picture, split), datamodule.tasks(split)
+        for batch, predictions in pl_module.answered:  # type: ignore[union-attr]
+            self._gallery.add(batch, predictions, self.transform, picture, tasks)  # type: ignore[arg-type]
 
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
+        self._collect(trainer, pl_module, split)  # the last window
         gallery = self._gallery
         self._start()
         evaluation: Evaluation = pl_module.evaluation  # type: ignore[assignment]
@@ -289,9 +293,15 @@ class PredictionReport(pl.Callback):
             write_predictions(self.folder / f"{self.name}.jsonl", evaluation.predictions)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Reports, when the module has scored and the progress bar is closed."""
+        """Reports, when the module has scored and the progress bar is closed; while fitting, a picture for loggers."""
         if trainer.state.fn != TrainerFn.FITTING:
             self._finish(trainer, pl_module, "val")
+            return
+        self._collect(trainer, pl_module, "val")
+        if not trainer.sanity_checking and (cells := self._gallery.cells()):
+            for logger in trainer.loggers if trainer.is_global_zero else ():
+                log_picture(logger, "val/predictions", draw_cells(cells), trainer.global_step)
+        self._start()
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports."""
@@ -309,25 +319,16 @@ class PredictionReport(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
         """Collects."""
-        self._collect(trainer, "val", outputs, batch)
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A picture while fitting; otherwise the report comes at the end."""
-        if trainer.state.fn != TrainerFn.FITTING:
-            return
-        if not trainer.sanity_checking and (cells := self._gallery.cells()):
-            for logger in trainer.loggers if trainer.is_global_zero else ():
-                log_picture(logger, "val/predictions", draw_cells(cells), trainer.global_step)
-        self._start()
+        self._collect(trainer, pl_module, "val")
 
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
         """Collects."""
-        self._collect(trainer, "test", outputs, batch)
+        self._collect(trainer, pl_module, "test")
 
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
         """Collects."""
-        self._collect(trainer, "predict", outputs, batch)
+        self._collect(trainer, pl_module, "predict")

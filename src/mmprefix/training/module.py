@@ -11,10 +11,12 @@ resumed draws what it would have drawn, and no generator state has to be saved.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -33,16 +35,19 @@ from torch.nn.parallel import DistributedDataParallel
 from mmprefix import adapters
 from mmprefix.accounting import PARTS
 from mmprefix.attention import MASK_FREE_IMPLEMENTATION
+from mmprefix.data.datamodule import ShardDataModule
 from mmprefix.data.features import FeatureKey
 from mmprefix.decoder import DecoderArgs, windows_of
+from mmprefix.decoding import Prompt, SamplingArgs, answers
 from mmprefix.errors import InputError
 from mmprefix.evaluation import runner
+from mmprefix.evaluation.progress import Part, Progress, checkpoint_identity
 from mmprefix.evaluation.runner import DEFAULT_TASK, Evaluation, Prediction
 from mmprefix.evaluation.scores import Scored
 from mmprefix.loss import LossNormalization, label_weights
 from mmprefix.masks import PrefixVisibility
 from mmprefix.modeling import MMPrefixForConditionalGeneration
-from mmprefix.packing import EvaluationBatch, PackedBatch, PromptBatch, collate, map_tensors
+from mmprefix.packing import EvaluationBatch, PackedBatch, collate, map_tensors
 from mmprefix.probe import mask_free_refusal, probe
 from mmprefix.processing import (
     IMAGE_TOKEN,
@@ -127,11 +132,22 @@ def _from_parts(
     return model, processor
 
 
-def _images_by_prompt(image_tokens: Tensor | None, image_of: Tensor) -> Tensor | None:
-    """float ``[I, N, W]`` -> ``[S, K * N, W]``, the images of each prompt side by side; None where no prompt has one."""
-    if image_tokens is None or not image_of.shape[1]:
-        return None
-    return image_tokens[image_of.clamp(min=0)].flatten(1, 2)
+def prompts_of(batch: EvaluationBatch, image_tokens: Tensor | None) -> list[Prompt]:
+    """The prompts of a batch, without their padding.
+
+    Args:
+        batch: with its samples' references, whose ids sampled answers are drawn by.
+        image_tokens: float ``[I, N, W]``, of the images of the batch.
+    """
+    mask, lengths = batch.prompts.attention_mask, batch.prompts.attention_mask.sum(1).tolist()
+    prompts = []
+    for row, (reference, images) in enumerate(zip(batch.references, batch.prompts.image_of.tolist(), strict=True)):
+        ids = batch.prompts.input_ids[row, mask.shape[1] - lengths[row] :]
+        own = () if image_tokens is None else tuple(image_tokens[image] for image in images if image >= 0)
+        # Of several references, the shortest; how many tokens it has is not known here, how many letters is enough.
+        expected = min((len(text) for text in reference.references), default=0)
+        prompts.append(Prompt(ids, own, f"{reference.dataset}\0{reference.id}", expected))
+    return prompts
 
 
 def _wrap_again(strategy: DDPStrategy) -> None:
@@ -170,6 +186,7 @@ class MMPrefixModule(pl.LightningModule):
         compile: bool = False,
         attention: Literal["auto", "dense"] = "auto",
         num_beams: int = 1,
+        sampling: SamplingArgs | None = None,
         peak_tflops: float | Literal["measure"] | None = None,
         seed: int = 0,
     ) -> None:
@@ -198,15 +215,18 @@ class MMPrefixModule(pl.LightningModule):
             attention: `auto`: without a mask, over samples packed into one row, where decoder, device and precision
                 allow it, which is said in one line at the start. `dense`: a row for each sample and a mask.
             num_beams: beams when generating for evaluation; 1 is greedy.
+            sampling: answers are drawn in place of the likeliest being taken, each from the seed and its sample's id.
             peak_tflops: TFLOP/s that a device can do at most, from its data sheet, to log utilization (train/mfu);
                 `measure` times matrix products at start instead. Without it no utilization is logged.
-            seed: of dropout; the command line passes `seed_everything`.
+            seed: of dropout and of sampled answers; the command line passes `seed_everything`.
         """
         super().__init__()
         optimizer.check()
         guard.check()
         if num_beams < 1:
             raise InputError(f"model.num_beams: expected at least 1, got {num_beams}")
+        if sampling is not None:
+            sampling.check(num_beams)
         if isinstance(peak_tflops, float | int) and not 0 < peak_tflops < math.inf:
             raise InputError(f"model.peak_tflops: expected more than 0, or `measure`, got {peak_tflops}")
         if decoder.load_in_4bit and train_decoder.lora is None:
@@ -237,7 +257,7 @@ class MMPrefixModule(pl.LightningModule):
         self.guard_args, self._guard = guard, Guard()
         self.part_args = dict(zip(PARTS, (train_vision, train_connector, train_decoder), strict=True))
         self._add_adapters(decoder)
-        self.num_beams = num_beams
+        self.num_beams, self.sampling = num_beams, sampling
         self.settings = ""
         """The run's configuration in YAML, for its checkpoints, where the command line knows it."""
         self.peak_tflops = peak_tflops
@@ -252,8 +272,17 @@ class MMPrefixModule(pl.LightningModule):
         self._in_4bit = decoder.load_in_4bit
         self._window = self._last_window = _Window()
         self._predictions: list[Prediction] = []
+        self._waiting: list[tuple[EvaluationBatch, Tensor | None]] = []
+        """Batches whose prompts wait to be answered, and the tokens of their images."""
+        self.answered: list[tuple[EvaluationBatch, list[Prediction]]] = []
+        """Batches that the last step has answered, for reports: none, or a whole window of them."""
         self.evaluation = Evaluation()
         """Of the last split that was evaluated, for reports."""
+        self._progress: Progress | None = None
+        self._found: list[Part] = []
+        """What an evaluation before this one was killed had done, on the first process."""
+        self._losses_kept = 0
+        """Of `_evaluation_loss`, how many are on disk."""
         self._evaluation_loss: list[Tensor] = []
         """Float ``[1 + sets, 2]`` of each batch: loss and count of all and of each set."""
         # What later unfreezing may switch on again; the rest (unused heads) never learns.
@@ -311,6 +340,9 @@ class MMPrefixModule(pl.LightningModule):
         if hasattr(data, "packed"):
             data.packed = packed
             data.bucket = _BUCKET if self._compiled else 1
+        self._progress, self._found = None, []  # where there is one, `on_load_checkpoint` says
+        if isinstance(data, ShardDataModule):
+            data.finished = frozenset()
         # Before the strategy casts the module for a `-true` precision.
         self._exact_buffers = {
             name: buffer.detach().clone()
@@ -356,8 +388,9 @@ class MMPrefixModule(pl.LightningModule):
         self._gather()
 
     def on_validation_end(self) -> None:
-        """See `_gather`."""
+        """See `_gather` and `_end_progress`."""
         self._gathered.close()
+        self._end_progress()
 
     def on_test_start(self) -> None:
         """See `_restore_buffers` and `_gather`."""
@@ -365,8 +398,9 @@ class MMPrefixModule(pl.LightningModule):
         self._gather()
 
     def on_test_end(self) -> None:
-        """See `_gather`."""
+        """See `_gather` and `_end_progress`."""
         self._gathered.close()
+        self._end_progress()
 
     def on_predict_start(self) -> None:
         """See `_restore_buffers` and `_gather`."""
@@ -374,8 +408,9 @@ class MMPrefixModule(pl.LightningModule):
         self._gather()
 
     def on_predict_end(self) -> None:
-        """See `_gather`."""
+        """See `_gather` and `_end_progress`."""
         self._gathered.close()
+        self._end_progress()
 
     def _gather(self) -> None:
         """Evaluation has the whole model on each process: batches and texts differ in number and length among them."""
@@ -465,6 +500,8 @@ class MMPrefixModule(pl.LightningModule):
             self._guard = Guard(**checkpoint[CONTENT_KEY].get("guard", {}))
             if hasattr(datamodule, "resume"):
                 datamodule.resume(checkpoint)
+        elif isinstance(datamodule, ShardDataModule):
+            self._resume_evaluation(datamodule)
         cached = getattr(datamodule, "feature_cache", None) is not None
         if self._sharding is not None:  # it has compared shapes, and loaded, already
             if cached and checkpoint[CONTENT_KEY].get("feature_key") != self.frozen_feature_key().hash:
@@ -689,26 +726,19 @@ class MMPrefixModule(pl.LightningModule):
     # Evaluation
 
     @torch.no_grad()
-    def generate(self, prompts: PromptBatch, image_tokens: Tensor | None) -> list[str]:
-        """One text for each prefix.
+    def generate(self, prompts: Sequence[Prompt], rows: int) -> list[str]:
+        """One text for each prompt.
 
         Args:
-            prompts: the prefixes.
-            image_tokens: float ``[I, N, W]``, of the images of ``prompts``.
+            prompts: of a window of batches.
+            rows: how many are answered at a time.
         """
-        if prompts.input_ids.shape[0] == 0:
-            return []
         with self._uncompiled():
-            generated = self.model.generate(
-                input_ids=prompts.input_ids,
-                attention_mask=prompts.attention_mask,
-                image_tokens=_images_by_prompt(image_tokens, prompts.image_of),
-                max_new_tokens=self.max_new_tokens,
-                num_beams=self.num_beams,
-                do_sample=False,
-                synced_gpus=False,  # each process has the whole model: one with fewer batches would be waited for
-            )
-        return self.processor.decode_generated(generated[:, prompts.input_ids.shape[1] :])
+            generated = answers(
+                self.model, prompts, rows=rows, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams,
+                sampling=self.sampling, seed=self.seed,
+            )  # fmt: skip
+        return self.processor.decode_ids(generated)
 
     def _uncompiled(self) -> AbstractContextManager[Any]:
         """Evaluation runs the model as it is: prefill, each cached step and the loss would all be compiled, for shapes
@@ -719,6 +749,11 @@ class MMPrefixModule(pl.LightningModule):
     def max_new_tokens(self) -> int:
         """What evaluation generates at most: the data module's longest target."""
         return int(getattr(self.trainer.datamodule, "max_new_tokens", 256))  # type: ignore[attr-defined]
+
+    @property
+    def _window_size(self) -> int:
+        """Batches whose prompts are answered together."""
+        return int(getattr(self.trainer.datamodule, "eval_window", 1))  # type: ignore[attr-defined]
 
     def _tasks(self, split: str) -> dict[str, str]:
         tasks = getattr(getattr(self.trainer, "datamodule", None), "tasks", None)
@@ -739,17 +774,104 @@ class MMPrefixModule(pl.LightningModule):
             self._evaluation_loss.append(torch.cat([torch.stack(loss).unsqueeze(0), *of_sets]))
         return self._predict(batch, image_tokens)
 
+    def _resume_evaluation(self, data: ShardDataModule) -> None:
+        """Finds what an evaluation of the same had done before it was killed, and tells the data to leave it out."""
+        trainer = self.trainer
+        stage = str(trainer.state.fn.value)  # type: ignore[union-attr]
+        split, limit = {
+            "validate": ("val", trainer.limit_val_batches), "test": ("test", trainer.limit_test_batches),
+            "predict": ("predict", trainer.limit_predict_batches),
+        }[stage]  # fmt: skip
+        path = trainer.ckpt_path
+        # A limit counts this run's batches.
+        if path is None or not (isinstance(limit, float) and limit == 1.0):
+            return
+        key = self._evaluation_key(data, split, Path(path)) if trainer.is_global_zero else {}
+        key = trainer.strategy.broadcast(key)
+        progress = Progress(Path(trainer.default_root_dir), stage, key, trainer.global_rank)
+        if self.trainer.is_global_zero:
+            for line in progress.others():
+                rank_zero_info(line)
+            number = len(data.shards(split))
+            self._found = progress.read(number, at_least=self.trainer.world_size)
+            if self._found:
+                done = sum(len(part.records) for part in self._found)
+                answered = sum(len(part.predictions) for part in self._found)
+                rank_zero_info(
+                    f"{stage}: goes on where it was cut short: {answered:,} answers, to {done:,} of {number:,} records, "
+                    f"found in {progress.folder}"
+                )
+        finished = frozenset(record for part in self._found for record in part.records)
+        data.finished = self.trainer.strategy.broadcast(finished)
+        self._progress = progress
+
+    def _evaluation_key(self, data: ShardDataModule, split: str, checkpoint: Path) -> dict[str, str]:
+        """What answers and losses depend on; neither the number of processes nor the size of batches."""
+        files = self.processor.to_files()
+        digest = hashlib.sha256(json.dumps(self.model.config.to_dict(), sort_keys=True, default=str).encode())
+        for name in sorted(files):
+            digest.update(name.encode() + files[name].numpy().tobytes())
+        drawn = None if self.sampling is None else {**asdict(self.sampling), "seed": self.seed}
+        return {
+            "checkpoint": checkpoint_identity(checkpoint),
+            "data": data.identity(split),
+            "model or prompt": digest.hexdigest(),
+            "decoding": json.dumps([self.num_beams, drawn, self.max_new_tokens]),
+            "loss or precision": json.dumps([self.loss_normalization, str(self.trainer.precision)]),
+            "version": json.dumps([version(name) for name in ("mmprefix", "torch", "transformers", "timm")]),
+        }
+
+    def _keep_progress(self) -> None:
+        """Appends what the window that was just answered holds."""
+        if self._progress is None:
+            return
+        losses, self._losses_kept = self._evaluation_loss[self._losses_kept :], len(self._evaluation_loss)
+        predictions = tuple(prediction for _, members in self.answered for prediction in members)
+        records = tuple(sorted({reference.order[0] for reference, _ in predictions}))
+        if records:
+            sums = torch.stack(losses).sum(0).tolist() if losses else []
+            self._progress.add(Part(records, tuple((loss, count) for loss, count in sums), predictions))
+
+    def _end_progress(self) -> None:
+        """All is done, scored and written."""
+        if self._progress is not None:
+            self._progress.finish()
+            self.trainer.datamodule.finished = frozenset()  # type: ignore[attr-defined]
+            self._progress = None
+
     def _predict(self, batch: EvaluationBatch, image_tokens: Tensor | None) -> list[Prediction]:
-        predictions = list(zip(batch.references, self.generate(batch.prompts, image_tokens), strict=True))
-        self._predictions += predictions
-        return predictions
+        """Answers of a whole window, where this batch completes it."""
+        self._waiting.append((replace(batch, targets=None), image_tokens))
+        self.answered = []
+        if len(self._waiting) >= self._window_size:
+            self._answer_waiting()
+        return [prediction for _, predictions in self.answered for prediction in predictions]
+
+    def _answer_waiting(self) -> None:
+        """Answers all batches that wait, their prompts sorted by length and mixed with one another."""
+        waiting, self._waiting = self._waiting, []
+        prompts = [prompt for batch, tokens in waiting for prompt in prompts_of(batch, tokens)]
+        rows = max((len(batch.references) for batch, _ in waiting), default=0)
+        texts = iter(self.generate(prompts, rows) if prompts else ())
+        self.answered = [(b, [(reference, next(texts)) for reference in b.references]) for b, _ in waiting]
+        self._predictions += [prediction for _, predictions in self.answered for prediction in predictions]
+        self._keep_progress()
+
+    def _answer_rest(self) -> None:
+        """Answers the last window, which may be smaller. No step is running, whose precision it needs."""
+        with self.trainer.precision_plugin.val_step_context():
+            self._answer_waiting()
 
     def _start_evaluation(self) -> None:
-        """Nothing of an evaluation that was cut short goes into the next."""
-        self._predictions, self.evaluation = [], Evaluation()
-        self._evaluation_loss.clear()
+        """Nothing of an evaluation that was cut short goes into the next, but what it has kept on disk."""
+        self._waiting, self.answered, self.evaluation = [], [], Evaluation()
+        found, self._found = self._found, []
+        self._predictions = [prediction for part in found for prediction in part.predictions]
+        self._evaluation_loss = [torch.tensor(part.losses, device=self.device) for part in found if part.losses]
+        self._losses_kept = len(self._evaluation_loss)
 
     def _log_evaluation(self, split: str) -> None:
+        self._answer_rest()
         names = self._set_names(split)
         zeros = torch.zeros((1 + len(names), 2), device=self.device)
         sums = self.trainer.strategy.reduce(torch.stack([zeros, *self._evaluation_loss]).sum(0), reduce_op="sum")
@@ -829,6 +951,7 @@ class MMPrefixModule(pl.LightningModule):
 
     def on_predict_epoch_end(self) -> None:
         """Scores, where all samples of a set have references; nothing can be logged here."""
+        self._answer_rest()
         self._score("predict")
 
     # Checkpoints

@@ -1,0 +1,193 @@
+"""Answers with rows that make room for others, against what `generate` says to each prompt alone."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from mmprefix import decoding
+from mmprefix.decoding import Prompt, SamplingArgs, answers, draw, uniform_numbers
+from mmprefix.errors import InputError
+from tests.conftest import make_model
+from tests.test_prefix_lm import causal_lm
+
+LENGTHS = (3, 17, 9, 4, 30, 11, 11, 6, 22, 5)
+NEW = 12
+
+
+def prompts_for(model):
+    """Of many lengths, some without an image and some with two."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 255, (3, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    with torch.no_grad():
+        tokens = model.get_image_tokens(pixels)
+    found = []
+    for n, length in enumerate(LENGTHS):
+        images = {0: (), 1: (0, 2)}.get(n % 4, (n % 3,))
+        places = torch.full((len(images) * tokens.shape[1],), model.config.image_token_id)
+        text = torch.randint(4, 120, (length,), generator=generator)
+        found.append(Prompt(torch.cat([places, text]), tuple(tokens[i] for i in images), str(n)))
+    return found
+
+
+def ending(model):
+    """An EOS that the model says now and then, so that answers have many lengths."""
+    model.generation_config.eos_token_id = 65
+    with torch.no_grad():
+        weight = model.get_output_embeddings().weight
+        weight[65] = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(1)) * weight.std() * 3
+    return model
+
+
+def alone(model, prompt, end=65):
+    tokens = torch.cat(prompt.images).unsqueeze(0) if prompt.images else None
+    output = model.generate(
+        input_ids=prompt.ids.unsqueeze(0), attention_mask=torch.ones_like(prompt.ids).unsqueeze(0), image_tokens=tokens,
+        max_new_tokens=NEW, do_sample=False,
+    )  # fmt: skip
+    ids = output[0, prompt.ids.numel() :].tolist()
+    return ids[: ids.index(end)] if end in ids else ids
+
+
+@pytest.fixture
+def model_and_prompts():
+    model, _ = make_model()
+    model = ending(model)
+    return model, prompts_for(model)
+
+
+OTHERS = (
+    "gpt2", "gpt_neo", "bloom", "mpt", "opt", "mistral", "gemma2", "gemma3_text", "llama4_text", "gpt_oss", "cohere2",
+    "deepseek_v3", "falcon (ALiBi)",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_answers_of_other_decoders_match_those_of_each_prompt_alone(name):
+    """With windows shorter than prompts, biases by distance, caches that the library would have made otherwise."""
+    model, _ = make_model()
+    decoder = causal_lm(name)
+    model.config.text_config = decoder.config
+    model.replace_decoder(decoder)
+    model.generation_config.eos_token_id = None
+    prompts = [Prompt(prompt.ids % 28 + 4) for prompt in prompts_for(model) if not prompt.images]
+    prompts += [Prompt(prompt.ids[-7 - n :]) for n, prompt in enumerate(prompts)]
+    assert len({prompt.ids.numel() for prompt in prompts}) > 3
+    lengths = [3 + 2 * (n % 5) for n in range(len(prompts))]
+    with torch.no_grad():
+        expected = [alone(model, prompt, end=None) for prompt in prompts]
+        # An end that comes at another step for each: a token that only this answer has there.
+        tokens = sorted({ids[length] for ids, length in zip(expected, lengths, strict=True)})
+        model.generation_config.eos_token_id = tokens[::2]
+        expected = [ids[: next((n for n, t in enumerate(ids) if t in tokens[::2]), NEW)] for ids in expected]
+        assert answers(model, prompts, rows=2, max_new_tokens=NEW) == expected
+    assert len({len(ids) for ids in expected}) > 1, "answers must end at different steps"
+    assert decoding._fresh_cache(model) is not None
+
+
+@pytest.mark.parametrize("visibility", ["full", "nested", "causal"])
+@pytest.mark.parametrize("rows", [1, 4, 64])
+def test_answers_do_not_depend_on_rows(rows, visibility):
+    model, _ = make_model(visibility=visibility)
+    prompts = prompts_for(ending(model))
+    with torch.no_grad():
+        assert answers(model, prompts, rows=rows, max_new_tokens=NEW) == [alone(model, p) for p in prompts]
+
+
+def test_places_of_ended_rows_are_taken(model_and_prompts, monkeypatch):
+    """Fewer passes than batches in order would need, each of its longest answer."""
+    model, prompts = model_and_prompts
+    widths = []
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda *a, **k: widths.append(tuple(k["input_ids"].shape)) or forward(*a, **k)
+    )
+    with torch.no_grad():
+        lengths = [len(ids) + 1 for ids in answers(model, prompts, rows=2, max_new_tokens=NEW)]
+    steps = sum(width == 1 for _, width in widths)
+    batches = [lengths[n : n + 2] for n in range(0, len(lengths), 2)]
+    assert len(set(lengths)) > 2
+    assert steps < sum(max(batch) - 1 for batch in batches)
+    prefills = [width for _, width in widths if width > 1]
+    assert all(a >= b for a, b in pairwise(prefills)), "the longest first"
+    assert max(rows for rows, _ in widths) == 2
+
+
+def test_beams_match_those_of_each_prompt_alone(model_and_prompts):
+    model, prompts = model_and_prompts
+    with torch.no_grad():
+        found = answers(model, prompts, rows=4, max_new_tokens=NEW, num_beams=2)
+        for prompt, ids in zip(prompts, found, strict=True):
+            assert answers(model, [prompt], rows=1, max_new_tokens=NEW, num_beams=2) == [ids]
+
+
+def test_what_changes_logits_is_left_to_the_library(model_and_prompts):
+    model, prompts = model_and_prompts
+    model.generation_config.repetition_penalty = 3.0
+    with torch.no_grad():
+        found = answers(model, prompts, rows=3, max_new_tokens=NEW)
+        assert found == [alone(model, prompt) for prompt in prompts]
+        model.generation_config.repetition_penalty = None
+        assert found != answers(model, prompts, rows=3, max_new_tokens=NEW)
+
+
+# Sampling ---------------------------------------------------------------------------------------------------------------
+
+SAMPLING = SamplingArgs(temperature=1.5, top_p=0.95, top_k=50)
+
+
+def test_sampled_answers_depend_on_seed_and_sample_alone(model_and_prompts, monkeypatch):
+    model, prompts = model_and_prompts
+    settings = {"max_new_tokens": NEW, "sampling": SAMPLING}
+    with torch.no_grad():
+        first = answers(model, prompts, rows=4, seed=1, **settings)
+        assert answers(model, prompts, rows=1, seed=1, **settings) == first
+        assert answers(model, prompts[::-1], rows=3, seed=1, **settings) == first[::-1]
+        assert answers(model, prompts[5:], rows=2, seed=1, **settings) == first[5:]
+        other = answers(model, prompts, rows=4, seed=2, **settings)
+        greedy = answers(model, prompts, rows=4, max_new_tokens=NEW)
+        assert sum(a != b for a, b in zip(first, other, strict=True)) > len(prompts) // 2
+        assert sum(a != b for a, b in zip(first, greedy, strict=True)) > len(prompts) // 2
+        monkeypatch.setattr(decoding, "_fresh_cache", lambda model: None)
+        assert answers(model, prompts, rows=4, seed=1, **settings) == first, "the library's loop draws the same"
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.tensor([2.0, 0.5, 1.0, -1.0, 0.0])
+    count = 20_000
+    uniform = uniform_numbers(0, "a sample", count)
+    assert uniform.min() >= 0
+    assert uniform.max() < 1
+    assert abs(uniform.mean() - 0.5) < 0.02
+    for sampling, kept in (
+        (SamplingArgs(), [0, 1, 2, 3, 4]),
+        (SamplingArgs(temperature=0.5), [0, 1, 2, 3, 4]),
+        (SamplingArgs(top_k=2), [0, 2]),
+        (SamplingArgs(top_p=0.75), [0, 2]),  # 0.57 and 0.21
+        (SamplingArgs(top_p=0.01), [0]),
+        (SamplingArgs(temperature=2.0, top_k=4, top_p=0.7), [0, 1, 2]),
+    ):
+        drawn = draw(logits.expand(count, -1), uniform, sampling)
+        probabilities = torch.full_like(logits, -math.inf)
+        probabilities[kept] = logits[kept] / sampling.temperature
+        found = torch.bincount(drawn, minlength=5) / count
+        torch.testing.assert_close(found, probabilities.softmax(0), atol=0.012, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0}, r"^model.sampling.temperature: expected more than 0, got 0; for greedy answers leave"),
+        ({"temperature": -1}, r"^model.sampling.temperature: expected more than 0, got -1$"),
+        ({"temperature": math.nan}, r"^model.sampling.temperature: expected more than 0, got nan"),
+        ({"top_p": 0}, r"^model.sampling.top_p: expected more than 0 and at most 1, got 0"),
+        ({"top_p": 1.1}, r"^model.sampling.top_p: expected more than 0 and at most 1, got 1.1"),
+        ({"top_k": 0}, r"^model.sampling.top_k: expected at least 1, or null for all, got 0"),
+    ],
+)
+def test_bad_settings_are_one_line(settings, message):
+    with pytest.raises(InputError, match=message):
+        SamplingArgs(**settings).check()
+    with pytest.raises(InputError, match=r"^model.sampling: expected model.num_beams: 1 beside it, got 3"):
+        SamplingArgs().check(num_beams=3)
