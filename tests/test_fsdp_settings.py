@@ -69,11 +69,12 @@ def test_every_setting_learns_what_one_process_does(records):
         "kept": [*once, "--trainer.strategy.reshard_after_forward", "false", "--trainer.strategy.prefetch", "2"],
         "recomputed": [*once, "--model.gradient_checkpointing", "3"],
         "in_bfloat16": [*once, "--trainer.strategy.param_dtype", "bfloat16"],
+        "compiled": [*once, "--model.compile", "true", "--model.gradient_checkpointing", "selective"],
         "sharded_tied": tied,
         "sharded_half": [*once, "--trainer.precision", "bf16-true"],
     }
     two = fit_each(records, 2, {name: (5, [*sharded, *words]) for name, words in cases.items()}, look)
-    for name in ("offloaded", "kept", "recomputed"):
+    for name in ("offloaded", "kept", "recomputed", "compiled"):
         assert_losses(losses(two[name]), losses(one["plain"]))
     assert_losses(losses(two["sharded_tied"]), losses(one["tied"]))
     for name, reference in (("in_bfloat16", "plain"), ("sharded_half", "half")):

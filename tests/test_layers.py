@@ -1,11 +1,14 @@
 """What is done to each layer: recomputing some of them, compiling them one by one."""
 
+import os
+
 import pytest
 import torch
+from torch import multiprocessing
 
 from mmprefix.accounting import Layout, MemoryEstimate, Precision, Record, meta_model
 from mmprefix.errors import InputError
-from mmprefix.training.layers import checkpoint_activations, layers_by_part, recomputed_shares
+from mmprefix.training.layers import checkpoint_activations, compile_layers, layers_by_part, recomputed_shares
 from tests.conftest import TINY_DECODER, make_batch, make_model
 
 FOUR = {**TINY_DECODER, "num_hidden_layers": 4}
@@ -67,3 +70,50 @@ def test_what_can_not_be_recomputed_in_part_is_refused():
         InputError, match="model.gradient_checkpointing: expected false, true, selective or a number, got -1"
     ):
         checkpoint_activations(model, -1)
+
+
+def _compiled_and_sharded(rank, port, photos):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    from mmprefix.training.layers import layers_of
+    from tests.test_mask_free import model_of, ragged_batches
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1")
+    torch.distributed.init_process_group("gloo")
+    model, processor = model_of("llama", "full")
+    model.train()
+    batches = list(ragged_batches(processor, photos, 4, bucket=32))
+    assert len({batch.input_ids.shape for batch in batches}) > 1, "lengths must differ"
+
+    def losses():
+        found = []
+        for batch in batches:
+            model.zero_grad()  # not between the two: what is gathered by then are others than those that get gradients
+            loss = model.target_loss(batch)[0]
+            loss.backward()
+            gradients = (
+                getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in model.parameters() if p.grad is not None
+            )
+            found.append((loss.detach(), torch.stack([g.norm() for g in gradients])))
+        return found
+
+    expected = losses()
+    checkpoint_activations(model, "selective")
+    compile_layers(model, backend="aot_eager")
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "target_loss")
+    compiled = losses()
+    torch.testing.assert_close(compiled, expected, atol=1e-6, rtol=1e-5)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "something was compiled"
+    with torch.compiler.set_stance("fail_on_recompile"):
+        losses()
+    torch.distributed.destroy_process_group()
+
+
+def test_layers_are_compiled_one_by_one_and_not_again(photos):
+    """In a process of its own: a model is sharded where there is a group, here of one."""
+    multiprocessing.spawn(_compiled_and_sharded, (29643, photos), nprocs=1)

@@ -1,4 +1,4 @@
-"""The repeated layers of encoder and decoder, and which of them are recomputed."""
+"""The repeated layers of encoder and decoder, and what is done to each of them: recomputing, compiling."""
 
 from __future__ import annotations
 
@@ -89,3 +89,15 @@ def checkpoint_activations(model: MMPrefixForConditionalGeneration, which: Recom
         # Of the block's own forward, as transformers' layers do it: hooks (of FSDP) stay outside. A partial of a bound method
         # is copied and pickled with its module.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+# Compiling
+
+
+def compile_layers(model: MMPrefixForConditionalGeneration, backend: str = "inductor") -> None:
+    """`torch.compile` of each layer, in place, before it is sharded: layers of one kind share what is compiled once.
+
+    What gathers a layer runs around it, uncompiled, and overlaps with the layer before.
+    """
+    for layer in layers_of(model):
+        layer.compile(backend=backend)

@@ -29,6 +29,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -63,7 +64,7 @@ from mmprefix.stored_weights import parameters_on_meta, take_buffers
 from mmprefix.training.agreement import together
 from mmprefix.training.checkpoints import CONTENT_KEY, check_fits, load_model
 from mmprefix.training.fsdp import FullyShardedStrategy
-from mmprefix.training.layers import Recomputing, checkpoint_activations
+from mmprefix.training.layers import Recomputing, checkpoint_activations, compile_layers
 from mmprefix.training.optim import Guard, GuardArgs, OptimizerArgs, PartArgs, build_optimizer
 from mmprefix.varlen import MAX_HEAD_SIZE
 from mmprefix.vision import ConnectorArgs, VisionArgs
@@ -364,10 +365,8 @@ class MMPrefixModule(pl.LightningModule):
                 raise InputError(
                     "model.decoder.load_in_4bit: expected another strategy than FSDP2, which can't shard 4 bits"
                 )
-            if self._compiled:
-                raise InputError(
-                    "model.compile: expected false under FSDP2, got true: compiled layers that are sharded gave other gradients"
-                )
+            if self._compiled and not isinstance(self.model, FSDPModule):
+                compile_layers(self.model)  # each as it is gathered: a graph of all would need all at once
             # Parameters become others; the old ones, which nobody may keep, have memory until then.
             self._trainable = {}
             self._sharding.shard(self.model)
