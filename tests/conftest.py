@@ -82,7 +82,7 @@ def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # other modules' tests take transformers' masks back
 def model_and_processor() -> tuple[MMPrefixForConditionalGeneration, MMPrefixProcessor]:
     return make_model()
 

@@ -100,3 +100,16 @@ def test_every_setting_learns_what_one_process_does(records):
 def test_settings_are_checked():
     with pytest.raises(InputError, match="trainer.strategy.prefetch: expected at least 1, got 0"):
         FullyShardedStrategy(prefetch=0)
+
+
+def test_copies_of_the_shards_learn_what_one_process_does(records):
+    """Hybrid sharding: four processes, two copies; each shard is half of the model, on two of them."""
+    once = ["--trainer.max_epochs", "1", "--model.decoder.config", json.dumps(DECODER)]
+    one = fit_each(records, 1, {"alone": (3, ["--data.batch_size", "4", *once])})
+    words = ["--data.batch_size", "1", "--trainer.strategy", "fsdp2", "--trainer.strategy.replicas", "2", *once]
+    four = fit_each(records, 4, {"copies": (3, words)})
+    assert_losses(losses(four["copies"]), losses(one["alone"]))
+    whole, ours = (state(records / name, 3)["state_dict"] for name in ("alone", "copies"))
+    assert len(ours) > 20
+    for name, value in ours.items():
+        torch.testing.assert_close(value, whole[name], atol=1e-6, rtol=0)

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import resource
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -634,7 +635,10 @@ def test_a_whole_model_is_the_start(tmp_path):
     imported = import_paligemma(str(tmp_path / "source"))
     write_pretrained(tmp_path / "ours", *imported)
     module = MMPrefixModule(pretrained=str(tmp_path / "ours"), prefix_visibility="nested")
-    assert module.model.dtype == torch.float32
+    assert module.model.decoder.dtype == torch.bfloat16, "mapped from its file, until it trains"
+    module._trainer = SimpleNamespace(strategy=None)
+    module.configure_model()
+    assert {p.dtype for p in module.model.parameters()} == {torch.float32}
     assert module.model.training
     assert module.model.config.prefix_visibility == module.processor.prefix_visibility == "nested"
     for name, value in imported[0].state_dict().items():

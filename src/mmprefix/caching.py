@@ -69,26 +69,28 @@ def cache_features(module: MMPrefixModule, data: ShardDataModule, options: Names
     splits = options.splits or [split for split in SPLITS[:3] if data.has(split)]
     collections = [data.shards(split) for split in dict.fromkeys(splits)]
     spec, encoder = module.model.config.vision_spec, module.model.vision.eval()
-    writer = FeatureWriter(
-        options.out, module.feature_key(), (spec.num_tokens, spec.width), overwrite=options.overwrite
-    )
-    known = len(writer.stored)
-    inputs = EncoderInputs(collections, module.processor.transform, writer.stored)
-    use_device(encoder, options.device)
-    loader: DataLoader[EncoderInput | BadSample] = DataLoader(
-        inputs,
-        batch_size=_CHUNK,
-        collate_fn=list,
-        num_workers=data.num_workers if options.num_workers is None else options.num_workers,
-    )
-    batch_size = options.batch_size or data.eval_batch_size
-    what = f"features of {', '.join(splits)}"
-    unusable: list[str] = []
-    seen: set[str] = set()
-    pending: dict[str, Tensor] = {}
-    # In a log file each refresh is a line of its own.
-    refresh = 0.1 if sys.stderr.isatty() else 30.0
+    writer: FeatureWriter | None = None
     try:
+        with _interrupts_held():  # one that comes once the index is there is answered with what it holds
+            writer = FeatureWriter(
+                options.out, module.feature_key(), (spec.num_tokens, spec.width), overwrite=options.overwrite
+            )
+        known = len(writer.stored)
+        inputs = EncoderInputs(collections, module.processor.transform, writer.stored)
+        use_device(encoder, options.device)
+        loader: DataLoader[EncoderInput | BadSample] = DataLoader(
+            inputs,
+            batch_size=_CHUNK,
+            collate_fn=list,
+            num_workers=data.num_workers if options.num_workers is None else options.num_workers,
+        )
+        batch_size = options.batch_size or data.eval_batch_size
+        what = f"features of {', '.join(splits)}"
+        unusable: list[str] = []
+        seen: set[str] = set()
+        pending: dict[str, Tensor] = {}
+        # In a log file each refresh is a line of its own.
+        refresh = 0.1 if sys.stderr.isatty() else 30.0
         with _interrupts_held():
             chunks = iter(loader)
         with tqdm(desc=what, total=len(inputs), mininterval=refresh, unit="image") as bar:
@@ -111,6 +113,8 @@ def cache_features(module: MMPrefixModule, data: ShardDataModule, options: Names
                 _encode(module, pending, writer)
         writer.close()
     except KeyboardInterrupt:
+        if writer is None:
+            raise
         print(
             f"interrupted; {options.out} holds {len(writer.stored)} images in {writer.num_shards} finished shards: "
             "the same command goes on from there",
