@@ -11,6 +11,8 @@ whole, as its users write it; *mmprefix*: `MMPrefixModule` and `FullyShardedStra
 process's shards of the decoder are asserted to be bit-equal on both sides. What is measured, every 2 ms, over the process's
 state before the start:
 
+Exits with 1 where mmprefix needs more above its share than the largest file (small: than transformers).
+
 - anon: memory that nobody can take back (RssAnon). Above the share: without what the process keeps.
 - mapped: pages of files that were read (RssFile). They are the kernel's cache, one copy for all processes of a host, and go
   when memory is wanted.
@@ -192,7 +194,8 @@ def main() -> None:
         measure(options.measure[0], Path(options.measure[1]))
         return
     size = "smoke" if options.smoke else "full"
-    rows = []
+    rows: list[dict[str, Any]] = []
+    too_much: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_decoder(folder, *SIZES[size])
@@ -202,12 +205,13 @@ def main() -> None:
         )
         print("processes  side           anon    share  above share  mapped  seconds")
         for processes in (2,) if options.smoke else (2, 4):
-            hashes = []
+            hashes, needed = [], []
             for side in SIDES:
                 found = in_processes(side, folder, processes)
                 hashes.append([one["hash"] for one in found])
                 worst = max(found, key=lambda one: one["anon"] - one["share"])
                 above = worst["anon"] - worst["share"]
+                needed.append(above)
                 print(
                     f"{processes:9}  {side:12} {worst['anon'] / MIB:6.0f} {worst['share'] / MIB:8.0f} {above / MIB:12.0f} "
                     f"{worst['mapped'] / MIB:7.0f} {worst['seconds']:8.1f}"
@@ -219,8 +223,16 @@ def main() -> None:
                     "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
                 })  # fmt: skip
             assert hashes[0] == hashes[1], "the two sides have other weights"
+            # What any start needs is more than the small decoder's files, but not more than to make the whole decoder.
+            bound = needed[0] if options.smoke else files[0]
+            if needed[1] > bound:
+                too_much.append(
+                    f"{processes} processes: {needed[1] / MIB:.0f} MiB above the share, bound {bound / MIB:.0f}"
+                )
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if too_much:
+        raise SystemExit("\n".join(too_much))
 
 
 if __name__ == "__main__":

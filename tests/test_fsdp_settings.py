@@ -7,10 +7,8 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from mmprefix.errors import InputError
-from mmprefix.training.fsdp import FullyShardedStrategy
 from mmprefix.training.layers import layers_by_part
-from tests.several import fit_each
+from tests.several import errors, fit_each, run_each, statuses
 from tests.test_fsdp import assert_losses, losses, state
 from tests.test_resume import CONFIG
 
@@ -33,6 +31,8 @@ class Look(pl.Callback):
             "inv_freq": str(model.decoder.get_submodule("model.rotary_emb").inv_freq.dtype),
             "weights": str(decoder[0].mlp.up_proj.weight.dtype),
             "moments": str(trainer.optimizers[0].state[decoder[0].mlp.up_proj.weight]["exp_avg"].dtype),
+            "mesh": list(getattr(decoder[0].mlp.up_proj.weight, "device_mesh", torch.empty(0)).shape),
+            "compiled": [layer._compiled_call_impl is not None for layer in decoder],
             "gathered": [group.is_unsharded for layer in decoder for group in groups_of(layer)],
         }
         if isinstance(model, FSDPModule):
@@ -89,6 +89,8 @@ def test_every_setting_learns_what_one_process_does(records):
         assert seen[name]["inv_freq"] == "torch.float32", name
         weights = state(records / name, 5)["state_dict"]
         assert {str(value.dtype) for key, value in weights.items() if key.endswith("proj.weight")} == {stored}, name
+    assert {name for name in seen if any(seen[name]["compiled"])} == {"compiled"}
+    assert all(seen["compiled"]["compiled"])
     assert (seen["offloaded"]["forward"], seen["offloaded"]["backward"]) == ([[1], [2], []], [[], [0], [1]])
     assert (seen["kept"]["forward"], seen["kept"]["backward"]) == ([[1, 2], [2], []], [[], [0], [1, 0]])
     tied_state = state(records / "sharded_tied", 5)["state_dict"]
@@ -97,9 +99,13 @@ def test_every_setting_learns_what_one_process_does(records):
     assert torch.equal(*(tied_state[name] for name in names))
 
 
-def test_settings_are_checked():
-    with pytest.raises(InputError, match="trainer.strategy.prefetch: expected at least 1, got 0"):
-        FullyShardedStrategy(prefetch=0)
+@pytest.mark.parametrize("name", ["prefetch", "replicas"])
+def test_settings_are_checked(records, name):
+    """By a command: its parser must not wrap what is wrong into an error of its own."""
+    words = ["--trainer.strategy", "fsdp2", f"--trainer.strategy.{name}", "0"]
+    ((_, _, err),) = run_each(records, 1, {name: (0, words)})
+    assert statuses(err) == [2]
+    assert errors(err) == [f"error: trainer.strategy.{name}: expected at least 1, got 0"]
 
 
 def test_copies_of_the_shards_learn_what_one_process_does(records):
@@ -107,7 +113,8 @@ def test_copies_of_the_shards_learn_what_one_process_does(records):
     once = ["--trainer.max_epochs", "1", "--model.decoder.config", json.dumps(DECODER)]
     one = fit_each(records, 1, {"alone": (3, ["--data.batch_size", "4", *once])})
     words = ["--data.batch_size", "1", "--trainer.strategy", "fsdp2", "--trainer.strategy.replicas", "2", *once]
-    four = fit_each(records, 4, {"copies": (3, words)})
+    four = fit_each(records, 4, {"copies": (3, words)}, [("tests.test_fsdp_settings.Look", {"folder": str(records)})])
+    assert json.loads((records / "copies-run.json").read_text())["mesh"] == [2, 2], "copies, shards"
     assert_losses(losses(four["copies"]), losses(one["alone"]))
     whole, ours = (state(records / name, 3)["state_dict"] for name in ("alone", "copies"))
     assert len(ours) > 20

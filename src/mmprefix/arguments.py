@@ -1,9 +1,11 @@
-"""The parser of commands that are not Lightning's."""
+"""Commands that are not Lightning's: their parser, and what errors end them with."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from mmprefix.errors import InputError
@@ -26,3 +28,23 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{self.command}: {message}")
+
+
+def exit_status(command: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Runs a command: its status, 2 after a line for bad input, 1 after one for a disk that fails, 130 after Ctrl-C.
+
+    Raises:
+        BrokenPipeError: `__main__` knows whose pipe it was.
+    """
+    try:
+        return command(arguments)
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

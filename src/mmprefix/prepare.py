@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmprefix import __version__
-from mmprefix.arguments import CommandParser, available_cores
+from mmprefix.arguments import CommandParser, available_cores, exit_status
 from mmprefix.data.sources import PICTURES, READERS, Columns, SourceOptions, staged_records
 from mmprefix.data.staging import Staging
 from mmprefix.data.writing import Converted, Job, convert, finished_entry, remove_split, workers
@@ -233,16 +233,5 @@ def _digits(out: Path) -> int:
 
 
 def run(arguments: list[str]) -> int:
-    """`prepare`; bad input becomes one line and status 2."""
-    try:
-        return prepare(arguments)
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `__main__` knows whose pipe it was
-        raise
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    """`prepare`; see `arguments.exit_status`."""
+    return exit_status(prepare, arguments)

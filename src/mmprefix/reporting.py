@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from mmprefix.arguments import CommandParser
+from mmprefix.arguments import CommandParser, exit_status
 from mmprefix.errors import InputError
 from mmprefix.evaluation.drawings import DrawnSample
 from mmprefix.evaluation.html_report import MAX_SAMPLES, PICTURE_BUDGET, from_page, write_report
@@ -26,19 +25,8 @@ MAX_DRAWN = 100
 
 
 def run(arguments: list[str]) -> int:
-    """`report`; bad input becomes one line and status 2."""
-    try:
-        return report(arguments)
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `__main__` knows whose pipe it was
-        raise
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    """`report`; see `arguments.exit_status`."""
+    return exit_status(report, arguments)
 
 
 def report(arguments: list[str]) -> int:

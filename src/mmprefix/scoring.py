@@ -6,13 +6,12 @@ Imports neither torch nor Lightning. What is made of the files: `mmprefix.evalua
 from __future__ import annotations
 
 import json
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, get_args
 
 from mmprefix import __version__
-from mmprefix.arguments import CommandParser
+from mmprefix.arguments import CommandParser, exit_status
 from mmprefix.errors import InputError
 from mmprefix.evaluation.official import TASKS, Predictions, References, read_predictions, read_references
 from mmprefix.evaluation.scores import Scored, score_answer_split, score_caption_split, table
@@ -147,16 +146,5 @@ def _write(options: Namespace, scored: Scored) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """`score`; bad input becomes one line and status 2."""
-    try:
-        return score(arguments)
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `__main__` knows whose pipe it was
-        raise
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    """`score`; see `arguments.exit_status`."""
+    return exit_status(score, arguments)

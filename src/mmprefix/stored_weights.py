@@ -83,9 +83,9 @@ def take_buffers(model: nn.Module, exact: nn.Module) -> None:
 
 
 def float32_in_mapping(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, float32, in memory of its own, which goes back when it is freed.
+    """A copy of a tensor of any shape, float32 on the CPU, in memory of its own, which goes back when it is freed.
 
-    From the heap it would not: what stays comes to lie between what is freed (measured: half a model more).
+    From the heap it would not: shards, which stay, come to lie between what is freed.
     """
     if not tensor.numel():
         return tensor.to("cpu", torch.float32)

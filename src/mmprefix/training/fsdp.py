@@ -82,10 +82,6 @@ class FullyShardedStrategy(ModelParallelStrategy):
             tensor_parallel_size=1,
             timeout=timedelta(minutes=timeout_minutes) - min(FINDING_OUT, timedelta(minutes=timeout_minutes / 2)),
         )
-        if replicas < 1:
-            raise InputError(f"trainer.strategy.replicas: expected at least 1, got {replicas}")
-        if prefetch < 1:
-            raise InputError(f"trainer.strategy.prefetch: expected at least 1, got {prefetch}")
         self.replicas, self.prefetch = replicas, prefetch
         self.param_dtype, self.reduce_dtype = param_dtype, reduce_dtype
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
@@ -94,7 +90,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """See `lightning.pytorch.strategies.ModelParallelStrategy.setup_environment`.
 
         Raises:
-            InputError: one process, or replicas that don't divide the processes.
+            InputError: settings out of range, one process, or replicas that don't divide the processes.
         """
         processes = self.num_nodes * self.num_processes
         try:
@@ -110,6 +106,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
         self._disk_group = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
 
     def _check(self, processes: int) -> None:
+        # Not when it is made: the command line's parser would take that for a value of another type.
+        for name in ("replicas", "prefetch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"trainer.strategy.{name}: expected at least 1, got {getattr(self, name)}")
         if processes == 1:
             raise InputError(
                 "trainer.strategy: expected several processes to shard the model over, got one; leave the strategy out, or "
