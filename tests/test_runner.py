@@ -203,6 +203,9 @@ class Echo(pl.Callback):
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
         Path(f"{self.path}.{trainer.global_rank}").write_text(json.dumps(values))
 
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    on_test_end = on_validation_end
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -222,12 +225,12 @@ def trained(tmp_path_factory):
     write_shard(folder / "captions.tar", captions)
     write_shard(folder / "questions.tar", questions)
     content = json.loads(json.dumps(CONFIG))
+    sets = {
+        "captions": {"shards": str(folder / "captions.tar"), "metric": "caption"},
+        "questions": {"shards": str(folder / "questions.tar"), "metric": "vqa"},
+    }
     content["data"] = {
-        "train": str(folder / "questions.tar"),
-        "val": {
-            "captions": {"shards": str(folder / "captions.tar"), "metric": "caption"},
-            "questions": {"shards": str(folder / "questions.tar"), "metric": "vqa"},
-        },
+        "train": str(folder / "questions.tar"), "val": sets, "test": sets, "predict": str(folder / "captions.tar"),
         "eval_batch_size": 16, "max_target_tokens": 48, "caption_tokenizer": "python",
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(content))
@@ -266,9 +269,8 @@ def evaluated(folder, name, *arguments):
 def results_of(folder, name, out, run_folder):
     files = {path.name: path.read_text() for path in run_folder.glob("predictions*.json*")}
     values = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}.values.[0-9]"))]
-    ours = re.split("[┏─]", out[out.index("val captions: ") :])[
-        0
-    ]  # Lightning's own table follows, losses with all digits
+    # Lightning's own table follows, losses with all digits.
+    ours = re.split("[┏─]", out[re.search("(val|test) captions: ", out).start() :])[0]
     return ours, files, values
 
 
@@ -327,33 +329,70 @@ def asked(folder, name):
 
 
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+SHARDED = ("--trainer.devices", "2", "--trainer.strategy", "fsdp2")
 
 
-@pytest.mark.parametrize(("name", "before", "after"), [("killed", (), ()), ("fewer", TWO, ())])
-def test_a_killed_evaluation_goes_on_and_says_what_one_at_a_stretch_does(trained, of_one, name, before, after):
+def of_test(of_validate):
+    """What `test` on the same sets says, from what `validate` said."""
+    text, files, values = of_validate
+    names = [{name.replace("val/", "test/"): value for name, value in of_rank.items()} for of_rank in values]
+    files = {name.replace("-validate", "-test"): content for name, content in files.items()}
+    return re.sub(r"\bval ", "test ", text).replace("-validate", "-test"), files, names
+
+
+@pytest.mark.parametrize(
+    ("name", "command", "before", "after"),
+    [
+        ("killed", "validate", (), ()),
+        ("fewer", "validate", TWO, ()),
+        ("more", "test", (), SHARDED),
+        ("sharded", "test", SHARDED, SHARDED),
+    ],
+)
+def test_a_killed_evaluation_goes_on_and_says_what_one_at_a_stretch_does(trained, of_one, name, command, before, after):
     """Of 202 records in batches of 16, windows of 4 are kept; the window that was under way is answered again."""
     kill_at = 5 if before else 9
-    mmprefix(trained, "validate", name, *weights_of(trained), *before, echo=True, kill_at=kill_at)
+    mmprefix(trained, command, name, *weights_of(trained), *before, echo=True, kill_at=kill_at)
     assert asked(trained, name) == 128, "two windows"
     (unfinished,) = (trained / f"{name}-run" / "unfinished").iterdir()
     for path in unfinished.glob("process-*.jsonl"):
         with path.open("a") as file:  # as a kill in the middle of a write would leave it
             file.write(path.read_text()[:1000])
-    if not before:  # other settings have answers of their own
+    if name == "killed":  # other settings have answers of their own
         other = ("--data.max_target_tokens", "47")
-        out, _ = mmprefix(trained, "validate", name, *weights_of(trained), *other, echo=True)
+        out, _ = mmprefix(trained, command, name, *weights_of(trained), *other, echo=True)
         what = "another data, another decoding"
-        assert f"validate: {unfinished} holds an unfinished evaluation with {what}: not used" in out
+        assert f"{command}: {unfinished} holds an unfinished evaluation with {what}: not used" in out
         assert asked(trained, name) == 202
-    out, run_folder = mmprefix(trained, "validate", name, *weights_of(trained), *after, echo=True)
+    out, run_folder = mmprefix(trained, command, name, *weights_of(trained), *after, echo=True)
     assert f"goes on where it was cut short: 128 answers, to 128 of 202 records, found in {unfinished}" in out
     assert asked(trained, name) == 202 - 128
     assert not (run_folder / "unfinished").exists()
+    expected = of_one if command == "validate" else of_test(of_one)
     text, files, values = results_of(trained, name, out, run_folder)
-    assert text == of_one[0]
-    assert files == of_one[1]
-    for key, value in of_one[2][0].items():
+    assert text == expected[0]
+    assert files == expected[1]
+    for key, value in expected[2][0].items():
         assert values[0][key] == (pytest.approx(value, rel=1e-5) if key.endswith("/loss") else value)
+
+
+def test_sampled_texts_depend_neither_on_processes_nor_on_a_kill(trained):
+    drawn = (*weights_of(trained), "--model.sampling.temperature", "0.8", "--seed_everything", "3")
+    texts = {}
+    for name, seed, before in (("drawn", "3", ()), ("drawn-by-two", "3", TWO), ("other-seed", "4", ())):
+        settings = (*drawn[:-1], seed)
+        if before:
+            mmprefix(trained, "predict", name, *settings, "--data.eval_window", "1", *before, echo=True, kill_at=2)
+            assert asked(trained, name) == 64
+        out, run_folder = mmprefix(trained, "predict", name, *settings, echo=True)
+        assert ("64 of 101 records" in out) == bool(before)
+        assert asked(trained, name) == (101 - 64 if before else 101)
+        rows = map(json.loads, (run_folder / "predictions-predict.jsonl").read_text().splitlines())
+        texts[name] = {row["id"]: row["prediction"] for row in rows}
+        assert len(texts[name]) == NUM_SAMPLES
+    assert texts["drawn-by-two"] == texts["drawn"]
+    different = [number for number, text in texts["other-seed"].items() if text != texts["drawn"][number]]
+    assert len(different) > NUM_SAMPLES // 2
 
 
 def part(*records):
