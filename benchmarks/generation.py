@@ -164,11 +164,14 @@ def runner_batches(samples: Sequence[Sample], images: Tensor) -> list[Evaluation
 @torch.no_grad()
 def runner(model: MMPrefixForConditionalGeneration, batches: Sequence[EvaluationBatch]) -> list[list[int]]:
     """As `MMPrefixModule` evaluates, without the loss."""
+    # As `MMPrefixModule.setup` finds out.
+    weight = next(model.parameters())
+    packed = model.config.mask_free and (weight.device.type == "cpu" or weight.dtype != torch.float32)
     found = []
     for start in range(0, len(batches), WINDOW):
         window = batches[start : start + WINDOW]
         prompts = [prompt for batch in window for prompt in prompts_of(batch, model.image_tokens_of(batch.prompts))]
-        found += answers(model, prompts, rows=BATCH_SIZE, max_new_tokens=NEW_TOKENS)
+        found += answers(model, prompts, rows=BATCH_SIZE, max_new_tokens=NEW_TOKENS, packed=packed)
     return found
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmprefix import decoding
+from mmprefix.attention import only_mask_free
 from mmprefix.decoding import Prompt, SamplingArgs, answers, draw, uniform_numbers
 from mmprefix.errors import InputError
 from tests.conftest import make_model
@@ -63,6 +64,9 @@ OTHERS = (
 )  # fmt: skip
 
 
+MASK_FREE = {"gpt2", "opt", "mistral", "gemma3_text", "cohere2", "deepseek_v3"}
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_answers_of_other_decoders_match_those_of_each_prompt_alone(name):
     """With windows shorter than prompts, biases by distance, caches that the library would have made otherwise."""
@@ -82,6 +86,10 @@ def test_answers_of_other_decoders_match_those_of_each_prompt_alone(name):
         model.generation_config.eos_token_id = tokens[::2]
         expected = [ids[: next((n for n, t in enumerate(ids) if t in tokens[::2]), NEW)] for ids in expected]
         assert answers(model, prompts, rows=2, max_new_tokens=NEW) == expected
+        if model.config.mask_free:
+            with only_mask_free():
+                assert answers(model, prompts, rows=2, max_new_tokens=NEW, packed=True) == expected
+    assert model.config.mask_free == (name in MASK_FREE)
     assert len({len(ids) for ids in expected}) > 1, "answers must end at different steps"
     assert decoding._fresh_cache(model) is not None
 
@@ -92,7 +100,31 @@ def test_answers_do_not_depend_on_rows(rows, visibility):
     model, _ = make_model(visibility=visibility)
     prompts = prompts_for(ending(model))
     with torch.no_grad():
-        assert answers(model, prompts, rows=rows, max_new_tokens=NEW) == [alone(model, p) for p in prompts]
+        expected = [alone(model, prompt) for prompt in prompts]
+        assert answers(model, prompts, rows=rows, max_new_tokens=NEW) == expected
+        with only_mask_free():
+            assert answers(model, prompts, rows=rows, max_new_tokens=NEW, packed=True) == expected
+
+
+@pytest.mark.parametrize("visibility", ["full", "nested", "causal"])
+def test_packed_prefill_matches_the_padded_one(visibility):
+    """Logits, and keys and values wherever there is a token."""
+    model, _ = make_model(visibility=visibility)
+    prompts = prompts_for(model)[:6]
+    how = decoding._Decoding(model, prompts, 6, NEW, None, None, packed=True)
+    caches = [decoding._fresh_cache(model) for _ in range(2)]
+    numbers = [3, 0, 5, 1]
+    with torch.no_grad(), only_mask_free():
+        expected = how._prefill_padded(numbers, caches[0])
+        found = how._prefill_packed(numbers, caches[1])
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-5)
+    is_token = expected[0].bool()
+    for ours, padded in zip(caches[1].layers, caches[0].layers, strict=True):
+        for x, y in ((ours.keys, padded.keys), (ours.values, padded.values)):
+            assert x.shape == y.shape
+            torch.testing.assert_close(x.transpose(1, 2)[is_token], y.transpose(1, 2)[is_token], rtol=1e-5, atol=1e-5)
+            assert not x.transpose(1, 2)[~is_token].any()
 
 
 def test_places_of_ended_rows_are_taken(model_and_prompts, monkeypatch):

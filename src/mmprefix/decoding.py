@@ -7,13 +7,16 @@ same cache. Every row is padded on its left, so that all end in the same column,
     . . p p p t t t      p prefix, t generated, . padding
     p p p p p p t t      columns that are padding for all are cut off
 
+Where attention can do without masks, prompts are prefilled as training sees them, in one row without padding, and the last
+layer computes what their last tokens need; their keys and values are then spread over the rows.
+
 What this module leaves to transformers' `generate`, batch by batch: beams, decoders whose cache isn't keys and values
 alone, and generation configs that change logits (a repetition penalty).
 
 Sampling takes one random number for each token, drawn from (seed, sample), and the token at that place of the
 distribution's cumulative sum: a text depends neither on its neighbours nor on ranks or order, up to rounding.
 
-Shapes: R rows, L columns, V vocabulary, S prompts.
+Shapes: R rows, L columns, V vocabulary, S prompts, G key-value heads, D head size.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from mmprefix.decoder import windows_of
 from mmprefix.errors import InputError
 from mmprefix.generation import keep_everything
 from mmprefix.modeling import MMPrefixForConditionalGeneration
-from mmprefix.packing import PrefixPlan
+from mmprefix.packing import PrefixPlan, map_tensors, pack_prompts
 
 _PLAIN_SETTINGS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "max_length",
@@ -128,6 +131,7 @@ def answers(
     num_beams: int = 1,
     sampling: SamplingArgs | None = None,
     seed: int = 0,
+    packed: bool = False,
 ) -> list[list[int]]:
     """Generated ids of each prompt, in the order of ``prompts``, EOS left out.
 
@@ -139,6 +143,7 @@ def answers(
         num_beams: 1 for greedy answers, or those of ``sampling``.
         sampling: how to draw; None for greedy and beams.
         seed: of ``sampling``.
+        packed: whether decoder, device and precision attend to packed rows without a mask.
     """
     if not prompts:
         return []
@@ -148,7 +153,7 @@ def answers(
     if sampling is not None:
         numbers = [uniform_numbers(seed, prompt.sample, max_new_tokens) for prompt in prompts]
         uniform = torch.stack(numbers).to(prompts[0].ids.device)
-    how = _Decoding(model, prompts, rows, max_new_tokens, sampling, uniform)
+    how = _Decoding(model, prompts, rows, max_new_tokens, sampling, uniform, packed)
     cache = _fresh_cache(model) if num_beams == 1 else None
     generated: list[list[int]] = [[] for _ in prompts]
     for number, ids in how.by_batches(order, num_beams) if cache is None else how.with_refills(order):
@@ -241,6 +246,19 @@ def _filled(cache: Cache) -> list[Any]:
     return [layer for layer in cache.layers if layer.is_initialized]
 
 
+def _spread(packed: Tensor, places: Tensor, rows: int, length: int) -> Tensor:
+    """Keys or values of a packed row, ``[1, G, L, D]``, to ``[rows, G, length, D]``, zero on padding.
+
+    Args:
+        packed: of L tokens.
+        places: int64 ``[L]``, row times ``length`` plus column of each.
+        rows, length: of the result.
+    """
+    _, heads, _, size = packed.shape
+    flat = packed.new_zeros(heads, rows * length, size).index_copy_(1, places, packed[0])
+    return flat.view(heads, rows, length, size).transpose(0, 1)
+
+
 @dataclass
 class _Decoding:
     model: MMPrefixForConditionalGeneration
@@ -250,6 +268,7 @@ class _Decoding:
     sampling: SamplingArgs | None
     uniform: Tensor | None
     """Float ``[S, max_new_tokens]``."""
+    packed: bool
 
     def __post_init__(self) -> None:
         config = self.model.generation_config
@@ -309,19 +328,45 @@ class _Decoding:
                 going = going.without_done()
 
     def _prefilled(self, numbers: list[int]) -> _Rows:
-        inputs = self.padded(numbers)
-        width = inputs["input_ids"].shape[1]
-        mask = inputs["attention_mask"]
-        unpadded = self.model.config.mask_free and bool(mask.all())
+        """Rows of these prompts, each with its first token."""
         cache = _fresh_cache(self.model)
         assert cache is not None
-        output = self.model(
-            **inputs, past_key_values=cache, use_cache=True, prefix_length=width, unpadded=unpadded, logits_to_keep=1
-        )
+        mask, logits = self._prefill_packed(numbers, cache) if self.packed else self._prefill_padded(numbers, cache)
         is_target = torch.zeros_like(mask, dtype=torch.bool)
         rows = _Rows(cache, mask, is_target, mask[:, -1], numbers, [[] for _ in numbers], [False] * len(numbers))
-        self._choose(rows, output.logits)
+        self._choose(rows, logits)
         return rows
+
+    def _prefill_padded(self, numbers: list[int], cache: DynamicCache) -> tuple[Tensor, Tensor]:
+        """Fills the cache. Returns the mask, int64 ``[R, L]``, and logits ``[R, V]`` of what comes next."""
+        inputs = self.padded(numbers)
+        unpadded = self.model.config.mask_free and bool(inputs["attention_mask"].all())
+        output = self.model(
+            **inputs, past_key_values=cache, use_cache=True, prefix_length=inputs["input_ids"].shape[1], unpadded=unpadded,
+            logits_to_keep=1,
+        )  # fmt: skip
+        return inputs["attention_mask"], output.logits[:, -1]
+
+    def _prefill_packed(self, numbers: list[int], cache: DynamicCache) -> tuple[Tensor, Tensor]:
+        """As `_prefill_padded`."""
+        config, prompts = self.model.config, [self.prompts[number] for number in numbers]
+        device = prompts[0].ids.device
+        ids = [prompt.ids.cpu() for prompt in prompts]
+        batch = pack_prompts(ids, config.image_token_id, pad_id=self.pad, visibility=config.prefix_visibility)
+        batch = map_tensors(batch, lambda tensor: tensor.to(device))
+        images = [image for prompt in prompts for image in prompt.images]
+        output = self.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids,
+            plan=batch.plan, image_tokens=torch.cat(images).unsqueeze(0) if images else None, past_key_values=cache,
+            use_cache=True,
+        )  # fmt: skip
+        lengths = torch.tensor([len(one) for one in ids], device=device)
+        length = max(len(one) for one in ids)
+        segment, position = batch.plan.segment[0], batch.plan.position[0]
+        places = segment * length + (length - lengths[segment]) + position
+        for layer in _filled(cache):
+            layer.keys, layer.values = (_spread(x, places, len(ids), length) for x in (layer.keys, layer.values))
+        return (torch.arange(length, device=device) >= (length - lengths).unsqueeze(1)).long(), output.logits
 
     def _step(self, rows: _Rows) -> None:
         plan = None
@@ -332,11 +377,11 @@ class _Decoding:
             input_ids=rows.last.unsqueeze(1), attention_mask=rows.mask, past_key_values=rows.cache, plan=plan,
             use_cache=True,
         )  # fmt: skip
-        self._choose(rows, output.logits)
+        self._choose(rows, output.logits[:, -1])
 
     def _choose(self, rows: _Rows, logits: Tensor) -> None:
-        """Puts the next token into each row's new last column."""
-        logits = logits[:, -1].float()
+        """Puts the next token, by logits ``[R, V]``, into each row's new last column."""
+        logits = logits.float()
         if self.sampling is None:
             rows.last = logits.argmax(1)
         else:

@@ -556,6 +556,30 @@ def collate_prompts(
     return PromptBatch(input_ids, attention_mask, pixel_values, _image_table(_as_tuples(image_of)))
 
 
+def pack_prompts(
+    prompts: Sequence[Tensor], image: int, *, pad_id: int, visibility: PrefixVisibility = "full"
+) -> PackedBatch:
+    """Prompts in one row, as `collate` packs sequences, each with a label (0, which says nothing) at its last token: there
+    the first token of its target is predicted.
+
+    Args:
+        prompts: int64 ``[T]`` each, on the CPU, at least one token.
+        image: id of the image placeholder. Image tokens are taken as they come, prompt by prompt.
+        pad_id: see `collate`.
+        visibility: see `collate`.
+    """
+    sequences = []
+    for ids in prompts:
+        prefix = TokenSequence.from_ids(image, ids.tolist())
+        last, one = torch.tensor([len(ids) - 1]), torch.ones(1, dtype=torch.long)
+        sequences.append(replace(prefix, label_positions=last, labels=torch.zeros_like(one), target_lengths=one))
+    image_of = [(0,) if sequence.num_image_tokens else () for sequence in sequences]
+    batch = collate(sequences, image_of, None, pad_id=pad_id, visibility=visibility, packed=True)
+    assert batch.plan.image_positions is not None
+    batch.plan.image_sources = torch.arange(batch.plan.image_positions.numel())
+    return batch
+
+
 def map_tensors(batch: Batch, function: Callable[[Any], Any], kind: type = Tensor) -> Batch:
     """Applies ``function`` to every tensor of a (nested) batch dataclass and returns the new batch.
 

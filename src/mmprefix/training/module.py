@@ -735,7 +735,7 @@ class MMPrefixModule(pl.LightningModule):
         with self._uncompiled():
             generated = answers(
                 self.model, prompts, rows=rows, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams,
-                sampling=self.sampling, seed=self.seed,
+                sampling=self.sampling, seed=self.seed, packed=self._packed,
             )  # fmt: skip
         return self.processor.decode_ids(generated)
 
