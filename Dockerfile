@@ -13,7 +13,7 @@ ENV PATH=/opt/venv/bin:$PATH
 
 WORKDIR /opt/mmprefix
 # Dependencies first: they change less often than the code, and are a layer of their own.
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY src/mmprefix/__init__.py src/mmprefix/__init__.py
 RUN pip install .
 COPY src src

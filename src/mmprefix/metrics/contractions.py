@@ -1,8 +1,9 @@
 """The contractions of VQA accuracy: words without their apostrophe, and what the official code makes of them. Data, no code.
 
-Source: the table of GT-Vision-Lab/VQA (``PythonEvaluationTools/vqaEvaluation/vqaEval.py``), which MMF's TextVQA evaluator has
-too. It is part of the number, mistakes included: ``Im``, ``Ive``, ``Id've`` and ``I'dve`` never match, since words are in
-lower case when they are looked up, and ``somebody'd`` loses its apostrophe.
+Source: the table of GT-Vision-Lab/VQA (``PythonEvaluationTools/vqaEvaluation/vqaEval.py``; Copyright (c) 2014, Aishwarya
+Agrawal; BSD 2-Clause, see NOTICE), which MMF's TextVQA evaluator has too. It is part of the number, mistakes included:
+``Im``, ``Ive``, ``Id've`` and ``I'dve`` never match, since words are in lower case when they are looked up, and
+``somebody'd`` loses its apostrophe.
 """
 
 from __future__ import annotations
