@@ -266,7 +266,8 @@ FSDP = ["--config", str(ROOT / "configs" / "fsdp.yaml")]
 
 
 def estimated(config, capfd, *options):
-    assert run(["estimate", "--config", config, "--memory", "80", *options]) == 0
+    # Of so small a model, thousands fit into a real device, each of which would be laid out.
+    assert run(["estimate", "--config", config, "--memory", "0.5", *options]) == 0
     out = capfd.readouterr().out
     rows = {line[:52].strip(): line[52:].split() for line in out.splitlines()}
     return out, {name: float(values[0]) for name, values in rows.items() if len(values) == 1 and "." in values[0]}
