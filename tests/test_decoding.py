@@ -1,15 +1,18 @@
 """Answers with rows that make room for others, against what `generate` says to each prompt alone."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mmprefix import decoding
-from mmprefix.attention import only_mask_free
+from mmprefix.attention import MaskFree, only_mask_free
 from mmprefix.decoding import Prompt, SamplingArgs, answers, draw, uniform_numbers
 from mmprefix.errors import InputError
+from mmprefix.packing import pack_prompts
 from tests.conftest import make_model
 from tests.test_prefix_lm import causal_lm
 
@@ -125,6 +128,44 @@ def test_packed_prefill_matches_the_padded_one(visibility):
             assert x.shape == y.shape
             torch.testing.assert_close(x.transpose(1, 2)[is_token], y.transpose(1, 2)[is_token], rtol=1e-5, atol=1e-5)
             assert not x.transpose(1, 2)[~is_token].any()
+
+
+def test_layers_that_share_keys_and_streams_of_one_layer():
+    """gemma3n's last layers take keys of earlier ones, and all of its layers give four outputs."""
+    config = AutoConfig.for_model(
+        "gemma3n_text", hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, vocab_size=264, vocab_size_per_layer_input=264, hidden_size_per_layer_input=8, laurel_rank=4,
+        num_kv_shared_layers=2, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 4, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    decoder = AutoModelForCausalLM.from_config(config)
+    model, _ = make_model()
+    model.config.text_config = config
+    model.replace_decoder(decoder)
+    model.generation_config.eos_token_id = None
+    prompts = [Prompt(prompt.ids % 28 + 4) for prompt in prompts_for(model) if not prompt.images]
+    with torch.no_grad():
+        expected = [alone(model, prompt, end=None) for prompt in prompts]
+        assert answers(model, prompts, rows=2, max_new_tokens=NEW) == expected
+        with only_mask_free():
+            assert answers(model, prompts, rows=2, max_new_tokens=NEW, packed=True) == expected
+
+
+@pytest.mark.parametrize("visibility", ["full", "nested", "causal"])
+def test_a_window_bites_on_prompts_only_where_they_are_causal(visibility):
+    """On CUDA, where its kernel's window would hide the prefix, too; meta tensors stand in for it."""
+    batch = pack_prompts([torch.arange(4, 304), torch.arange(4, 270)], 3, pad_id=0, visibility=visibility)
+    stand_in = MaskFree(batch.plan, window=256, refusal=None, make_dense=lambda: None)
+    tensors = [torch.empty(1, heads, 566, 64, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2)]
+    assert stand_in.refuses(*tensors, 0.0, {}) == "no kernel for meta", "the last thing that is asked"
+
+
+def test_image_tokens_of_a_neighbour_are_not_taken(model_and_prompts):
+    model, prompts = model_and_prompts
+    more = replace(prompts[1], images=(*prompts[1].images, prompts[1].images[0]), sample="one too many")
+    with torch.no_grad(), pytest.raises(ValueError, match="sample one too many: expected 8 image tokens, .* got 12"):
+        answers(model, [prompts[0], more, prompts[2]], rows=4, max_new_tokens=NEW, packed=True)
 
 
 def test_places_of_ended_rows_are_taken(model_and_prompts, monkeypatch):

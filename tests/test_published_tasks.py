@@ -1,4 +1,7 @@
-"""Each config of `configs/eval/`: the commands in its head, as they stand, over a small set in the task's published format."""
+"""Each config of `configs/eval/`: the commands in its head, over a small set as a user has it before the first of them.
+
+A random model stands in for the published one, and says what it is told to.
+"""
 
 import json
 import re
@@ -11,6 +14,7 @@ import yaml
 from PIL import Image
 
 from mmprefix import cli, prepare
+from mmprefix.decoding import _Decoding
 from mmprefix.training.module import MMPrefixModule
 from tests.conftest import TINY_DECODER
 from tests.test_configs import CONFIGS, EVALUATIONS
@@ -169,8 +173,13 @@ def test_the_commands_of_a_config_end_with_a_row_to_lay_beside_the_published_one
     # The model answers, to nothing that could be scored.
     said = SAID.get(path.stem, QUESTIONS[1][1])
     monkeypatch.setattr(MMPrefixModule, "generate", lambda *given: [said for _ in generate(*given)])
+    prefills = []
+    prefill = _Decoding._prefill_packed
+    monkeypatch.setattr(_Decoding, "_prefill_packed", lambda *given: prefills.append(1) or prefill(*given))
     capsys.readouterr()
     assert cli.run([*testing, "--config", "stand_ins.yaml"]) == 0
+    is_greedy = yaml.safe_load(path.read_text())["model"]["num_beams"] == 1
+    assert bool(prefills) == is_greedy, "the faster of two ways to the same answers"
     tables = re.split(r"^test(?= )", capsys.readouterr().out, flags=re.MULTILINE)
     sets = yaml.safe_load(path.read_text())["data"]["test"]
     is_captions = "captioning" in " ".join(testing)

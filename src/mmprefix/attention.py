@@ -143,7 +143,9 @@ class MaskFree:
             if extras.get(name) is not None:
                 return f"{name} on attention scores"
         if query.device.type != "cpu" and self.window != NO_WINDOW and self.plan.visibility != "causal":
-            longest = self.plan.calls[-1].max_q
+            longest = max(
+                (call.max_q for call in self.plan.calls if call.causal), default=0
+            )  # prompts alone have no target
             if longest > self.window:
                 return f"a window of {self.window} over targets of up to {longest} tokens"
         return unsupported(query, key, value)

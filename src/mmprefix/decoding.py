@@ -277,6 +277,9 @@ class _Decoding:
         # Prompts are masked where they are padded: any id will do.
         self.pad = config.pad_token_id or 0
         self.has_windows = bool(windows_of(self.model.config.text_config))
+        if self.packed:  # rows are laid out on the CPU; one copy waits for the device once
+            lengths = [prompt.ids.numel() for prompt in self.prompts]
+            self.ids: tuple[Tensor, ...] = torch.cat([prompt.ids for prompt in self.prompts]).cpu().split(lengths)
 
     def padded(self, numbers: Sequence[int]) -> dict[str, Any]:
         """``input_ids`` and ``attention_mask`` ``[R, T]``, padded on the left, and the images of all rows."""
@@ -351,7 +354,13 @@ class _Decoding:
         """As `_prefill_padded`."""
         config, prompts = self.model.config, [self.prompts[number] for number in numbers]
         device = prompts[0].ids.device
-        ids = [prompt.ids.cpu() for prompt in prompts]
+        ids = [self.ids[number] for number in numbers]
+        for one, prompt in zip(ids, prompts, strict=True):
+            wanted, given = int((one == config.image_token_id).sum()), sum(len(image) for image in prompt.images)
+            if wanted != given:  # its neighbours would get what is left over
+                raise ValueError(
+                    f"sample {prompt.sample}: expected {wanted} image tokens, one a placeholder, got {given}"
+                )
         batch = pack_prompts(ids, config.image_token_id, pad_id=self.pad, visibility=config.prefix_visibility)
         batch = map_tensors(batch, lambda tensor: tensor.to(device))
         images = [image for prompt in prompts for image in prompt.images]

@@ -135,9 +135,12 @@ def find_label_only(decoder: PreTrainedModel) -> list[str]:
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append((args, kwargs))
 
+    def output() -> Tensor:
+        found: Any = layer(*args, **kwargs)
+        return found[0] if isinstance(found, tuple) else found
+
     def labels_see() -> Tensor:
-        output = layer(*args, **kwargs)
-        return (output[0] if isinstance(output, tuple) else output)[0, rows].float()
+        return output()[0, rows].float()
 
     def qualifies(module: nn.Module) -> bool:
         lengths = []
@@ -175,6 +178,8 @@ def find_label_only(decoder: PreTrainedModel) -> list[str]:
                     use_cache=False)  # fmt: skip
         (args, kwargs), *more = seen or [((), {})]
         if more or not any(isinstance(value, MaskFree) for value in (*args, *kwargs.values())):
+            return []
+        if output().shape[:2] != batch.input_ids.shape:  # several streams, as gemma3n's
             return []
         expected = labels_see()
         size = expected.abs().max().item()

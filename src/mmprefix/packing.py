@@ -573,11 +573,11 @@ def pack_prompts(
         prefix = TokenSequence.from_ids(image, ids.tolist())
         last, one = torch.tensor([len(ids) - 1]), torch.ones(1, dtype=torch.long)
         sequences.append(replace(prefix, label_positions=last, labels=torch.zeros_like(one), target_lengths=one))
+    # One image each stands for all of a prompt's, whose tokens are counted here, not whose images.
     image_of = [(0,) if sequence.num_image_tokens else () for sequence in sequences]
     batch = collate(sequences, image_of, None, pad_id=pad_id, visibility=visibility, packed=True)
-    assert batch.plan.image_positions is not None
-    batch.plan.image_sources = torch.arange(batch.plan.image_positions.numel())
-    return batch
+    number = sum(sequence.num_image_tokens for sequence in sequences)
+    return replace(batch, plan=replace(batch.plan, image_sources=torch.arange(number)))
 
 
 def map_tensors(batch: Batch, function: Callable[[Any], Any], kind: type = Tensor) -> Batch:
