@@ -5,9 +5,10 @@ import torch
 from PIL import Image
 
 from mmprefix.evaluation.pictures import Answer, Cell, draw_cells, to_image
-from mmprefix.evaluation.report import _Gallery, accuracy_table, write_predictions
+from mmprefix.evaluation.report import accuracy_table, gallery, write_predictions
+from mmprefix.evaluation.runner import Evaluation, score_predictions
 from mmprefix.metrics import ExactMatch, exact_match
-from mmprefix.packing import EvaluationBatch, PromptBatch, Reference
+from mmprefix.packing import Reference
 from mmprefix.vision import ImageTransform, as_levels
 
 PREDICTIONS = [
@@ -71,16 +72,31 @@ def test_pixels_are_shown_as_the_encoder_saw_them(photos):
     assert torch.equal(as_levels(shown), transform.resize(photos[0]))
 
 
-def test_text_only_samples_of_a_batch_are_cells_of_their_own():
-    """Questions on the same image share one."""
-    references = tuple(Reference(f"q{n}", "i", "", f"{n}?", ("yes",), (n, 0)) for n in range(5))
-    image_of = torch.tensor([[-1], [0], [-1], [0], [-1]])
-    ids = torch.zeros(5, 2, dtype=torch.int64)
-    prompts = PromptBatch(ids, ids, torch.zeros(1, 3, 4, 4, dtype=torch.uint8), image_of)
-    gallery = _Gallery(10)
-    predictions = [(reference, "yes" if n != 2 else "no") for n, reference in enumerate(references)]
-    transform = ImageTransform((4, 4), (0.5,) * 3, (0.5,) * 3)
-    gallery.add(EvaluationBatch(prompts, None, references), predictions, transform, lambda record: None)
-    assert [(cell.title, len(cell.answers)) for cell in gallery.cells()] == [
-        ("q2", 1), ("q0", 1), ("image i", 2), ("q4", 1),
-    ]  # fmt: skip
+def test_the_worst_and_the_best_are_shown_with_their_scores(photos):
+    """Of ten captions, one record of two questions, and a record without an image."""
+    captions = [f"a dog number {n} on a sofa" for n in range(10)]
+    predictions = []
+    for n, text in enumerate(captions):
+        words = text.split()
+        said = " ".join(words[: 1 + n % 7])  # the better, the longer
+        predictions.append((Reference(f"c{n}", f"i{n}", "", "caption en", (text, text), (n, 0), "captions"), said))
+    for n, said in enumerate(("yes", "no")):
+        predictions.append((Reference(f"q{n}", "i10", "", f"{n}?", ("yes",), (10, n), "questions"), said))
+    predictions.append((Reference("t", "t", "", "1 + 1?", ("2",), (11, 0), "questions"), "2"))
+    tasks = {"captions": "caption", "questions": "exact"}
+    evaluation = Evaluation(predictions, score_predictions(predictions, tasks, tokenizer="python"))
+    asked = []
+    cells = gallery(evaluation, tasks, 6, lambda record: asked.append(record) or ([] if record == 11 else [photos[0]]))
+    assert len(cells) == len(asked) == 6
+    values = {n: evaluation.scores["captions"].items[f"c{n}"]["CIDEr"] for n in range(10)}
+    worst = sorted(values, key=values.__getitem__)[:3]
+    assert [cell.title for cell in cells[:3]] == [f"image i{n}" for n in worst]
+    assert [cell.answers[0].score for cell in cells[:3]] == [f"CIDEr {values[n]:.2f}" for n in worst]
+    best = max(values, key=values.__getitem__)
+    assert {cell.title for cell in cells[3:]} >= {"t", f"image i{best}"}, "right, and the best caption"
+    everything = gallery(evaluation, tasks, 20, lambda record: [])
+    assert sum(len(cell.answers) for cell in everything) == len(predictions)
+    (questions,) = [cell for cell in everything if len(cell.answers) == 2]
+    assert [(answer.correct, answer.score) for answer in questions.answers] == [(True, ""), (False, "")]
+    unscored = Evaluation([(Reference("p", "p", "", "?", (), (0, 0)), "so")])
+    assert [cell.answers[0].correct for cell in gallery(unscored, {}, 6, lambda record: [photos[0]])] == [None]

@@ -698,7 +698,7 @@ def test_every_evaluation_leaves_a_page_of_its_own(tmp_path, photos):
     datamodule = SimpleNamespace(originals=originals, baseline=lambda split: ("SVC", {"k": 0.5}))
     trainer = SimpleNamespace(datamodule=datamodule, ckpt_path="runs/x/step=7.ckpt", global_step=7)
     predictions = [(Reference(f"a{n}", f"i{n}", "k", "?", ("x",), (n, 0)), "x") for n in range(3)]
-    report = PredictionReport(str(tmp_path), None, name="predictions-validate")
+    report = PredictionReport(str(tmp_path), name="predictions-validate")
     report._write_page(trainer, "val", Evaluation(predictions, score_predictions(predictions, {})))
     assert [path.name for path in tmp_path.iterdir()] == ["report-validate.html"]
     page = (tmp_path / "report-validate.html").read_text()

@@ -147,7 +147,7 @@ class MMPrefixCLI(LightningCLI):
             callbacks.append(ModelSummary(max_depth=2))  # parameters of encoder, connector and decoder
         # What `fit` left is not overwritten by a later command.
         name = "predictions" if self.subcommand == "fit" else f"predictions-{self.subcommand}"
-        self.report = PredictionReport(str(run_folder), self.model.processor.transform, name=name)
+        self.report = PredictionReport(str(run_folder), name=name)
         config.callbacks = [*callbacks, Throughput(), BadSampleReport(str(run_folder)), self.report]
         plugins = config.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins])]

@@ -302,10 +302,12 @@ class ShardDataModule(pl.LightningDataModule):
             self._shards[split] = self._open(split)
         return self._shards[split]
 
-    def picture(self, split: str, record: int) -> Image.Image:
-        """The image of a record of ``split`` as the encoder takes it, RGB: for reports on batches without pixels."""
+    def pictures(self, split: str, record: int, at_most: int) -> list[Image.Image]:
+        """The first images of a record of ``split`` as the encoder takes them (of tiles, the whole image), RGB."""
         assert self.processor is not None
-        return as_picture(self.processor.transform.resize(decode_levels(self.shards(split).image_bytes(record))))
+        shards, resize = self.shards(split), self.processor.transform.resize
+        contents = (shards.image_bytes(record, n) for n in range(min(at_most, shards.num_images(record))))
+        return [as_picture(resize(decode_levels(content))) for content in contents]
 
     def originals(self, split: str, record: int) -> list[Image.Image]:
         """The images of a record of ``split`` as they are stored, RGB and upright; none for a record without."""

@@ -25,12 +25,14 @@ _INK, _RIGHT, _WRONG = (30, 30, 30), (0, 120, 40), (190, 20, 20)
 
 @dataclass(frozen=True)
 class Answer:
-    """One question on an image, what was expected, and what came; ``correct`` is None where nothing was expected."""
+    """One question on an image, what was expected, and what came; ``correct`` is None where nothing was expected, and
+    ``score`` the metric and its value where there is more to say than right or wrong."""
 
     instruction: str
     reference: str
     prediction: str
     correct: bool | None
+    score: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def _lines(cell: Cell) -> list[tuple[str, tuple[int, int, int]]]:
         if answer.correct is False:
             said += f"   (expected {answer.reference})"
         said_lines = textwrap.wrap(said, width, max_lines=_ANSWER_LINES, placeholder=" ...")
+        said_lines += [answer.score] if answer.score else []
         lines += [(line, {True: _RIGHT, False: _WRONG, None: _INK}[answer.correct]) for line in said_lines]
     if len(lines) > _MAX_LINES:
         lines = [*lines[: _MAX_LINES - 1], ("...", _INK)]

@@ -8,10 +8,9 @@ final evaluation (after `fit`, or `validate`, `test`, `predict`) writes ``predic
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,7 +22,7 @@ from PIL import Image
 from mmprefix.data.images import UndecodableImageError
 from mmprefix.errors import InputError
 from mmprefix.evaluation.html_report import write_report
-from mmprefix.evaluation.pictures import SHOWN_IMAGES, Answer, Cell, as_stored, draw_cells, side_by_side, to_image
+from mmprefix.evaluation.pictures import SHOWN_IMAGES, Answer, Cell, as_stored, draw_cells, side_by_side
 from mmprefix.evaluation.runner import (
     DEFAULT_TASK,
     Evaluation,
@@ -37,8 +36,7 @@ from mmprefix.evaluation.runs import EXACT_MATCH, Row, Run, Scores, exact_match_
 from mmprefix.evaluation.scores import table
 from mmprefix.files import replacing
 from mmprefix.metrics import exact_match
-from mmprefix.packing import EvaluationBatch
-from mmprefix.vision import ImageTransform
+from mmprefix.packing import Reference
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
@@ -110,53 +108,39 @@ def log_picture(logger: Logger, name: str, picture: Image.Image, step: int) -> N
         logger.experiment.log_image(logger.run_id, picture, f"{name}/step={step:08d}.png")
 
 
-class _Gallery:
-    """Images for the picture: those with a wrong answer first, as many others as there is room for."""
+def gallery(
+    evaluation: Evaluation, tasks: Mapping[str, str], room: int, pictures: Callable[[int], Sequence[Image.Image]]
+) -> list[Cell]:
+    """Records with the worst scores, for half of the room, and behind them those with the best; then ones without a score.
 
-    def __init__(self, room: int) -> None:
-        self.room = room
-        self.wrong: list[Cell] = []
-        self.right: list[Cell] = []
-
-    def add(
-        self,
-        batch: EvaluationBatch,
-        predictions: Sequence[Prediction],
-        transform: ImageTransform,
-        picture: Callable[[int], Image.Image],
-        tasks: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        """``picture`` gives a record's image, for batches that hold features in place of pixels; ``tasks`` are by set."""
-        of_images: dict[tuple[int, ...], list[Prediction]] = {}
-        for number, (images, prediction) in enumerate(zip(batch.prompts.image_of.tolist(), predictions, strict=True)):
-            # Samples without an image have nothing in common.
-            of_images.setdefault(tuple(i for i in images if i >= 0) or (-1 - number,), []).append(prediction)
-        for key, members in of_images.items():
-            images = [image for image in key if image >= 0]
-            answers = tuple(
-                Answer(
-                    r.instruction,
-                    " | ".join(sorted(set(r.references))),
-                    said,
-                    is_right(tasks.get(r.dataset, DEFAULT_TASK), said, r),
-                )
-                for r, said in members
-            )
-            group = self.right if all(answer.correct is not False for answer in answers) else self.wrong
-            if len(group) >= self.room:
-                continue
-            pixels, first = batch.prompts.pixel_values, members[0][0]
-            if not images:
-                shown = []
-            elif pixels is None:
-                shown = [picture(first.order[0])]
-            else:
-                shown = [to_image(pixels[image], transform) for image in images[:SHOWN_IMAGES]]
-            group.append(Cell(f"image {first.image_id}" if images else first.id, side_by_side(shown), answers))
-
-    def cells(self) -> list[Cell]:
-        wrong = self.wrong[: max(self.room // 2, self.room - len(self.right))]
-        return [*wrong, *self.right[: self.room - len(wrong)]]
+    Args:
+        evaluation: what was found.
+        tasks: set -> task.
+        room: how many records.
+        pictures: a record's pictures as the encoder takes them, none where it has none or they can't be read.
+    """
+    of_records: dict[int, list[tuple[Reference, Answer, float]]] = {}
+    for name, members in by_set(evaluation.predictions).items():
+        scored, task = evaluation.scores.get(name), tasks.get(name, DEFAULT_TASK)
+        values = [math.nan if scored is None else scored.items[item][scored.metric] for item in item_names(members)]
+        best = max((value for value in values if value > 0), default=1.0)  # of sets that are scored differently
+        for (reference, said), value in zip(members, values, strict=True):
+            expected = " | ".join(sorted(set(reference.references)))
+            score = "" if scored is None or scored.task == DEFAULT_TASK else f"{scored.metric} {value:.2f}"
+            answer = Answer(reference.instruction, expected, said, is_right(task, said, reference), score)
+            of_records.setdefault(reference.order[0], []).append((reference, answer, value / best))
+    values_of = {record: sum(value for *_, value in members) / len(members) for record, members in of_records.items()}
+    known = sorted((record for record, value in values_of.items() if value == value), key=values_of.__getitem__)
+    worst = known[: (room + 1) // 2]
+    best_ones = known[len(worst) :][::-1][: room - len(worst)]
+    unknown = [record for record, value in values_of.items() if value != value]
+    cells = []
+    for record in [*worst, *best_ones, *unknown][:room]:
+        answered, shown = of_records[record], pictures(record)
+        first, *_ = answered[0]
+        title = f"image {first.image_id}" if shown else first.id
+        cells.append(Cell(title, side_by_side(shown), tuple(answer for _, answer, _ in answered)))
+    return cells
 
 
 def score_tables(
@@ -214,44 +198,38 @@ def page_scores(evaluation: Evaluation, rows: Sequence[Row]) -> Scores:
 
 
 class PredictionReport(pl.Callback):
-    """Collects predictions of a split; see the module's docstring for what it leaves where."""
+    """Reports the predictions of a split; see the module's docstring for what it leaves where."""
 
-    def __init__(self, folder: str, transform: ImageTransform, num_images: int = 24, name: str = "predictions") -> None:
+    def __init__(self, folder: str, num_images: int = 24, name: str = "predictions") -> None:
         """Settings.
 
         Args:
             folder: where files go.
-            transform: how pixels were normalised, to show them.
-            num_images: images in a picture.
+            num_images: records in a picture.
             name: of the files, without suffix.
         """
         self.folder = Path(folder)
-        self.transform = transform
         self.num_images = num_images
         self.name = name
-        self._start()
 
-    def _start(self) -> None:
-        self._gallery = _Gallery(self.num_images)
-
-    def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
-        """Takes the batches that the last step has answered: none, or a window of them."""
+    def _cells(self, trainer: pl.Trainer, evaluation: Evaluation, split: str) -> list[Cell]:
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        picture, tasks = partial(datamodule.picture, split), datamodule.tasks(split)
-        for batch, predictions in pl_module.answered:  # type: ignore[union-attr]
-            self._gallery.add(batch, predictions, self.transform, picture, tasks)  # type: ignore[arg-type]
+
+        def pictures(record: int) -> list[Image.Image]:
+            try:
+                return list(datamodule.pictures(split, record, SHOWN_IMAGES))
+            except (UndecodableImageError, InputError, OSError):  # a picture must not end a run
+                return []
+
+        return gallery(evaluation, datamodule.tasks(split), self.num_images, pictures)
 
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
-        self._collect(trainer, pl_module, split)  # the last window
-        gallery = self._gallery
-        self._start()
         evaluation: Evaluation = pl_module.evaluation  # type: ignore[assignment]
         if not trainer.is_global_zero or not evaluation.predictions:
             return
         write_predictions(self.folder / f"{self.name}.jsonl", evaluation.predictions)
-        if cells := gallery.cells():
-            with replacing(self.folder / f"{self.name}.png") as temporary:
-                draw_cells(cells).save(temporary, "PNG")
+        with replacing(self.folder / f"{self.name}.png") as temporary:
+            draw_cells(self._cells(trainer, evaluation, split)).save(temporary, "PNG")
         self._write_page(trainer, split, evaluation)
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         problems = write_results(self.folder, self.name, evaluation.predictions, datamodule.tasks(split))
@@ -297,11 +275,12 @@ class PredictionReport(pl.Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             self._finish(trainer, pl_module, "val")
             return
-        self._collect(trainer, pl_module, "val")
-        if not trainer.sanity_checking and (cells := self._gallery.cells()):
-            for logger in trainer.loggers if trainer.is_global_zero else ():
-                log_picture(logger, "val/predictions", draw_cells(cells), trainer.global_step)
-        self._start()
+        evaluation: Evaluation = pl_module.evaluation  # type: ignore[assignment]
+        if trainer.sanity_checking or not trainer.is_global_zero or not evaluation.predictions:
+            return
+        picture = draw_cells(self._cells(trainer, evaluation, "val"))
+        for logger in trainer.loggers:
+            log_picture(logger, "val/predictions", picture, trainer.global_step)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports."""
@@ -310,25 +289,3 @@ class PredictionReport(pl.Callback):
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports."""
         self._finish(trainer, pl_module, "predict")
-
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins anew: a sanity check may have left something."""
-        self._start()
-
-    def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
-    ) -> None:
-        """Collects."""
-        self._collect(trainer, pl_module, "val")
-
-    def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
-    ) -> None:
-        """Collects."""
-        self._collect(trainer, pl_module, "test")
-
-    def on_predict_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
-    ) -> None:
-        """Collects."""
-        self._collect(trainer, pl_module, "predict")
