@@ -201,6 +201,9 @@ def test_vizwiz_answerability_of_answers_and_of_probabilities():
     without = score_answers("vizwiz", {"0": "x"}, {"0": AnswerReference(("x",) * 10)})
     assert list(without.corpus) == ["vqa_accuracy"]
     assert without.unavailable == {"answerability": "1 questions have no label `answerable`"}
+    all_can = score_answers("vizwiz", {"0": "x"}, {"0": AnswerReference(("x",) * 10, answerable=True)})
+    assert list(all_can.corpus) == ["vqa_accuracy"], "no score is not a score of 0"
+    assert "all questions can be answered" in all_can.unavailable["answerability"]
 
 
 def test_input_errors():

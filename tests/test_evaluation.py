@@ -5,9 +5,11 @@ import torch
 from PIL import Image
 
 from mmprefix.evaluation.pictures import Answer, Cell, draw_cells, to_image
-from mmprefix.evaluation.report import accuracy_table, gallery, write_predictions
+from mmprefix.evaluation.report import accuracy_table, gallery, page_scores, score_tables, write_predictions
 from mmprefix.evaluation.runner import Evaluation, score_predictions
+from mmprefix.evaluation.runs import Row
 from mmprefix.metrics import ExactMatch, exact_match
+from mmprefix.metrics.intervals import mean_interval
 from mmprefix.packing import Reference
 from mmprefix.vision import ImageTransform, as_levels
 
@@ -42,15 +44,39 @@ def test_predictions_file(tmp_path):
     }  # fmt: skip
 
 
-def test_table_shows_kinds_next_to_the_baseline():
+def test_table_shows_kinds_with_intervals_next_to_the_baseline():
     assert accuracy_table("test: 2 images", PREDICTIONS, "SVC", {"colour": 0.75}).splitlines() == [
         "test: 2 images",
-        "kind    question     samples  exact match     SVC",
-        "-------------------------------------------------",
-        "colour  which?             2       0.5000  0.7500",
-        "shape   what shape?        1       1.0000       -",
-        "total                      3       0.6667        ",
+        "kind    question     samples  exact match      95% interval     SVC",
+        "-------------------------------------------------------------------",
+        "colour  which?             2       0.5000  0.0000 to 1.0000  0.7500",
+        "shape   what shape?        1       1.0000  1.0000 to 1.0000       -",
+        "total                      3       0.6667  0.0000 to 1.0000        ",
     ]
+    many = [(reference._replace(image_id=str(n)), said) for n in range(20) for reference, said in PREDICTIONS]
+    low, high = mean_interval([1.0, 1.0, 0.0] * 20, [str(n) for n in range(20) for _ in range(3)])
+    assert f"{low:.4f} to {high:.4f}" in accuracy_table("", many).splitlines()[-1]
+
+
+def test_what_is_in_no_number_is_said():
+    lacking = [
+        (Reference("d", "3", "", "?", (), (2, 0), "more"), "x"),
+        (PREDICTIONS[0][0]._replace(dataset="more"), "red"),
+    ]
+    evaluation = Evaluation([*PREDICTIONS, *lacking], score_predictions([*PREDICTIONS, *lacking], {}), unreadable=2)
+    tables = score_tables("predict", evaluation)
+    assert tables[1:] == [
+        "predict more: 2 predictions, not scored: no references for d",
+        "predict: 2 records can't be read and are in none of these numbers; skipped.jsonl names them",
+    ]
+    page = page_scores(
+        evaluation,
+        [
+            Row(r.id, r.image_id, r.kind, r.instruction, said, r.references, r.dataset)
+            for r, said in evaluation.predictions
+        ],
+    )
+    assert page.notes[-1] == "2 records can't be read and are in none of these numbers; skipped.jsonl names them"
 
 
 def test_picture_has_a_cell_for_each_image():

@@ -36,6 +36,8 @@ from mmprefix.evaluation.runs import EXACT_MATCH, Row, Run, Scores, exact_match_
 from mmprefix.evaluation.scores import table
 from mmprefix.files import replacing
 from mmprefix.metrics import exact_match
+from mmprefix.metrics.answers import listed
+from mmprefix.metrics.intervals import mean_interval
 from mmprefix.packing import Reference
 
 
@@ -58,18 +60,21 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
 def accuracy_table(
     title: str, predictions: Sequence[Prediction], baseline_name: str = "", baseline: Mapping[str, float] | None = None
 ) -> str:
-    """Exact match per kind as text, next to a baseline where there is one."""
+    """Exact match per kind as text, with 95% bootstrap intervals over images, next to a baseline where there is one."""
     kinds: dict[tuple[str, str], list[Prediction]] = {}
     for prediction in predictions:
         kinds.setdefault((prediction[0].dataset, prediction[0].kind), []).append(prediction)
     datasets = list(dict.fromkeys(dataset for dataset, _ in kinds))
     named = any(datasets)
     more = [baseline_name] if baseline else []
-    rows = [[*(["set"] if named else []), "kind", "question", "samples", "exact match", *more]]
+    rows = [[*(["set"] if named else []), "kind", "question", "samples", "exact match", "95% interval", *more]]
 
     def add(dataset: str, kind: str, question: str, members: Sequence[Prediction], more: list[str]) -> None:
         of_set = [dataset] if named else []
-        rows.append([*of_set, kind, question[:40], str(len(members)), f"{_accuracy(members):.4f}", *more])
+        right = [float(exact_match(said, r.references)) for r, said in members]
+        low, high = mean_interval(right, [r.image_id for r, _ in members])
+        numbers = [str(len(members)), f"{sum(right) / len(right):.4f}", f"{low:.4f} to {high:.4f}"]
+        rows.append([*of_set, kind, question[:40], *numbers, *more])
 
     for name in datasets:
         of_set = {kind: members for (dataset, kind), members in kinds.items() if dataset == name}
@@ -91,10 +96,6 @@ def accuracy_table(
         for row in rows
     ]
     return "\n".join([title, lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def _accuracy(predictions: Sequence[Prediction]) -> float:
-    return sum(exact_match(said, r.references) for r, said in predictions) / max(1, len(predictions))
 
 
 def log_picture(logger: Logger, name: str, picture: Image.Image, step: int) -> None:
@@ -163,10 +164,18 @@ def score_tables(
     for name, members in of_sets.items():
         where = f"{split} {name}" if name else split
         if name not in scores:
-            tables.append(f"{where}: {len(members)} predictions")
+            lacking = [reference.id for reference, _ in members if not reference.references]
+            why = f", not scored: no references for {listed(lacking)}"
+            tables.append(f"{where}: {len(members)} predictions{why if len(lacking) < len(members) else ''}")
         elif scores[name].task != "exact":
             tables.append(table(scores[name], f"{where}: "))
+    if evaluation.unreadable:
+        tables.append(f"{split}: {_unreadable(evaluation)}")
     return [*tables, f"no scores: {evaluation.problem}"] if evaluation.problem else tables
+
+
+def _unreadable(evaluation: Evaluation) -> str:
+    return f"{evaluation.unreadable} records can't be read and are in none of these numbers; skipped.jsonl names them"
 
 
 def page_scores(evaluation: Evaluation, rows: Sequence[Row]) -> Scores:
@@ -194,6 +203,8 @@ def page_scores(evaluation: Evaluation, rows: Sequence[Row]) -> Scores:
         unavailable = (f"{metric} unavailable: {why}" for metric, why in scored.unavailable.items())
         rules = () if scored.task == DEFAULT_TASK else (scored.rules,)
         scores.notes += [f"{where}{text}" for text in (*rules, *unavailable, *scored.notes)]
+    if evaluation.unreadable:
+        scores.notes.append(_unreadable(evaluation))
     return scores
 
 

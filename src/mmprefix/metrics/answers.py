@@ -245,6 +245,9 @@ def _add_answerability(
         return
     if answerable is not None:
         check_coverage(answerable, references, "answerable")
+    if all(labels):  # scikit-learn, and so the official code, would say 0, which looks like a score
+        unavailable["answerability"] = "all questions can be answered: there is nothing to be found"
+        return
     predicted = implied_answerability(predictions) if answerable is None else answerable
     for metric, value in ANSWERABILITY.items():
         corpus[metric] = value(labels, [predicted[name] for name in references])

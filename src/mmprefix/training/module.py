@@ -276,6 +276,7 @@ class MMPrefixModule(pl.LightningModule):
         self._waiting: list[tuple[EvaluationBatch, Tensor | None]] = []
         """Batches whose prompts wait to be answered, and the tokens of their images."""
         self.answered: list[tuple[EvaluationBatch, list[Prediction]]] = []
+        self._unreadable = 0
         """Batches that the last step has answered, for reports: none, or a whole window of them."""
         self.evaluation = Evaluation()
         """Of the last split that was evaluated, for reports."""
@@ -840,6 +841,7 @@ class MMPrefixModule(pl.LightningModule):
 
     def _predict(self, batch: EvaluationBatch, image_tokens: Tensor | None) -> list[Prediction]:
         """Answers of a whole window, where this batch completes it."""
+        self._unreadable += len(batch.bad)
         self._waiting.append((replace(batch, targets=None), image_tokens))
         self.answered = []
         if len(self._waiting) >= self._window_size:
@@ -863,7 +865,7 @@ class MMPrefixModule(pl.LightningModule):
 
     def _start_evaluation(self) -> None:
         """Nothing of an evaluation that was cut short goes into the next, but what it has kept on disk."""
-        self._waiting, self.answered, self.evaluation = [], [], Evaluation()
+        self._waiting, self.answered, self.evaluation, self._unreadable = [], [], Evaluation(), 0
         found, self._found = self._found, []
         self._predictions = [prediction for part in found for prediction in part.predictions]
         self._evaluation_loss = [torch.tensor(part.losses, device=self.device) for part in found if part.losses]
@@ -892,6 +894,8 @@ class MMPrefixModule(pl.LightningModule):
             InputError: what can't be scored, on all processes; the first says it.
         """
         predictions, self._predictions = runner.gathered(self._predictions), []
+        unreadable = torch.tensor(float(self._unreadable), device=self.device)
+        unreadable = self.trainer.strategy.reduce(unreadable, reduce_op="sum")
         values: dict[str, float] = {}
         shown: set[str] = set()
         problem = ""
@@ -906,7 +910,7 @@ class MMPrefixModule(pl.LightningModule):
                 )  # fmt: skip
             except InputError as error:
                 problem = str(error)
-            self.evaluation = Evaluation(predictions, scores, problem)
+            self.evaluation = Evaluation(predictions, scores, problem, int(unreadable))
             values = runner.logged(split, self.evaluation)
             shown = {f"val/{scored.metric}" for scored in scores.values()}
         values, shown, problem = self.trainer.strategy.broadcast((values, shown, problem))
