@@ -1,6 +1,10 @@
+import os
+import threading
+
 import pytest
 
-from mmprefix.files import replacing, set_aside
+from mmprefix.errors import InputError
+from mmprefix.files import keep_inputs, replacing, set_aside
 
 
 def test_file_is_complete_or_untouched(tmp_path):
@@ -41,3 +45,32 @@ def test_set_aside_takes_the_next_free_number(tmp_path):
         (folder / "x").write_text(str(number))
         assert set_aside(folder) == tmp_path / f"run.{number}"
     assert (tmp_path / "run.1" / "x").read_text() == "1"
+
+
+def test_behind_a_link_its_target_is_replaced_and_a_pipe_is_written_to(tmp_path):
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    target.write_text("old")
+    link.symlink_to(target)
+    with replacing(link) as temporary:
+        temporary.write_text("new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    os.mkfifo(pipe)
+    read = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()
+    with replacing(pipe) as there:
+        there.write_text("through it")
+    reader.join(timeout=30)
+    assert read == ["through it"]
+    assert pipe.is_fifo()
+
+
+def test_what_is_read_is_not_written(tmp_path):
+    read, link = tmp_path / "read.json", tmp_path / "link.json"
+    read.touch()
+    link.symlink_to(read)
+    keep_inputs("--json", tmp_path / "new.json", [read, None, tmp_path / "none"])
+    for out in (read, link, tmp_path / "." / "read.json"):
+        with pytest.raises(InputError, match="^--json: expected another file than what is read, got .*json$"):
+            keep_inputs("--json", out, [None, read])

@@ -482,6 +482,7 @@ def test_command_compares_two_runs(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--run", "p.jsonl", "--out", "p.jsonl"], "--out: expected another file than what is read, got p.jsonl"),
         (["--run", "nowhere", "--out", "r.html"], "expected predictions at nowhere, found none"),
         (["--run", "p.jsonl", "--out", "r.html", "--metric", "CIDEr"], "--metric: expected --scores with 'CIDEr'"),
         (["--run", "p.jsonl", "--out", "r.html", "--max-samples", "0"], "--max-samples: expected at least 1, got 0"),

@@ -178,6 +178,8 @@ def test_the_commands_of_a_config_end_with_a_row_to_lay_beside_the_published_one
     monkeypatch.setattr(_Decoding, "_prefill_packed", lambda *given: prefills.append(1) or prefill(*given))
     capsys.readouterr()
     assert cli.run([*testing, "--config", "stand_ins.yaml"]) == 0
+    assert yaml.safe_load((place / "run" / "config.yaml").read_text())["data"]["test"] is None, "that of `fit`"
+    assert list(yaml.safe_load((place / "run" / "config-test.yaml").read_text())["data"]["test"])
     is_greedy = yaml.safe_load(path.read_text())["model"]["num_beams"] == 1
     assert bool(prefills) == is_greedy, "the faster of two ways to the same answers"
     tables = re.split(r"^test(?= )", capsys.readouterr().out, flags=re.MULTILINE)

@@ -407,6 +407,31 @@ def test_bad_options(write, capsys, tmp_path):
         assert message in refused(capsys, *arguments)
 
 
+def test_nothing_is_lost_to_where_the_scores_go(write, capsys, tmp_path):
+    files = ["--predictions", write("p.json", VQA_RESULTS), "--references", write("r.json", VQA)]
+    for path in files[1::2]:
+        assert run(["--task", "vqa", *files, "--json", path]) == 2
+        assert capsys.readouterr().err == f"error: --json: expected another file than what is read, got {path}\n"
+    assert [json.loads(Path(path).read_text()) for path in files[1::2]] == [VQA_RESULTS, VQA]
+    write("file", "")
+    assert run(["--task", "vqa", *files, "--json", str(tmp_path / "file" / "scores.json")]) == 1
+    out, err = capsys.readouterr()
+    assert "vqa_accuracy" in out
+    assert err.startswith("error: --json: ")
+    assert err.count("\n") == 1
+
+
+def test_what_was_expected_is_not_taken_for_what_was_said(write, capsys):
+    rows = [{**row, "prediction": row["answer"]} for row in VQA_RESULTS]
+    assert run(["--task", "vqa", "--predictions", write("p.json", rows), "--references", write("r.json", VQA)]) == 0
+    rows[1]["prediction"] = "nonsense"
+    capsys.readouterr()
+    assert run(["--task", "vqa", "--predictions", write("p.json", rows), "--references", write("r.json", VQA)]) == 2
+    assert capsys.readouterr().err.endswith(
+        "entry 1: expected one of answer, prediction, caption of 10, got answer and prediction, which differ\n"
+    )
+
+
 def test_questions_must_be_those_of_the_annotations(write, capsys):
     files = ["--task", "vqa", "--predictions", write("p.json", VQA_RESULTS), "--references", write("r.json", VQA)]
     questions = {"questions": [{"question_id": n} for n in (10, 11, 12)]}

@@ -543,6 +543,8 @@ def test_command_writes_pictures_and_losses(folder, photos, tmp_path, capfd):
 def test_bad_input_is_one_line(folder, tmp_path, capfd):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
+    picture = tmp_path / "picture.png"
+    picture.touch()
     arguments = ["visualize", "--checkpoint", str(folder), "--instruction", "what?", "--device", "cpu"]
     for more, message in (
         (["--layers", "2"], "--layers: expected numbers from 0 to 1, the decoder's, got '2'"),
@@ -555,6 +557,10 @@ def test_bad_input_is_one_line(folder, tmp_path, capfd):
         (["--max_new_tokens", "0"], "--max_new_tokens: expected at least 1, got 0"),
         (["--image", "/nowhere.png"], "--image: expected a picture file, found none at /nowhere.png"),
         (["--json", "/nowhere/x.json"], "--json: expected a file in a folder that is there, got /nowhere/x.json"),
+        (
+            ["--image", str(picture), "--json", str(picture)],
+            f"--json: expected another file than what is read, got {picture}",
+        ),
         (
             ["--out", str(tmp_path / "full")],
             f"--out: expected a new or empty folder, {tmp_path / 'full'} holds something",

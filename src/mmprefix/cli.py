@@ -20,7 +20,7 @@ from typing import Any, Literal
 from jsonargparse.typing import NonNegativeFloat
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -268,12 +268,23 @@ def fit_settings(arguments: list[str]) -> Mapping[str, Any]:
     return settings
 
 
+class _SaveConfig(SaveConfigCallback):
+    """``config.yaml`` is that of `fit`; others leave ``config-test.yaml`` and so on beside it."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See `SaveConfigCallback`."""
+        if not self.already_saved and stage != "fit":
+            name = getattr(stage, "value", stage)  # an enumeration, which prints its own name
+            self.config_filename = f"config-{name}.yaml"
+        super().setup(trainer, pl_module, stage)
+
+
 def _build(cli: type[MMPrefixCLI], arguments: list[str]) -> MMPrefixCLI:
     return cli(
         MMPrefixModule,
         ShardDataModule,
         parser_class=OneLineParser,
-        save_config_callback=SaveConfigCallback,
+        save_config_callback=_SaveConfig,
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
         seed_everything_default=0,
@@ -377,17 +388,20 @@ def run(arguments: list[str]) -> int:
             print(f"{stopped}; go on with --ckpt_path last", file=sys.stderr)
         return stopped.status
     except SIGTERMException:
-        return _stopped("terminated", EXIT_TERMINATED)
+        return _stopped("terminated", EXIT_TERMINATED, arguments[0])
     except KeyboardInterrupt:
-        return _stopped("interrupted", EXIT_INTERRUPTED)
+        return _stopped("interrupted", EXIT_INTERRUPTED, arguments[0])
     except SystemExit as error:
         # Lightning turns Ctrl-C into an exit of its own, after it has closed loggers and workers.
         if isinstance(error.__context__, KeyboardInterrupt):
-            return _stopped("interrupted", EXIT_INTERRUPTED)
+            return _stopped("interrupted", EXIT_INTERRUPTED, arguments[0])
         return int(error.code or 0)
     return 0
 
 
-def _stopped(how: str, status: int) -> int:
-    print(f"{how}; go on with --ckpt_path last, if a first epoch was completed", file=sys.stderr)
+def _stopped(how: str, status: int, command: str) -> int:
+    further = "go on with --ckpt_path last, if a first epoch was completed"
+    if command in ("validate", "test", "predict"):
+        further = "with --ckpt_path, the same command goes on from the answers that it has kept"
+    print(f"{how}; {further}", file=sys.stderr)
     return status

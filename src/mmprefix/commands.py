@@ -32,7 +32,7 @@ from mmprefix.decoder import (
 )
 from mmprefix.errors import InputError
 from mmprefix.evaluation.visualize import as_json, sample_pictures
-from mmprefix.files import replacing
+from mmprefix.files import keep_inputs, replacing
 from mmprefix.interop.consolidate import consolidate
 from mmprefix.interop.export import check_output, export, write_pretrained
 from mmprefix.interop.paligemma import import_paligemma
@@ -123,6 +123,8 @@ def visualize(arguments: list[str]) -> int:
         raise InputError(f"--out: expected a new or empty folder, {options.out} holds something")
     if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
         raise InputError(f"--json: expected a file in a folder that is there, got {options.json}")
+    if options.json is not None:
+        keep_inputs("--json", options.json, options.image)
     layers = None if options.layers is None else _numbers(options.layers)
     images = _read_images(options.image)
     model, processor = load_model(options.checkpoint)

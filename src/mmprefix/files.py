@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from mmprefix.errors import InputError
 
 
 @contextmanager
@@ -14,9 +16,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; what is written there takes its place when the block ends well.
 
     Works for files and for folders. On an error (a full disk, Ctrl-C) the temporary is removed and what stood at
-    ``path`` is untouched.
+    ``path`` is untouched. Behind a symbolic link, what it points to is replaced. What is neither (`/dev/stdout`, a pipe) can't
+    be replaced, and is written to as it is.
     """
-    final = Path(path)
+    final = Path(path).resolve()
+    if final.exists() and not final.is_file() and not final.is_dir():
+        yield Path(path)
+        return
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.part")
     try:
@@ -34,6 +40,22 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         else:
             temporary.unlink(missing_ok=True)
         raise
+
+
+def keep_inputs(option: str, out: Path, inputs: Iterable[Path | None]) -> None:
+    """Makes sure that what a command writes isn't what it reads.
+
+    Args:
+        option: that ``out`` came with.
+        out: to be written.
+        inputs: of the same command; None for those it was called without.
+
+    Raises:
+        InputError: one of them is ``out``.
+    """
+    for path in inputs:
+        if path is not None and out.exists() and path.exists() and out.samefile(path):
+            raise InputError(f"{option}: expected another file than what is read, got {out}")
 
 
 def set_aside(folder: Path) -> Path | None:

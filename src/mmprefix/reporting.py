@@ -15,6 +15,7 @@ from mmprefix.evaluation.drawings import DrawnSample
 from mmprefix.evaluation.html_report import MAX_SAMPLES, PICTURE_BUDGET, from_page, write_report
 from mmprefix.evaluation.runs import Row, Run, read_run
 from mmprefix.evaluation.thumbnails import MIB, NOT_FOUND, Picture, telling_first
+from mmprefix.files import keep_inputs
 
 if TYPE_CHECKING:
     from mmprefix.data.samples import Sample
@@ -79,6 +80,7 @@ def report(arguments: list[str]) -> int:
         raise InputError(f"--picture-budget: expected MiB from 0, got {options.picture_budget}")
     if options.out.is_dir():
         raise InputError(f"--out: expected the name of a file, got the folder {options.out}")
+    keep_inputs("--out", options.out, [options.run, options.compare, options.scores, options.compare_scores])
     if (options.scores is None) != (options.compare_scores is None) and options.compare is not None:
         raise InputError("--compare: expected both or none of --scores and --compare-scores, got one of them")
     if options.compare_scores is not None and options.compare is None:

@@ -15,7 +15,7 @@ from mmprefix.arguments import CommandParser, exit_status
 from mmprefix.errors import InputError
 from mmprefix.evaluation.official import TASKS, Predictions, References, read_predictions, read_references
 from mmprefix.evaluation.scores import Scored, score_answer_split, score_caption_split, table
-from mmprefix.files import replacing
+from mmprefix.files import keep_inputs, replacing
 from mmprefix.metrics.answers import VARIANT_TASKS, check_coverage, percent
 from mmprefix.metrics.captions import CAPTION, DEFAULT_METRICS, METRICS
 from mmprefix.metrics.ptb import Tokenizer
@@ -71,6 +71,8 @@ def _checked(arguments: list[str]) -> Namespace:
         raise InputError("--references: expected the annotations that belong to --questions, got none")
     if options.json is not None and options.json.is_dir():
         raise InputError(f"--json: expected a file, got the folder {options.json}")
+    if options.json is not None:
+        keep_inputs("--json", options.json, [options.predictions, *options.references, options.questions])
     return options
 
 
@@ -98,9 +100,15 @@ def score(arguments: list[str]) -> int:
             options.task, answers, references.items, variant=options.variant, answerable=predictions.answerable
         )
     scored.notes[:0] = notes
+    problem: OSError | None = None
     if options.json is not None:
-        _write(options, scored)
+        try:
+            _write(options, scored)
+        except OSError as error:  # what was scored is not lost with it
+            problem = error
     print(table(scored))  # at the end: who reads it may stop (`| head -1`)
+    if problem is not None:
+        raise OSError(f"--json: {problem}") from problem
     return 0
 
 

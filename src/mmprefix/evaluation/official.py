@@ -185,12 +185,17 @@ def _name(value: Any, where: str, key: str, task: str = "") -> str:
 
 
 def _answer(row: Mapping[str, Any], where: str, name: str) -> str:
-    for key in _TEXTS:
-        if key in row:
-            if not isinstance(row[key], str):
-                raise InputError(f"{where}: expected `{key}` of {name} to be a string, got {_kind(row[key])}")
-            text: str = row[key]
-            return text
+    keys = [key for key in _TEXTS if key in row]
+    for key in keys:
+        if not isinstance(row[key], str):
+            raise InputError(f"{where}: expected `{key}` of {name} to be a string, got {_kind(row[key])}")
+    if len({row[key] for key in keys}) > 1:  # one may be what was expected
+        raise InputError(
+            f"{where}: expected one of {', '.join(_TEXTS)} of {name}, got {' and '.join(keys)}, which differ"
+        )
+    if keys:
+        text: str = row[keys[0]]
+        return text
     raise InputError(f"{where}: expected one of {', '.join(_TEXTS)}, got {_fields(row)}")
 
 

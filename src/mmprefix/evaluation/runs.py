@@ -266,7 +266,7 @@ def read_run(path: Path, scores: Path | None = None, metric: str | None = None) 
     name = folder.resolve().name if path.is_dir() else file.stem
     run = Run(name, rows, read)
     # A file somewhere else (another model's answers) has no run around it.
-    if (folder / "config.yaml").is_file():
+    if _config_of(folder) is not None:
         run.name = folder.resolve().name
         run.curves = read_curves(folder / "metrics.csv")
         run.facts = {**facts_of(folder), "Predictions": file.name}
@@ -276,12 +276,13 @@ def read_run(path: Path, scores: Path | None = None, metric: str | None = None) 
 def facts_of(folder: Path) -> dict[str, str]:
     """What a run folder's files say of model and checkpoint; what they don't say is left out."""
     facts: dict[str, str] = {}
+    path = _config_of(folder)
+    if path is None:
+        return {}
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        if not (folder / "config.yaml").exists():
-            return {}
-        return {"Model": f"config.yaml can't be read: {' '.join(str(error).split())[:100]}"}
+        return {"Model": f"{path.name} can't be read: {' '.join(str(error).split())[:100]}"}
     config = config if isinstance(config, dict) else {}
     model = config.get("model") if isinstance(config.get("model"), dict) else {}
     if model:
@@ -292,6 +293,12 @@ def facts_of(folder: Path) -> dict[str, str]:
     if config.get("seed_everything") is not None:
         facts["Seed"] = str(config["seed_everything"])
     return facts
+
+
+def _config_of(folder: Path) -> Path | None:
+    """How the model came to be: the file that `fit` left; without one, that of an evaluation."""
+    found = [folder / "config.yaml", *sorted(folder.glob("config-*.yaml"))]
+    return next((path for path in found if path.is_file()), None)
 
 
 def model_line(model: Mapping[str, Any]) -> str:
