@@ -3,8 +3,9 @@ import threading
 
 import pytest
 
+from mmprefix.arguments import keep_inputs
 from mmprefix.errors import InputError
-from mmprefix.files import keep_inputs, replacing, set_aside
+from mmprefix.files import replacing, set_aside
 
 
 def test_file_is_complete_or_untouched(tmp_path):

@@ -38,6 +38,11 @@ from mmprefix.evaluation.thumbnails import NO_PICTURE, NO_ROOM, SIDE, embed, enc
 from mmprefix.metrics.intervals import mean_interval
 from tests.conftest import colour_record, make_model
 
+
+def confusions_of(rows):
+    return confusions(rows, exact_match_scores(rows).items["exact match"])
+
+
 ROWS = [
     Row("a", "1", "colour", "which?", "red", ("red",)),
     Row("b", "1", "shape", "what shape?", "circle", ("round", "circle")),
@@ -105,7 +110,7 @@ def test_confusion_matches_a_count_of_pairs():
         )
         for n in range(200)
     ]
-    (found,) = confusions(rows)
+    (found,) = confusions_of(rows)
     pairs = Counter((" ".join(row.references[0].split()), row.prediction) for row in rows)
     assert found.answers == tuple(sorted(names))
     for expected in names:
@@ -118,20 +123,36 @@ def test_confusion_matches_a_count_of_pairs():
         assert found.answers[expected] == " ".join(rows[n].references[0].split())
 
 
+def test_what_is_right_by_the_metrics_rules_is_no_other_answer():
+    said = ["yes", "Yes.", "no", "maybe", "YES", "no."]
+    expected = ["yes", "yes", "yes", "no", "no", "no"]
+    rows = [
+        Row(str(n), "i", "k", "?", *pair) for n, pair in enumerate(zip(said, zip(expected, strict=True), strict=True))
+    ]
+    (found,) = confusions(rows, np.array([1.0, 1.0, 0.0, 0.0, 0.0, np.nan]))
+    assert found.counts.tolist() == [[0, 0, 3], [1, 2, 0]]
+    said = ["The answer is B.", "(A)", "B", "a bird"]
+    rows = [
+        Row(str(n), "i", "k", "?", text, (letter,)) for n, (text, letter) in enumerate(zip(said, "ABAB", strict=True))
+    ]
+    (found,) = confusions(rows, np.zeros(4))
+    assert found.counts.tolist() == [[0, 2, 0], [1, 0, 1]]
+
+
 def test_confusion_only_for_closed_sets():
     def rows_with(answers, each):
         return [Row(f"{a}-{n}", "i", "k", "?", "x", (str(a),)) for a in range(answers) for n in range(each)]
 
-    assert len(confusions(rows_with(MAX_ANSWERS, 2))) == 1
-    assert confusions(rows_with(MAX_ANSWERS + 1, 2)) == []
-    assert confusions(rows_with(10, 1)) == [], "captions: each reference is another"
-    assert confusions(rows_with(1, 9)) == [], "nothing to confuse it with"
-    assert confusions(rows_with(12, 2))[0].answers == tuple(map(str, range(12))), "numbers by value"
+    assert len(confusions_of(rows_with(MAX_ANSWERS, 2))) == 1
+    assert confusions_of(rows_with(MAX_ANSWERS + 1, 2)) == []
+    assert confusions_of(rows_with(10, 1)) == [], "captions: each reference is another"
+    assert confusions_of(rows_with(1, 9)) == [], "nothing to confuse it with"
+    assert confusions_of(rows_with(12, 2))[0].answers == tuple(map(str, range(12))), "numbers by value"
 
 
 def test_answer_of_several_references_is_the_most_frequent():
     rows = [Row(str(n), "i", "k", "?", "no", ("yes", "no", "no") if n % 2 else ("yes", "yes", "no")) for n in range(8)]
-    (found,) = confusions(rows)
+    (found,) = confusions_of(rows)
     assert found.answers == ("no", "yes")
     assert found.counts.tolist() == [[4, 0, 0], [4, 0, 0]]
 

@@ -128,6 +128,14 @@ def test_one_answer_is_too_few_for_vqa_accuracy_and_known_at_the_first_batch():
         score_predictions([question(0, "red", ("red",), dataset="q")], {"q": "vqa"})
 
 
+def test_a_choice_is_a_letter():
+    with pytest.raises(
+        InputError, match=r"data\.metric: scienceqa: expected a choice's letter as the answer of 0, got 'red'"
+    ):
+        check_reference("scienceqa", question(0, "B", ("red",))[0])
+    check_reference("scienceqa", question(0, "red", ("B",))[0])
+
+
 def test_pictures_mark_right_and_wrong_by_the_metric():
     assert is_right("vqa", "dark red.", question(0, "")[0])
     assert not is_right("exact", "dark red.", question(0, "")[0])

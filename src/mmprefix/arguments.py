@@ -1,11 +1,12 @@
-"""Commands that are not Lightning's: their parser, and what errors end them with."""
+"""Commands that are not Lightning's: their parser, files that they must not overwrite, and what errors end them with."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NoReturn
 
 from mmprefix.errors import InputError
@@ -28,6 +29,22 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{self.command}: {message}")
+
+
+def keep_inputs(option: str, out: Path, inputs: Iterable[Path | None]) -> None:
+    """Makes sure that what a command writes isn't what it reads.
+
+    Args:
+        option: that ``out`` came with.
+        out: to be written.
+        inputs: of the same command; None for those it was called without.
+
+    Raises:
+        InputError: one of them is ``out``.
+    """
+    for path in inputs:
+        if path is not None and out.exists() and path.exists() and out.samefile(path):
+            raise InputError(f"{option}: expected another file than what is read, got {out}")
 
 
 def exit_status(command: Callable[[list[str]], int], arguments: list[str]) -> int:

@@ -20,7 +20,7 @@ from torch import nn
 
 from mmprefix.accounting import GIB, PARTS, Layout, MemoryEstimate, Precision, Record, meta_model, trained_parts
 from mmprefix.adapters import LoraArgs, add_lora, learning_modules
-from mmprefix.arguments import CommandParser
+from mmprefix.arguments import CommandParser, keep_inputs
 from mmprefix.data.images import UndecodableImageError, decode_image
 from mmprefix.decoder import (
     DecoderArgs,
@@ -32,7 +32,7 @@ from mmprefix.decoder import (
 )
 from mmprefix.errors import InputError
 from mmprefix.evaluation.visualize import as_json, sample_pictures
-from mmprefix.files import keep_inputs, replacing
+from mmprefix.files import replacing
 from mmprefix.interop.consolidate import consolidate
 from mmprefix.interop.export import check_output, export, write_pretrained
 from mmprefix.interop.paligemma import import_paligemma

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from mmprefix.errors import InputError
 
 
 @contextmanager
@@ -40,22 +38,6 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         else:
             temporary.unlink(missing_ok=True)
         raise
-
-
-def keep_inputs(option: str, out: Path, inputs: Iterable[Path | None]) -> None:
-    """Makes sure that what a command writes isn't what it reads.
-
-    Args:
-        option: that ``out`` came with.
-        out: to be written.
-        inputs: of the same command; None for those it was called without.
-
-    Raises:
-        InputError: one of them is ``out``.
-    """
-    for path in inputs:
-        if path is not None and out.exists() and path.exists() and out.samefile(path):
-            raise InputError(f"{option}: expected another file than what is read, got {out}")
 
 
 def set_aside(folder: Path) -> Path | None:

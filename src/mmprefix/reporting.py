@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from mmprefix.arguments import CommandParser, exit_status
+from mmprefix.arguments import CommandParser, exit_status, keep_inputs
 from mmprefix.errors import InputError
 from mmprefix.evaluation.drawings import DrawnSample
 from mmprefix.evaluation.html_report import MAX_SAMPLES, PICTURE_BUDGET, from_page, write_report
 from mmprefix.evaluation.runs import Row, Run, read_run
 from mmprefix.evaluation.thumbnails import MIB, NOT_FOUND, Picture, telling_first
-from mmprefix.files import keep_inputs
 
 if TYPE_CHECKING:
     from mmprefix.data.samples import Sample

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mmprefix import __version__
-from mmprefix.arguments import CommandParser, exit_status
+from mmprefix.arguments import CommandParser, exit_status, keep_inputs
 from mmprefix.errors import InputError
 from mmprefix.evaluation.official import TASKS, Predictions, References, read_predictions, read_references
 from mmprefix.evaluation.scores import Scored, score_answer_split, score_caption_split, table
-from mmprefix.files import keep_inputs, replacing
+from mmprefix.files import replacing
 from mmprefix.metrics.answers import VARIANT_TASKS, check_coverage, percent
 from mmprefix.metrics.captions import CAPTION, DEFAULT_METRICS, METRICS
 from mmprefix.metrics.ptb import Tokenizer

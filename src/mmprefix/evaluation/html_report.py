@@ -125,8 +125,9 @@ def _page(
     run: Run, other: Run | None, note: str, shown: Sequence[int], image_of: Sequence[int],
     image_names: Sequence[tuple[str, str]], sources: Sequence[str], drawn: tuple[str, dict[int, int]], written: datetime,
 ) -> str:  # fmt: skip
-    matrices = confusions(run.rows)
-    of_other = confusions(other.rows) if other is not None else []
+    matrices, of_other = (
+        confusions(one.rows, one.scores.items[one.scores.primary]) if one is not None else [] for one in (run, other)
+    )
     script, style = (_asset(name) for name in ("report.js", "report.css"))
     title = run.name if other is None else f"{run.name} against {other.name}"
     sections = [

@@ -7,6 +7,7 @@ frequencies from all references, and a mean over batches or processes would be a
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,12 +51,18 @@ def check_reference(task: str, reference: Reference) -> None:
     """What can be known at the first batch must not show after the last.
 
     Raises:
-        InputError: VQA accuracy of a sample with a single answer.
+        InputError: VQA accuracy of a sample with a single answer, or a choice that is no letter.
     """
     if task in VARIANT_TASKS and len(reference.references) == 1:
         raise InputError(
             f"data.metric: {task}: expected the answers of several people (ten in VQA) for {reference.id}, got one; for a "
             "single answer there is the metric exact"
+        )
+    choices = [answer for answer in reference.references if re.fullmatch("[A-Z]", answer)]
+    if task == "scienceqa" and reference.references and not choices:
+        raise InputError(
+            f"data.metric: scienceqa: expected a choice's letter as the answer of {reference.id}, got "
+            f"{reference.references[0][:40]!r}"
         )
 
 

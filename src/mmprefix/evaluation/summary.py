@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmprefix.errors import InputError
 from mmprefix.evaluation.runs import Row, Run
+from mmprefix.metrics.choice import NUM_LETTERS, chosen_letter
 from mmprefix.metrics.intervals import mean_interval
 
 MAX_ANSWERS = 30
@@ -75,11 +77,16 @@ def summarize(values: np.ndarray, groups: Sequence[tuple[str, str]], corpus: flo
     return Interval(mean if corpus is None else corpus, (scale * low, scale * high), len(known))
 
 
-def confusions(rows: Sequence[Row]) -> list[Confusion]:
+def confusions(rows: Sequence[Row], scores: NDArray[np.float64]) -> list[Confusion]:
     """A matrix for each kind of question whose references are a closed set, in the order of the rows.
 
     Closed: 2 to `MAX_ANSWERS` different answers that recur, at least twice on average. The answer of a row with several
-    references is the most frequent of them (of equals the first). White space is collapsed.
+    references is the most frequent of them (of equals the first). White space is collapsed. What is none of the answers by its
+    letters, but scored as right ("Yes." by the rules of VQA), is the expected one; of choices, "The answer is B." is B.
+
+    Args:
+        rows: predictions.
+        scores: (N,) theirs, NaN where there is none.
     """
     by_kind: dict[tuple[str, str], list[int]] = {}
     for number, row in enumerate(rows):
@@ -93,10 +100,15 @@ def confusions(rows: Sequence[Row]) -> list[Confusion]:
             continue
         answers = tuple(sorted(distinct, key=_natural))
         places = {answer: n for n, answer in enumerate(answers)}
-        cells = {
-            number: (places[answer], places.get(_plain(rows[number].prediction), len(answers)))
-            for number, answer in zip(members, expected, strict=True)
-        }
+        choices = all(re.fullmatch("[A-Z]", answer) for answer in answers)
+        cells = {}
+        for number, answer in zip(members, expected, strict=True):
+            said = _plain(rows[number].prediction)
+            if said not in places and choices:
+                said = chosen_letter(said, NUM_LETTERS) or said
+            if said not in places and scores[number] >= 0.5:
+                said = answer
+            cells[number] = places[answer], places.get(said, len(answers))
         counts = np.zeros((len(answers), len(answers) + 1), np.int64)
         np.add.at(counts, tuple(zip(*cells.values(), strict=True)), 1)
         found.append(Confusion(kind_name(dataset, kind), answers, counts, cells))

@@ -17,7 +17,7 @@ import numpy as np
 from mmprefix.errors import InputError
 from mmprefix.metrics.anls import THRESHOLD, anls
 from mmprefix.metrics.answerability import average_precision, f1_score
-from mmprefix.metrics.choice import chosen_letter
+from mmprefix.metrics.choice import NUM_LETTERS, chosen_letter
 from mmprefix.metrics.exact_match import exact_match
 from mmprefix.metrics.relaxed_accuracy import TOLERANCE, relaxed_accuracy
 from mmprefix.metrics.vqa import VARIANTS, normalized_answer, vqa_accuracy
@@ -42,7 +42,7 @@ class AnswerReference:
     image_id: str | None = None
     kinds: tuple[tuple[str, str], ...] = ()
     answerable: bool | None = None
-    num_choices: int = 26
+    num_choices: int = NUM_LETTERS
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+NUM_LETTERS = 26
+"""Of a question of which nobody says how many choices it has."""
+
 # "B", "(B)", "B.", "B) a whale", but not "A whale".
 _ALONE = re.compile(r"\(?([A-Z])(?:$|\)\.?(?:\s|$)|[.:](?:\s|$))")
 # What ScienceQA's authors have their models say, and look for.

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from mmprefix.errors import InputError
 from mmprefix.metrics.answers import AnswerReference, listed, score_answer
 from mmprefix.metrics.captions import DEFAULT_METRICS, CaptionScores, in_order, score_captions
+from mmprefix.metrics.choice import NUM_LETTERS
 from mmprefix.metrics.exact_match import exact_match
 from mmprefix.metrics.ptb import Tokenizer
 
@@ -69,7 +70,7 @@ class AnswerMetric(Metric):
         self.add_state("score", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("total", default=torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, prediction: str, references: Sequence[str], num_choices: int = 26) -> None:
+    def update(self, prediction: str, references: Sequence[str], num_choices: int = NUM_LETTERS) -> None:
         """Counts one prediction. ``references`` are as in `AnswerReference.answers`."""
         reference = AnswerReference(tuple(references), num_choices=num_choices)
         self.score += score_answer(self.task, prediction, reference, self.variant)
