@@ -226,7 +226,7 @@ def test_a_run_logs_and_reports_each_set(tmp_path, two_sets, capfd):
     assert fit(tmp_path, two_sets, "run", sets=sets) == 0
     lines = capfd.readouterr().out.splitlines()
     header = next(line for line in lines if line.startswith("set"))
-    assert header.split() == ["set", "kind", "question", "samples", "exact", "match"]
+    assert header.split() == ["set", "kind", "question", "samples", "exact", "match", "95%", "interval"]
     rows = [line.split() for line in lines[lines.index(header) + 2 :] if line.strip()][:5]
     assert [row[:2] for row in rows[:4]] == [
         ["colours", "colour"], ["colours", "red"], ["colours", "total"], ["numbers", "all"],
