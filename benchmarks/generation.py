@@ -26,7 +26,7 @@ Metric (medians): `samples_per_s`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -51,7 +51,7 @@ from side_by_side import (
     take_turns,
     write_json,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PaliGemmaForConditionalGeneration
 
 from mmprefix.attention import only_mask_free
@@ -184,6 +184,16 @@ def timed(run: partial[list[list[int]]], device: torch.device) -> dict[str, floa
     return {"samples_per_s": number / (now(device) - start)}
 
 
+def counted(run: Callable[[], list[list[int]]], decoder: nn.Module) -> tuple[list[list[int]], int]:
+    """What a side answers, and how often its decoder ran: prefills and steps."""
+    passes: list[None] = []
+    hook = decoder.register_forward_hook(lambda *_: passes.append(None))
+    try:
+        return run(), len(passes)
+    finally:
+        hook.remove()
+
+
 def main() -> None:
     """All combinations of size, vocabulary and dtype; the same models for all cases."""
     options = parse_arguments(__doc__, CASES, vocabs=(32_768,))
@@ -209,7 +219,10 @@ def main() -> None:
                         "transformers": partial(plain, theirs, plain_inputs(samples, images)),
                         "mmprefix": partial(runner, ours, runner_batches(samples, images)),
                     }
-                    expected, found = (run() for run in sides[case].values())
+                    decoders = {"transformers": theirs.model.language_model, "mmprefix": ours.decoder}
+                    (expected, theirs_passes), (found, our_passes) = (
+                        counted(run, decoders[side]) for side, run in sides[case].items()
+                    )
                     if expected != found:
                         raise SystemExit(f"{case}: expected the tokens {expected}, got {found}")
                     lengths = sorted(len(ids) + 1 for ids in expected)
@@ -217,7 +230,8 @@ def main() -> None:
                     prompts = sorted(len(sample.sequence) for sample in samples)
                     notes.append(
                         f"{case}: {len(samples)} samples, equal answers; tokens (smallest, median, mean, largest): prompts "
-                        f"{_spread(prompts)}, answers {_spread(lengths)}"
+                        f"{_spread(prompts)}, answers {_spread(lengths)}; decoder passes: transformers {theirs_passes}, "
+                        f"mmprefix {our_passes}"
                     )
                 theirs.to(DTYPES[dtype])
                 ours.to(DTYPES[dtype])

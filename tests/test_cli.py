@@ -13,6 +13,7 @@ import torch
 import yaml
 from fsspec.implementations.memory import MemoryFileSystem
 
+from mmprefix import cli
 from mmprefix.__main__ import main
 from mmprefix.cli import run
 from mmprefix.data import storage
@@ -324,3 +325,16 @@ def test_two_processes_train_as_one(config, tmp_path):
     assert (tmp_path / "one" / "predictions.jsonl").read_text() == (tmp_path / "two" / "predictions.jsonl").read_text()
     tables = [text[text.index("val: 6 images") :].split("\n\n")[0] for text in (one.stdout, two.stdout)]
     assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [("fit", "go on with --ckpt_path last"), ("test", "the same command goes on from the answers")],
+)
+def test_whoever_stops_a_command_is_told_how_to_go_on(command, advice, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_build", stop)
+    assert cli.run([command]) == 130
+    assert advice in capsys.readouterr().err

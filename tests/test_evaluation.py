@@ -63,11 +63,11 @@ def test_what_is_in_no_number_is_said():
         (Reference("d", "3", "", "?", (), (2, 0), "more"), "x"),
         (PREDICTIONS[0][0]._replace(dataset="more"), "red"),
     ]
-    evaluation = Evaluation([*PREDICTIONS, *lacking], score_predictions([*PREDICTIONS, *lacking], {}), unreadable=2)
+    evaluation = Evaluation([*PREDICTIONS, *lacking], score_predictions([*PREDICTIONS, *lacking], {}), skipped=2)
     tables = score_tables("predict", evaluation)
     assert tables[1:] == [
         "predict more: 2 predictions, not scored: no references for d",
-        "predict: 2 records can't be read and are in none of these numbers; skipped.jsonl names them",
+        "predict: 2 image(s) skipped, in none of these numbers; skipped.jsonl names them",
     ]
     page = page_scores(
         evaluation,
@@ -76,7 +76,7 @@ def test_what_is_in_no_number_is_said():
             for r, said in evaluation.predictions
         ],
     )
-    assert page.notes[-1] == "2 records can't be read and are in none of these numbers; skipped.jsonl names them"
+    assert page.notes[-1] == "2 image(s) skipped, in none of these numbers; skipped.jsonl names them"
 
 
 def test_picture_has_a_cell_for_each_image():

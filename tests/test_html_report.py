@@ -27,6 +27,7 @@ from mmprefix.evaluation.runs import (
     Row,
     Run,
     exact_match_scores,
+    facts_of,
     read_curves,
     read_predictions,
     read_run,
@@ -702,6 +703,14 @@ def test_pictures_go_to_whichever_logger_takes_them(photos, tmp_path):
         ("mlflow", "r1", photos[0], "val/predictions/step=00000007.png"),
         ("tensorboard", "val/predictions", (427, 640, 3), 7, "HWC"),
     ]
+
+
+def test_facts_are_those_of_fit_or_of_an_evaluation_alone(tmp_path):
+    assert facts_of(tmp_path) == {}
+    (tmp_path / "config-test.yaml").write_text("seed_everything: 3")
+    assert facts_of(tmp_path) == {"Seed": "3"}
+    (tmp_path / "config.yaml").write_text("seed_everything: 7")
+    assert facts_of(tmp_path) == {"Seed": "7"}
 
 
 def test_every_evaluation_leaves_a_page_of_its_own(tmp_path, photos):

@@ -380,7 +380,8 @@ def test_skipped_images_are_reported_with_key_and_shard(fit, tmp_path):
     assert [(row["split"], row["epoch"], row["key"]) for row in named] == [("train", 0, "0003"), ("train", 1, "0003")]
     status, text, _ = fit(command="predict", ckpt_path="last", data__predict=str(tmp_path / "bad.tar"))
     assert status == 0
-    assert "predict: 1 image(s) skipped" in text
+    assert "predict: 1 image(s) skipped (all in" in text
+    assert "predict: 1 image(s) skipped, in none of these numbers; skipped.jsonl names them" in text
     assert len((folder / "predictions-predict.jsonl").read_text().splitlines()) == 12
     status, text, _ = fit(data__train=str(tmp_path / "bad.tar"), data__on_bad_sample="error")
     assert status == 2

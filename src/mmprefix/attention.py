@@ -143,9 +143,8 @@ class MaskFree:
             if extras.get(name) is not None:
                 return f"{name} on attention scores"
         if query.device.type != "cpu" and self.window != NO_WINDOW and self.plan.visibility != "causal":
-            longest = max(
-                (call.max_q for call in self.plan.calls if call.causal), default=0
-            )  # prompts alone have no target
+            # Prompts alone have no target, and no causal call.
+            longest = max((call.max_q for call in self.plan.calls if call.causal), default=0)
             if longest > self.window:
                 return f"a window of {self.window} over targets of up to {longest} tokens"
         return unsupported(query, key, value)

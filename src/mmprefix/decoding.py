@@ -277,7 +277,7 @@ class _Decoding:
         # Prompts are masked where they are padded: any id will do.
         self.pad = config.pad_token_id or 0
         self.has_windows = bool(windows_of(self.model.config.text_config))
-        if self.packed:  # rows are laid out on the CPU; one copy waits for the device once
+        if self.packed:  # rows are laid out on the CPU: one copy for all waits for the device once
             lengths = [prompt.ids.numel() for prompt in self.prompts]
             self.ids: tuple[Tensor, ...] = torch.cat([prompt.ids for prompt in self.prompts]).cpu().split(lengths)
 
@@ -358,9 +358,8 @@ class _Decoding:
         for one, prompt in zip(ids, prompts, strict=True):
             wanted, given = int((one == config.image_token_id).sum()), sum(len(image) for image in prompt.images)
             if wanted != given:  # its neighbours would get what is left over
-                raise ValueError(
-                    f"sample {prompt.sample}: expected {wanted} image tokens, one a placeholder, got {given}"
-                )
+                name = prompt.sample.replace("\0", " ").strip()
+                raise ValueError(f"sample {name}: expected {wanted} image tokens, one a placeholder, got {given}")
         batch = pack_prompts(ids, config.image_token_id, pad_id=self.pad, visibility=config.prefix_visibility)
         batch = map_tensors(batch, lambda tensor: tensor.to(device))
         images = [image for prompt in prompts for image in prompt.images]

@@ -14,8 +14,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; what is written there takes its place when the block ends well.
 
     Works for files and for folders. On an error (a full disk, Ctrl-C) the temporary is removed and what stood at
-    ``path`` is untouched. Behind a symbolic link, what it points to is replaced. What is neither (`/dev/stdout`, a pipe) can't
-    be replaced, and is written to as it is.
+    ``path`` is untouched. Behind a symbolic link, what it points to is replaced. What is neither a file nor a
+    folder (a pipe, a device) is written to as it is.
     """
     final = Path(path).resolve()
     if final.exists() and not final.is_file() and not final.is_dir():

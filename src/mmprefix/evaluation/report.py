@@ -169,13 +169,13 @@ def score_tables(
             tables.append(f"{where}: {len(members)} predictions{why if len(lacking) < len(members) else ''}")
         elif scores[name].task != "exact":
             tables.append(table(scores[name], f"{where}: "))
-    if evaluation.unreadable:
-        tables.append(f"{split}: {_unreadable(evaluation)}")
+    if evaluation.skipped:
+        tables.append(f"{split}: {_of_skipped(evaluation)}")
     return [*tables, f"no scores: {evaluation.problem}"] if evaluation.problem else tables
 
 
-def _unreadable(evaluation: Evaluation) -> str:
-    return f"{evaluation.unreadable} records can't be read and are in none of these numbers; skipped.jsonl names them"
+def _of_skipped(evaluation: Evaluation) -> str:
+    return f"{evaluation.skipped} image(s) skipped, in none of these numbers; skipped.jsonl names them"
 
 
 def page_scores(evaluation: Evaluation, rows: Sequence[Row]) -> Scores:
@@ -203,8 +203,8 @@ def page_scores(evaluation: Evaluation, rows: Sequence[Row]) -> Scores:
         unavailable = (f"{metric} unavailable: {why}" for metric, why in scored.unavailable.items())
         rules = () if scored.task == DEFAULT_TASK else (scored.rules,)
         scores.notes += [f"{where}{text}" for text in (*rules, *unavailable, *scored.notes)]
-    if evaluation.unreadable:
-        scores.notes.append(_unreadable(evaluation))
+    if evaluation.skipped:
+        scores.notes.append(_of_skipped(evaluation))
     return scores
 
 

@@ -38,13 +38,13 @@ class Evaluation:
         predictions: of the whole split, in its order.
         scores: by set, "" for the only one of a split; none of a set of which a sample has no references.
         problem: why there are no scores, where that is no matter of references.
-        unreadable: how many records have no prediction, because their images or texts can't be read.
+        skipped: how many records have no prediction, because their images can't be decoded.
     """
 
     predictions: list[Prediction] = field(default_factory=list)
     scores: dict[str, Scored] = field(default_factory=dict)
     problem: str = ""
-    unreadable: int = 0
+    skipped: int = 0
 
 
 def check_reference(task: str, reference: Reference) -> None:

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +48,7 @@ from mmprefix.evaluation.scores import Scored
 from mmprefix.loss import LossNormalization, label_weights
 from mmprefix.masks import PrefixVisibility
 from mmprefix.modeling import MMPrefixForConditionalGeneration
-from mmprefix.packing import EvaluationBatch, PackedBatch, collate, map_tensors
+from mmprefix.packing import EvaluationBatch, PackedBatch, Reference, collate, map_tensors
 from mmprefix.probe import mask_free_refusal, probe
 from mmprefix.processing import (
     IMAGE_TOKEN,
@@ -273,11 +273,12 @@ class MMPrefixModule(pl.LightningModule):
         self._in_4bit = decoder.load_in_4bit
         self._window = self._last_window = _Window()
         self._predictions: list[Prediction] = []
-        self._waiting: list[tuple[EvaluationBatch, Tensor | None]] = []
-        """Batches whose prompts wait to be answered, and the tokens of their images."""
-        self.answered: list[tuple[EvaluationBatch, list[Prediction]]] = []
-        self._unreadable = 0
-        """Batches that the last step has answered, for reports: none, or a whole window of them."""
+        self._waiting: list[tuple[list[Prompt], tuple[Reference, ...]]] = []
+        """Of each batch whose prompts wait to be answered."""
+        self._answered: list[Prediction] = []
+        """What the last step has answered: nothing, or a whole window of batches."""
+        self._skipped = 0
+        """Records of this process that the evaluation has no answers of: their images can't be decoded."""
         self.evaluation = Evaluation()
         """Of the last split that was evaluated, for reports."""
         self._progress: Progress | None = None
@@ -826,7 +827,7 @@ class MMPrefixModule(pl.LightningModule):
         if self._progress is None:
             return
         losses, self._losses_kept = self._evaluation_loss[self._losses_kept :], len(self._evaluation_loss)
-        predictions = tuple(prediction for _, members in self.answered for prediction in members)
+        predictions = tuple(self._answered)
         records = tuple(sorted({reference.order[0] for reference, _ in predictions}))
         if records:
             sums = torch.stack(losses).sum(0).tolist() if losses else []
@@ -841,21 +842,22 @@ class MMPrefixModule(pl.LightningModule):
 
     def _predict(self, batch: EvaluationBatch, image_tokens: Tensor | None) -> list[Prediction]:
         """Answers of a whole window, where this batch completes it."""
-        self._unreadable += len(batch.bad)
-        self._waiting.append((replace(batch, targets=None), image_tokens))
-        self.answered = []
+        self._skipped += len(batch.bad)
+        self._waiting.append((prompts_of(batch, image_tokens), batch.references))
+        self._answered = []
         if len(self._waiting) >= self._window_size:
             self._answer_waiting()
-        return [prediction for _, predictions in self.answered for prediction in predictions]
+        return self._answered
 
     def _answer_waiting(self) -> None:
         """Answers all batches that wait, their prompts sorted by length and mixed with one another."""
         waiting, self._waiting = self._waiting, []
-        prompts = [prompt for batch, tokens in waiting for prompt in prompts_of(batch, tokens)]
-        rows = max((len(batch.references) for batch, _ in waiting), default=0)
-        texts = iter(self.generate(prompts, rows) if prompts else ())
-        self.answered = [(b, [(reference, next(texts)) for reference in b.references]) for b, _ in waiting]
-        self._predictions += [prediction for _, predictions in self.answered for prediction in predictions]
+        prompts = [prompt for of_batch, _ in waiting for prompt in of_batch]
+        references = [reference for _, of_batch in waiting for reference in of_batch]
+        rows = max((len(of_batch) for _, of_batch in waiting), default=0)
+        texts = self.generate(prompts, rows) if prompts else []
+        self._answered = list(zip(references, texts, strict=True))
+        self._predictions += self._answered
         self._keep_progress()
 
     def _answer_rest(self) -> None:
@@ -865,7 +867,7 @@ class MMPrefixModule(pl.LightningModule):
 
     def _start_evaluation(self) -> None:
         """Nothing of an evaluation that was cut short goes into the next, but what it has kept on disk."""
-        self._waiting, self.answered, self.evaluation, self._unreadable = [], [], Evaluation(), 0
+        self._waiting, self._answered, self.evaluation, self._skipped = [], [], Evaluation(), 0
         found, self._found = self._found, []
         self._predictions = [prediction for part in found for prediction in part.predictions]
         self._evaluation_loss = [torch.tensor(part.losses, device=self.device) for part in found if part.losses]
@@ -894,8 +896,8 @@ class MMPrefixModule(pl.LightningModule):
             InputError: what can't be scored, on all processes; the first says it.
         """
         predictions, self._predictions = runner.gathered(self._predictions), []
-        unreadable = torch.tensor(float(self._unreadable), device=self.device)
-        unreadable = self.trainer.strategy.reduce(unreadable, reduce_op="sum")
+        skipped = torch.tensor(float(self._skipped), device=self.device)
+        skipped = self.trainer.strategy.reduce(skipped, reduce_op="sum")
         values: dict[str, float] = {}
         shown: set[str] = set()
         problem = ""
@@ -910,7 +912,7 @@ class MMPrefixModule(pl.LightningModule):
                 )  # fmt: skip
             except InputError as error:
                 problem = str(error)
-            self.evaluation = Evaluation(predictions, scores, problem, int(unreadable))
+            self.evaluation = Evaluation(predictions, scores, problem, int(skipped))
             values = runner.logged(split, self.evaluation)
             shown = {f"val/{scored.metric}" for scored in scores.values()}
         values, shown, problem = self.trainer.strategy.broadcast((values, shown, problem))
