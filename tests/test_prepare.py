@@ -199,6 +199,36 @@ def test_gqa_and_scienceqa(tmp_path, images):
     assert not refused(tmp_path)
 
 
+def test_textcaps_chartqa_and_samples_without_an_image(tmp_path, images):
+    textcaps = write(tmp_path / "textcaps.json", {"data": [
+        *({"image_id": NAMES[n][:-4], "caption_id": m, "caption_str": f"a sign says  {m}"} for m in (1, 2) for n in (0, 1)),
+        {"image_id": 3.5, "caption_str": "no image"}, {"image_id": NAMES[0][:-4], "caption_str": 7},
+    ]})  # fmt: skip
+    samples = samples_of(prepared(tmp_path, "textcaps", "--annotations", textcaps, split="caps"))
+    assert [(s.id, s.image_id, s.instruction, s.targets) for s in samples] == [
+        (name[:-4], name[:-4], "caption en", ("a sign says 1", "a sign says 2")) for name in NAMES[:2]
+    ]
+    assert [(r["what"], r["reason"]) for r in refused(tmp_path, "caps")] == [
+        ("textcaps.json: data[4]", "bad entry"), ("textcaps.json: data[5]", "bad entry"),
+    ]  # fmt: skip
+    asked = [
+        {"imgname": NAMES[0], "query": "How many?", "label": "12.5"},
+        {"imgname": NAMES[1], "query": "Which?", "label": "a"},
+    ]
+    human, augmented = write(tmp_path / "h.json", asked), write(tmp_path / "m.json", [*asked, {"query": "no image"}])
+    samples = samples_of(prepared(tmp_path, "chartqa", "--annotations", human, augmented, split="charts"))
+    assert sorted((s.id, s.image_id, s.instruction, s.targets) for s in samples) == [
+        ("0", NAMES[0], "How many?", ("12.5",)), ("1", NAMES[1], "Which?", ("a",)),
+        ("2", NAMES[0], "How many?", ("12.5",)), ("3", NAMES[1], "Which?", ("a",)),
+    ], "named by their place, as `score` names them"  # fmt: skip
+    assert [(r["what"], r["reason"]) for r in refused(tmp_path, "charts")] == [("question 4", "bad entry")]
+    rows = table(tmp_path, [{"image": NAMES[0], "target": "seen"}, {"image": [], "id": "t", "target": "unseen"}])
+    assert len(samples_of(prepared(tmp_path, "jsonl", "--annotations", rows, split="all"))) == 2
+    (sample,) = samples_of(prepared(tmp_path, "jsonl", "--annotations", rows, "--require-image", split="some"))
+    assert sample.targets == ("seen",)
+    assert [r["reason"] for r in refused(tmp_path, "some")] == ["no image"]
+
+
 def test_llava_has_a_sample_for_each_assistant_turn(tmp_path, images):
     llava = write(tmp_path / "llava.json", [
         {"id": "a", "image": NAMES[0], "conversations": [
@@ -606,6 +636,8 @@ JSON_SOURCES = {
                              "answers": [{"answer": "a", "answer_id": 1}]}]},
     "vizwiz": [{"image": NAMES[0], "question": "q?", "answers": [{"answer": "a"}], "answer_type": "other"}],
     "textvqa": {"data": [{"question": "q?", "image_id": "a", "question_id": 5, "answers": ["x", "y"], "question_types": ["t"]}]},
+    "textcaps": {"data": [{"image_id": "a", "caption_str": "c"}]},
+    "chartqa": [{"imgname": NAMES[0], "query": "q?", "label": "a", "id": 3}],
     "gqa": {"1": {"question": "q?", "imageId": "a", "answer": "yes", "types": {"structural": "verify"}}},
     "scienceqa": {"7": {"question": "q?", "choices": ["a", "b"], "answer": 1, "hint": "h", "image": "i.png", "split": "train", "subject": "s"}},
     "llava": [{"id": "a", "image": NAMES[0], "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}],

@@ -87,28 +87,27 @@ def scienceqa():
         str(n): {"question": "Which?", "choices": ["iron", "wood"], "answer": n % 2, "hint": "", "image": f"{name}.jpg",
                  "split": "test", "subject": "natural science"}
         for n, name in enumerate(NAMES)
-    }  # fmt: skip
+    } | {"3": {"question": "Why?", "choices": ["a", "b"], "answer": 0, "image": None, "split": "test"}}  # fmt: skip
 
 
-def lines_of_questions():
+def chartqa():
     rows = zip(NAMES, QUESTIONS, strict=True)
-    return [{"image": f"{name}.jpg", "instruction": question, "target": answer} for name, (question, answer) in rows]
+    return [{"imgname": f"{name}.jpg", "query": question, "label": answer} for name, (question, answer) in rows]
 
 
-def lines_of_captions():
-    return [
-        {"image": f"{name}.jpg", "id": name, "image_id": name, "instruction": "", "target": f"text {m} on wall {name[-2:]}"}
-        for name in NAMES for m in range(5)
-    ]  # fmt: skip
+def textcaps():
+    return {
+        "data": [{"image_id": name, "caption_str": f"text {m} on wall {name[-2:]}"} for m in range(5) for name in NAMES]
+    }
 
 
 FILES = {
-    "dataset_coco.json": karpathy, "nocaps_val_4500_captions.json": captions, "textcaps_val.jsonl": lines_of_captions,
+    "dataset_coco.json": karpathy, "nocaps_val_4500_captions.json": captions, "TextCaps_0.1_val.json": textcaps,
     "v2_OpenEnded_mscoco_val2014_questions.json": vqa_questions, "v2_mscoco_val2014_annotations.json": vqa_answers,
     "OpenEnded_mscoco_val2014_questions.json": vqa_questions, "mscoco_val2014_annotations.json": vqa_answers,
     "val.json": vizwiz, "TextVQA_0.5.1_val.json": textvqa, "val_v1.0_withQT.json": docvqa,
-    "testdev_balanced_questions.json": gqa, "problems.json": scienceqa, "human.jsonl": lines_of_questions,
-    "augmented.jsonl": lines_of_questions,
+    "testdev_balanced_questions.json": gqa, "problems.json": scienceqa, "test_human.json": chartqa,
+    "test_augmented.json": chartqa,
 }  # fmt: skip
 """What a user has before the first command."""
 FOLDERS = ("coco", "nocaps", "train_images", "val2014", "val", "docvqa", "gqa", "scienceqa", "png")
@@ -168,7 +167,9 @@ def test_the_commands_of_a_config_end_with_a_row_to_lay_beside_the_published_one
         out = place / command[command.index("--out") + 1]
         if not (out / "index.json").exists():
             assert prepare.run(command[1:]) == 0
-        assert not list(out.glob("*.refused.jsonl"))
+        refused = [json.loads(line) for file in out.glob("*.refused.jsonl") for line in file.read_text().splitlines()]
+        expected = [("3", "no image")] if path.stem == "scienceqa" else []
+        assert [(row["what"], row["reason"]) for row in refused] == expected
     generate = MMPrefixModule.generate
     # The model answers, to nothing that could be scored.
     said = SAID.get(path.stem, QUESTIONS[1][1])

@@ -54,9 +54,12 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--instruction", help="prefix text; {question} stands for the question (captions: 'caption en')"
     )
-    parser.add_argument("--image-name", help="vqa, textvqa, gqa: a picture's name, with {image_id} or {image_id:012d}")
+    parser.add_argument(
+        "--image-name", help="textcaps, vqa, textvqa, gqa: a picture's name, with {image_id} or {image_id:012d}"
+    )
     for name in _COLUMNS:
         parser.add_argument(f"--{name}-column", metavar="NAME", help=f"tables: by default {getattr(Columns(), name)}")
+    parser.add_argument("--require-image", action="store_true", help="leave out samples of text only")
     parser.add_argument("--no-targets", action="store_true", help="keep samples without a target, for predict")
     parser.add_argument("--resize", type=int, metavar="PIXELS", help="shrink images whose longer side is larger")
     parser.add_argument("--tokenizer", help="count text lengths with this tokenizer, not in UTF-8 bytes")
@@ -154,7 +157,7 @@ def prepare(arguments: list[str]) -> int:
     try:
         with workers(options.processes, options.tokenizer) as pool, Staging(options.out, options.split) as staging:
             inside = READERS[options.source](source, staging)  # only Parquet with pictures inside gives records itself
-            records = chain(inside or (), staged_records(options.images or Path(), staging))
+            records = chain(inside or (), staged_records(options.images or Path(), staging, options.require_image))
             with _Bar(options.split, None if inside else len(staging)) as bar:
                 converted = convert(
                     job, records, fingerprint, shard_size=options.shard_size, pool=pool, processes=options.processes,

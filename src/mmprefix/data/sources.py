@@ -1,5 +1,5 @@
-"""Published annotation formats -> records: COCO and Karpathy captions, VQA v2 and its relatives, TextVQA, DocVQA, GQA,
-ScienceQA, LLaVA conversations, tables, and folders of pictures with texts beside them.
+"""Published annotation formats -> records: COCO, Karpathy and TextCaps captions, VQA v2 and its relatives, TextVQA, DocVQA,
+ChartQA, GQA, ScienceQA, LLaVA conversations, tables, and folders of pictures with texts beside them.
 
 Every reader is a function of `SourceOptions` and a `Staging` that takes samples as they come; files are read as
 streams. A sample that lacks something is refused by name, and a file that is something else altogether ends the command:
@@ -60,7 +60,7 @@ class SourceOptions:
         questions: VQA: the questions file.
         split: which part of a file that holds several; also the name of the shards.
         instruction: text of the prefix; ``{question}`` stands for the question. None: the set's own.
-        image_name: VQA and TextVQA: name of a picture, with ``{image_id}`` (``{image_id:012d}``); None finds it.
+        image_name: TextCaps, VQA, TextVQA and GQA: name of a picture, with ``{image_id}`` (``{image_id:012d}``); None finds it.
         columns: of a table.
     """
 
@@ -191,6 +191,23 @@ def _karpathy(path: Path, options: SourceOptions, staging: Staging) -> None:
         staging.add(name, _caption(options, str(image.get("cocoid", Path(name).stem)), captions))
     if not any(seen[part] for part in wanted):
         raise InputError(f"--split: expected one of {', '.join(sorted(seen))}, got {options.split!r}: {path}")
+
+
+def textcaps(options: SourceOptions, staging: Staging) -> None:
+    """TextCaps (``TextCaps_0.1_train.json``): an entry for each caption in one `data`; a test file has none."""
+    found = False
+    for path in options.annotations:
+        for number, entry in enumerate(_objects(path, "data", staging)):
+            found = True
+            image, caption = entry.get("image_id"), entry.get("caption_str")
+            if not isinstance(image, int | str) or not isinstance(caption, str | None):
+                staging.refuse(f"{path.name}: data[{number}]", "bad entry", "expected `image_id` and `caption_str`")
+                continue
+            name = str(image)
+            captions = [] if caption is None else [caption]
+            staging.add(_named(options.image_name or "{image_id}.jpg")(name), _caption(options, name, captions))
+    if not found:
+        raise InputError(f"{options.annotations[0]}: expected TextCaps with a list `data`, got none")
 
 
 def folder(options: SourceOptions, staging: Staging) -> None:
@@ -350,6 +367,25 @@ def gqa(options: SourceOptions, staging: Staging) -> None:
             if isinstance(kinds, dict) and isinstance(kinds.get("structural"), str):
                 sample["kind"] = kinds["structural"]
             staging.add(_named(options.image_name or "{image_id}.jpg")(str(entry["imageId"])), sample)
+
+
+def chartqa(options: SourceOptions, staging: Staging) -> None:
+    """ChartQA (``test_human.json``): a list of questions. One without an id is named by its place in the files, from 0."""
+    number = 0
+    for path in options.annotations:
+        if not is_json_array(path):
+            raise InputError(f"{path}: expected ChartQA, a list of questions with `query`, got an object")
+        for entry in json_items(path):
+            place, number = str(number), number + 1
+            question = _text(entry.get("query")) if isinstance(entry, dict) else None
+            if question is None or not isinstance(entry.get("imgname"), str):
+                staging.refuse(f"question {place}", "bad entry", "expected `imgname` and `query`")
+                continue
+            answer = _text(entry.get("label"))
+            staging.add(entry["imgname"], {
+                "id": str(entry.get("question_id", entry.get("id", place))), "image_id": entry["imgname"],
+                "instruction": options.question_instruction(question), "targets": [answer] if answer else [],
+            })  # fmt: skip
 
 
 def scienceqa(options: SourceOptions, staging: Staging) -> None:
@@ -587,18 +623,26 @@ def parquet(options: SourceOptions, staging: Staging) -> Iterator[SourceRecord]:
 # All ------------------------------------------------------------------------------------------------------------------
 
 READERS: dict[str, Callable[[SourceOptions, Staging], Any]] = {
-    "coco": coco, "vqa": vqa, "textvqa": textvqa, "gqa": gqa, "scienceqa": scienceqa, "llava": llava,
-    "jsonl": jsonl, "csv": csv_table, "parquet": parquet, "folder": folder,
+    "coco": coco, "textcaps": textcaps, "vqa": vqa, "textvqa": textvqa, "gqa": gqa, "chartqa": chartqa,
+    "scienceqa": scienceqa, "llava": llava, "jsonl": jsonl, "csv": csv_table, "parquet": parquet, "folder": folder,
 }  # fmt: skip
 
 
-def staged_records(images: Path, staging: Staging) -> Iterator[SourceRecord]:
-    """The records of everything that was staged. Names that lead out of ``images`` are refused."""
+def staged_records(images: Path, staging: Staging, require_image: bool = False) -> Iterator[SourceRecord]:
+    """The records of everything that was staged.
+
+    Args:
+        images: folder; names that lead out of it are refused.
+        staging: what was staged.
+        require_image: whether records without an image are refused, too.
+    """
     folder = str(images)  # `Path` takes longer for a name than all else here
     for names, called, samples in staging:
         outside = [name for name in names if os.path.isabs(name) or ".." in name.split(os.sep) or "\0" in name]
         if outside:
             staging.refuse(outside[0], "image outside of --images")
+        elif require_image and not names:
+            staging.refuse(called, "no image")
         else:
             yield SourceRecord(tuple([os.path.join(folder, name) for name in names]), called, samples)
 
