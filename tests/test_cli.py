@@ -18,6 +18,7 @@ from mmprefix.__main__ import main
 from mmprefix.cli import run
 from mmprefix.data import storage
 from mmprefix.data.shards import write_shard
+from mmprefix.errors import out_of_memory
 from mmprefix.training import checkpoints
 from mmprefix.training.preemption import EXIT_PREEMPTED
 from tests.conftest import colour_record
@@ -338,3 +339,31 @@ def test_whoever_stops_a_command_is_told_how_to_go_on(command, advice, monkeypat
     monkeypatch.setattr(cli, "_build", stop)
     assert cli.run([command]) == 130
     assert advice in capsys.readouterr().err
+
+
+def test_memory_that_is_not_enough_is_one_line(monkeypatch, capsys):
+    with pytest.raises(RuntimeError) as of_cpu:
+        torch.empty(1 << 50)
+    assert out_of_memory(of_cpu.value).startswith(
+        "out of memory: asked for 4194304.0 GiB of this machine's memory; take"
+    )
+    of_cuda = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 3 has a total capacity of 79.11 GiB of which 12.31 GiB is free. "
+        "Process 1 has 66.80 GiB memory in use. Of the allocated memory 60.00 GiB is allocated by PyTorch."
+    )
+    said = out_of_memory(of_cuda)
+    assert said.startswith(
+        "out of memory: asked for 20.00 GiB of the CUDA device 3, where 12.31 GiB are free; take less"
+    )
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")).startswith(
+        "out of memory: asked for 2.00 MiB of the CUDA device; take"
+    )
+    assert "of this machine's memory than" in out_of_memory(MemoryError())
+    assert out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+    def fit(*_):
+        raise of_cuda
+
+    monkeypatch.setattr(cli, "_build", fit)
+    assert cli.run(["fit"]) == 1
+    assert capsys.readouterr().err == f"error: {said}\n"

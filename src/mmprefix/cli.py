@@ -32,7 +32,7 @@ from mmprefix import __version__, adapters, caching
 from mmprefix.commands import COMMANDS, estimate_command, scaling_command
 from mmprefix.data.datamodule import ShardDataModule
 from mmprefix.doctor import doctor_command
-from mmprefix.errors import InputError, SaidElsewhereError, UnreadableError
+from mmprefix.errors import InputError, SaidElsewhereError, UnreadableError, out_of_memory
 from mmprefix.evaluation.report import PredictionReport
 from mmprefix.files import replacing, set_aside
 from mmprefix.inspection import inspect_command
@@ -377,11 +377,11 @@ def run(arguments: list[str]) -> int:
     except UnicodeDecodeError as error:
         print(f"error: --config: expected a text file in UTF-8: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except RuntimeError as error:
-        lost = lost_process(error)
-        if lost is None:
+    except (RuntimeError, MemoryError) as error:
+        reason = lost_process(error) or out_of_memory(error)
+        if reason is None:
             raise
-        print(f"error: {lost}", file=sys.stderr)
+        print(f"error: {reason}", file=sys.stderr)
         return 1
     except Preempted as stopped:
         if stopped.status:

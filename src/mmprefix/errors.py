@@ -1,8 +1,12 @@
-"""The one exception class for what the user can put right.
+"""What ends a command with one line: bad input, a disk that fails, and memory that is not enough.
 
-The command line prints an `InputError` as a single line and exits with status 2; any other exception is a defect of
-ours and keeps its traceback.
+The command line prints an `InputError` as a single line and exits with status 2; any other exception is a defect of ours and
+keeps its traceback.
 """
+
+from __future__ import annotations
+
+import re
 
 
 class InputError(ValueError):
@@ -15,3 +19,29 @@ class SaidElsewhereError(OSError):
 
 class UnreadableError(OSError):
     """What stayed unreadable after all attempts; the message names it, in one line."""
+
+
+_ON_CPU = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
+_ON_DEVICE = re.compile(
+    r"(\w+) out of memory\. Tried to allocate ([\d.]+ \w+)(?:\. GPU (\d+) has .*?of which ([\d.]+ \w+) is free)?",
+    re.DOTALL,
+)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What was asked for, of whom, and what to ask less of, in one line; None for an error that is about something else."""
+    said = str(error)
+    if found := _ON_DEVICE.search(said):
+        device, asked, number, free = found.groups()
+        where = f"{device} device {number}" if number else f"{device} device"
+        what = f"{asked} of the {where}, where {free} are free" if free else f"{asked} of the {where}"
+    elif found := _ON_CPU.search(said):
+        what = f"{int(found[1]) / 2**30:.1f} GiB of this machine's memory"
+    elif isinstance(error, MemoryError):
+        what = said or "more of this machine's memory than it has"
+    else:
+        return None
+    return (
+        f"out of memory: asked for {what}; take less at a time (training: data.batch_size, data.max_tokens, "
+        "model.gradient_checkpointing; evaluation: data.eval_batch_size, data.eval_window, model.num_beams)"
+    )
