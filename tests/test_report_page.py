@@ -322,6 +322,64 @@ def test_the_contrast_check_sees_what_is_too_faint(opened):
     assert [text for text in page.evaluate(CONTRAST)[1] if "first" in text]
 
 
+def spoken(page):
+    """What the browser tells a screen reader: (role, name, properties) of each node that isn't ignored."""
+    tree = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
+    return [
+        (
+            node["role"]["value"], node.get("name", {}).get("value", "").strip(),
+            {one["name"]: one["value"].get("value") for one in node.get("properties", ())},
+        )
+        for node in tree if not node["ignored"] and "role" in node
+    ]  # fmt: skip
+
+
+def unnamed(nodes):
+    """Roles of what can be reached or is a picture, and has no name."""
+    return [
+        role for role, name, properties in nodes
+        if not name and role != "RootWebArea" and (properties.get("focusable") or role in ("image", "img", "dialog"))
+    ]  # fmt: skip
+
+
+def test_a_screen_reader_hears_names_places_and_changes(opened):
+    page = opened(colours(60), drawn=drawn_samples(3))
+    nodes = spoken(page)
+    roles = {role for role, *_ in nodes}
+    assert set("banner navigation main search searchbox combobox status list listitem heading".split()) <= roles
+    assert unnamed(nodes) == []
+    controls = [name for role, name, _ in nodes if role in ("searchbox", "combobox")]
+    assert controls == ["Search", "Kind", "Result", "Order"], "and no choice of a single score"
+    (status,) = [properties for role, _, properties in nodes if role == "status"]
+    assert (status["live"], status["atomic"]) == ("polite", True)
+    # What the region says must change, in one piece, for it to be read out.
+    page.evaluate("""() => {
+      window.heard = [];
+      const region = document.getElementById("count");
+      new MutationObserver(() => window.heard.push(region.textContent)).observe(region, {childList: true, characterData: true, subtree: true});
+    }""")
+    page.select_option("#result", "wrong")
+    page.evaluate(PAINTED)
+    heard = page.evaluate("window.heard")
+    assert len(set(heard)) == 1, "said once"
+    assert heard[0] == page.inner_text("#count")
+    assert heard[0].startswith(f"{shown(page)} of 60")
+    page.fill("#query", "nothing is like this")
+    page.evaluate(PAINTED)
+    assert page.evaluate("window.heard.at(-1)").startswith("0 of 60")
+    page.click("#reset")
+    page.locator(".card").first.click()
+    nodes = spoken(page)
+    assert unnamed(nodes) == []
+    (modal,) = [properties["modal"] for role, _, properties in nodes if role == "dialog"]
+    assert modal
+    assert not [role for role, *_ in nodes if role in ("navigation", "search")], "what lies behind it is not there"
+    page.keyboard.press("Escape")
+    page.evaluate("document.getElementById('query').parentElement.replaceWith(document.getElementById('query'))")
+    page.evaluate("document.getElementById('query').removeAttribute('placeholder')")
+    assert unnamed(spoken(page)) == ["searchbox"], "the check sees a control that lost its name"
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_nothing_is_wider_than_the_window(opened, size):
     rows = [*colours(60), Row("long" * 40, "i", "kind" * 30, "x" * 3000, "y" * 3000, ("z" * 3000,))]
