@@ -13,12 +13,17 @@ Cases:
     tokenizer  CIDEr x 100 with the official tokenizer (Java) and with ours, on ordinary and on hostile captions, captions
                that come out differently, and seconds for all of them, Java's start included
 
+Beyond a bound (all three scorers 5 times as fast, CIDEr x 100 equal on ordinary captions and within 0.5 on hostile ones) the
+status is 1, except with --smoke.
+
 Captions are made (caption_corpus.py); nothing is loaded. Needs the extra `captions`; the tokenizer case needs Java.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -46,6 +51,12 @@ NOTES: list[str] = []
 """Printed below the table: differences, which have no ratio."""
 
 EQUAL = 1e-6
+FASTER = 5.0
+"""All three scorers together, against the official ones."""
+CIDER_OFF = {"ordinary": 0.0, "hostile": 0.5}
+"""Of CIDEr x 100, with our tokenizer."""
+PROBLEMS: list[str] = []
+"""What lies beyond a bound."""
 
 Measured = tuple[str, str, list[float], list[float]]
 """Peer, metric, its values, ours."""
@@ -97,7 +108,11 @@ def scorers(images: int, repeats: int) -> Iterator[Measured]:
             },
             repeats,
         )
-        yield "pycocoevalcap", f"{name}, seconds of CPU", values["theirs"]["seconds"], values["ours"]["seconds"]
+        baseline, value = values["theirs"]["seconds"], values["ours"]["seconds"]
+        faster = statistics.median(baseline) / statistics.median(value)
+        if name == "all three" and faster < FASTER:
+            PROBLEMS.append(f"{name}: expected {FASTER:g} times as fast, got {faster:.2f}")
+        yield "pycocoevalcap", f"{name}, seconds of CPU", baseline, value
 
 
 def tokenizer(images: int, repeats: int) -> Iterator[Measured]:
@@ -107,6 +122,10 @@ def tokenizer(images: int, repeats: int) -> Iterator[Measured]:
         scores = [score_captions(*made, metrics=["cider"], tokenizer=name) for name in ("official", "python")]
         kind = f"{caption.__name__} captions"
         theirs, ours = (100 * result.corpus["CIDEr"] for result in scores)
+        if abs(theirs - ours) > CIDER_OFF[caption.__name__]:
+            PROBLEMS.append(
+                f"{kind}: expected CIDEr x 100 within {CIDER_OFF[caption.__name__]:g}, got {theirs - ours:.6f}"
+            )
         yield "official", f"CIDEr x 100, {kind}", [theirs], [ours]
         texts = [*made.predictions.values(), *(text for texts in made.references.values() for text in texts)]
         official, python = (tokenize(texts, name).captions for name in ("official", "python"))
@@ -128,8 +147,8 @@ def tokenizer(images: int, repeats: int) -> Iterator[Measured]:
 CASES: dict[str, Callable[[int, int], Iterator[Measured]]] = {"scorers": scorers, "tokenizer": tokenizer}
 
 
-def main() -> None:
-    """All cases."""
+def main() -> int:
+    """All cases; 1 beyond a bound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--images", type=int, default=5000)
@@ -152,8 +171,9 @@ def main() -> None:
             ))  # fmt: skip
             print_row(rows[-1])
             write_json(options.json, rows)
-    print("", *NOTES, sep="\n")
+    print("", *NOTES, *PROBLEMS, sep="\n")
+    return int(bool(PROBLEMS) and not options.smoke)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
