@@ -350,10 +350,11 @@ def fake_java(folder, monkeypatch, version, body="exit 0"):
     [
         ("1.7.0_80", "", "tokenizer=official: Java 7 at {java}: expected 8 or newer"),
         ("17.0.1", "sys.exit('Error: no memory')", "tokenizer=official: stanford-corenlp-3.4.1.jar ended with status 1: Error: no memory"),
-        ("17.0.1", "print('a\\nb\\nc')", "tokenizer=official: stanford-corenlp-3.4.1.jar gave 4 lines for 2 captions"),
+        ("17.0.1", "print('a\\nb\\nc')", "tokenizer=official: stanford-corenlp-3.4.1.jar gave 3 lines for 2 captions"),
+        ("17.0.1", "print('a')", "tokenizer=official: stanford-corenlp-3.4.1.jar gave 1 lines for 2 captions"),
         ("17.0.1", "time.sleep(60)", "tokenizer=official: stanford-corenlp-3.4.1.jar took longer than 1 s and was ended"),
     ],
-    ids=["old", "fails", "lines", "hangs"],
+    ids=["old", "fails", "more lines", "fewer lines", "hangs"],
 )  # fmt: skip
 def test_java_that_does_not_work_is_a_clear_line(tmp_path, monkeypatch, version, body, message):
     fake_java(tmp_path / "bin", monkeypatch, version, body)

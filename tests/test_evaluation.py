@@ -10,9 +10,11 @@ from mmprefix.evaluation.runner import Evaluation, score_predictions
 from mmprefix.evaluation.runs import Row
 from mmprefix.metrics import ExactMatch, exact_match
 from mmprefix.metrics.intervals import mean_interval
+from mmprefix.metrics.rules import ScoringRules
 from mmprefix.packing import Reference
 from mmprefix.vision import ImageTransform, as_levels
 
+PYTHON = ScoringRules(caption_tokenizer="python")
 PREDICTIONS = [
     (Reference("a", "1", "colour", "which?", ("red",), (0, 0)), "red"),
     (Reference("b", "1", "shape", "what shape?", ("round", "circle"), (0, 1)), "circle"),
@@ -110,7 +112,7 @@ def test_the_worst_and_the_best_are_shown_with_their_scores(photos):
         predictions.append((Reference(f"q{n}", "i10", "", f"{n}?", ("yes",), (10, n), "questions"), said))
     predictions.append((Reference("t", "t", "", "1 + 1?", ("2",), (11, 0), "questions"), "2"))
     tasks = {"captions": "caption", "questions": "exact"}
-    evaluation = Evaluation(predictions, score_predictions(predictions, tasks, tokenizer="python"))
+    evaluation = Evaluation(predictions, score_predictions(predictions, tasks, PYTHON))
     asked = []
     cells = gallery(evaluation, tasks, 6, lambda record: asked.append(record) or ([] if record == 11 else [photos[0]]))
     assert len(cells) == len(asked) == 6

@@ -37,6 +37,7 @@ from mmprefix.evaluation.summary import MAX_ANSWERS, confusions, paired, summari
 from mmprefix.evaluation.svg import line_chart, thinned, ticks
 from mmprefix.evaluation.thumbnails import NO_PICTURE, NO_ROOM, SIDE, embed, encode, telling_first
 from mmprefix.metrics.intervals import mean_interval
+from mmprefix.metrics.rules import ScoringRules
 from tests.conftest import colour_record, make_model
 
 
@@ -51,6 +52,7 @@ ROWS = [
     Row("d", "3", "colour", "which?", "red", ("red",)),
     Row("e", "4", "colour", "which?", "red", ("blue",)),
 ]
+PYTHON = ScoringRules(caption_tokenizer="python")
 HOSTILE = [
     "</script><script>alert(1)</script>", "<!--<script>", "]]>", "<img src=x onerror=alert(1)>", '"><svg onload=alert(1)>',
     "\u202eright to left\u202c", "👩🏽‍🚀 ☕ ❤️", "{{script}}", "\u2028\u2029\x00\x1b[31m", "half a pair \ud800", "&amp;lt;",
@@ -755,7 +757,7 @@ def test_a_page_has_the_scores_that_the_run_was_scored_by():
     captions = predictions("captions", [("a red bus", "a red bus"), ("a dog", "two cats on a sofa")], 0)
     questions = predictions("questions", [("yes", "yes"), ("no", "yes")], 2)
     both = [*captions, *questions]
-    evaluation = Evaluation(both, score_predictions(both, {"captions": "caption"}, tokenizer="python"))
+    evaluation = Evaluation(both, score_predictions(both, {"captions": "caption"}, PYTHON))
     rows = [Row(r.id, r.image_id, r.kind, r.instruction, said, r.references, r.dataset) for r, said in both]
     scores = page_scores(evaluation, rows)
     assert scores.primary == "CIDEr"
@@ -764,9 +766,7 @@ def test_a_page_has_the_scores_that_the_run_was_scored_by():
     np.testing.assert_array_equal(scores.items["exact match"], [np.nan, np.nan, 1, 0])
     assert scores.corpus == {}
     assert scores.notes[0] == "captions: tokenizer=python, not official"
-    alone = page_scores(
-        Evaluation(captions, score_predictions(captions, {"captions": "caption"}, tokenizer="python")), rows[:2]
-    )
+    alone = page_scores(Evaluation(captions, score_predictions(captions, {"captions": "caption"}, PYTHON)), rows[:2])
     assert alone.corpus["CIDEr"] == pytest.approx(np.mean(alone.items["CIDEr"]))
     unscored = page_scores(Evaluation(both), rows)
     assert unscored.primary == "exact match"

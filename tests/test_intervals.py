@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmprefix.errors import InputError
-from mmprefix.metrics.intervals import mean_interval, paired_test, statistic_interval
+from mmprefix.metrics.bleu import bleu, bleu_counts, bleu_of
+from mmprefix.metrics.intervals import mean_interval, paired_test, statistic_interval, sums_intervals
+from mmprefix.metrics.ngrams import CaptionCorpus
 
 _SCORES = st.lists(st.sampled_from([0.0, 0.3, 0.6, 0.9, 1.0]), min_size=1, max_size=30)
 
@@ -70,6 +72,30 @@ def test_the_seed_decides():
 def test_a_statistic_that_is_the_mean_gets_its_interval():
     scores = np.sort(np.random.default_rng(0).random(80))
     assert statistic_interval(lambda drawn: scores[drawn].mean(), 80) == pytest.approx(mean_interval(scores))
+
+
+def test_bleus_interval_matches_scoring_corpora_that_were_drawn():
+    """Each draw scored as a corpus of its own: images with all of their captions, in the order of the draw."""
+    generator = np.random.default_rng(0)
+    words = "a dog sits on the red sofa near two old cats".split()
+
+    def caption():
+        return " ".join(generator.choice(words, generator.integers(3, 9)))
+
+    captions, references, images = [caption() for _ in range(12)], [[caption(), caption()] for _ in range(12)], []
+    for n in range(12):
+        images.append(n // 2 if n < 4 else n)
+    counts = bleu_counts(CaptionCorpus(captions, references))
+    found = sums_intervals(counts, bleu_of, images, resamples=300, seed=1)
+    totals = []
+    groups = [[n for n in range(12) if images[n] == image] for image in sorted(set(images))]
+    for _ in range(3000):
+        drawn = [n for g in generator.integers(0, len(groups), len(groups)) for n in groups[g]]
+        totals.append(bleu(CaptionCorpus([captions[n] for n in drawn], [references[n] for n in drawn]))[0])
+    expected = np.quantile(totals, [0.025, 0.975], axis=0).T
+    assert np.asarray(found) == pytest.approx(expected, abs=0.03)
+    for n, (low, high) in enumerate(found):
+        assert 0 <= low < bleu(CaptionCorpus(captions, references))[0][n] < high <= 1
 
 
 def exact_p_value(a, b, images):

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import yaml
 
+from mmprefix import cli
 from mmprefix.data.datamodule import ShardDataModule
 from mmprefix.data.shards import write_shard
 from mmprefix.errors import InputError
@@ -22,14 +24,19 @@ from mmprefix.evaluation.runner import (
     Evaluation,
     check_reference,
     gathered,
-    is_right,
     logged,
     score_predictions,
     write_results,
 )
+from mmprefix.evaluation.scores import score_caption_split
 from mmprefix.metrics import AnswerReference, score_answers, score_captions
+from mmprefix.metrics.bleu import bleu_counts, bleu_of
+from mmprefix.metrics.intervals import sums_intervals
+from mmprefix.metrics.ngrams import CaptionCorpus
+from mmprefix.metrics.rules import ScoringRules
 from mmprefix.packing import Reference
 from tests.conftest import colour_record
+from tests.test_captions import needs_official
 from tests.test_cli import ENVIRONMENT
 from tests.test_resume import CONFIG, ROOT
 
@@ -45,6 +52,7 @@ def caption(number, said, captions, kind="in", dataset=""):
 
 
 QUESTIONS = [question(0, "red"), question(1, "dark red"), question(2, "blue", kind="yes/no")]
+PYTHON = ScoringRules(caption_tokenizer="python")
 CAPTIONS = [
     caption(3, "a dog on a sofa", ("a dog on a sofa", "a brown dog lies down")),
     caption(12, "two cats", ("two cats play", "cats on a bed"), kind="out"),
@@ -62,7 +70,7 @@ def test_scores_match_those_of_the_metrics_and_are_logged_by_name():
         "val/vqa_accuracy/other": pytest.approx((0.9 + 1) / 2),
         "val/vqa_accuracy/yes/no": 0.0,
     }
-    of_captions = score_predictions(CAPTIONS, {"": "caption"}, tokenizer="python", intervals=False)
+    of_captions = score_predictions(CAPTIONS, {"": "caption"}, PYTHON, intervals=False)
     scores = score_captions(
         {r.id: said for r, said in CAPTIONS}, {r.id: r.references for r, _ in CAPTIONS}, tokenizer="python"
     )
@@ -83,7 +91,7 @@ def test_sets_have_their_own_metrics_and_a_value_together_only_where_it_is_one()
     everything = [*more, *captions]
 
     def values(tasks):
-        scores = score_predictions(everything, tasks, tokenizer="python", intervals=False)
+        scores = score_predictions(everything, tasks, PYTHON, intervals=False)
         return logged("val", Evaluation(everything, scores))
 
     found = values({"a": "vqa", "b": "vqa", "c": "caption"})
@@ -136,10 +144,49 @@ def test_a_choice_is_a_letter():
     check_reference("scienceqa", question(0, "red", ("B",))[0])
 
 
-def test_pictures_mark_right_and_wrong_by_the_metric():
-    assert is_right("vqa", "dark red.", question(0, "")[0])
-    assert not is_right("exact", "dark red.", question(0, "")[0])
-    assert is_right("caption", "a dog", CAPTIONS[0][0]) is None
+def test_the_variant_is_that_of_the_rules():
+    """Before 2021, people's answers kept their articles: `the dog` of the model became `dog`, theirs didn't."""
+    asked = [question(0, "the dog", ("the dog",) * 9 + ("a cat",))]
+    for variant, expected in ((None, 1.0), ("vqav2-2016", 0.0)):
+        (scored,) = score_predictions(asked, {"": "vqa"}, ScoringRules(vqa_variant=variant)).values()
+        assert scored.corpus == {"vqa_accuracy": expected}
+        assert scored.rules.startswith(f"vqa_accuracy: {variant or 'vqav2'} (")
+    (scored,) = score_predictions(asked, {"": "exact"}, ScoringRules(vqa_variant="vqav2-2016")).values()
+    assert scored.corpus == {"exact_match": 1.0}, "what has no variants is left alone"
+
+
+def test_caption_metrics_are_those_of_the_rules():
+    rules = ScoringRules(("cider", "rouge_l"), "python")
+    (scored,) = score_predictions(CAPTIONS, {"": "caption"}, rules).values()
+    assert list(scored.corpus) == ["CIDEr", "ROUGE-L"]
+    with pytest.raises(InputError, match=r"caption_metrics: expected cider among them.*got bleu"):
+        ScoringRules(("bleu",))
+
+
+def test_bleus_intervals_draw_images_with_all_of_their_captions():
+    """Captions in another order than that of their ids, two images with several; the counts are each one's own."""
+    texts = [
+        "a dog on a sofa",
+        "two cats",
+        "a red bus in the street",
+        "a dog",
+        "a red cat on a bus",
+        "two dogs play here",
+    ]
+    names, images = ["10", "9", "x", "2", "b", "11"], ["i", "j", "i", "k", "j", "i"]
+    said = dict(zip(names, texts, strict=True))
+    known = {
+        name: AnswerReference((text.replace("red", "big"), f"{text} today"), image)
+        for name, text, image in zip(names, texts, images, strict=True)
+    }
+    scored = score_caption_split(said, known, tokenizer="python")
+    counts = np.stack(
+        [bleu_counts(CaptionCorpus([said[name]], [list(known[name].answers)]))[:, 0] for name in names], axis=1
+    )
+    expected = sums_intervals(counts, bleu_of, images)
+    found = [row.interval for row in scored.rows if row.name.startswith("BLEU")]
+    assert np.asarray(found) == pytest.approx(np.asarray(expected))
+    assert len({high - low for low, high in found}) == 4
 
 
 def test_result_files_are_those_that_servers_take(tmp_path):
@@ -401,6 +448,67 @@ def test_sampled_texts_depend_neither_on_processes_nor_on_a_kill(trained):
     assert texts["drawn-by-two"] == texts["drawn"]
     different = [number for number, text in texts["other-seed"].items() if text != texts["drawn"][number]]
     assert len(different) > NUM_SAMPLES // 2
+
+
+def test_beams_say_the_same_by_two_processes(trained):
+    texts = {}
+    for name, devices in (("beams", ()), ("beams-by-two", TWO)):
+        settings = (
+            *weights_of(trained),
+            "--model.num_beams",
+            "3",
+            "--data.max_target_tokens",
+            "12",
+            "--data.truncate",
+            "target",
+        )
+        _, run_folder = mmprefix(trained, "predict", name, *settings, *devices)
+        rows = map(json.loads, (run_folder / "predictions-predict.jsonl").read_text().splitlines())
+        texts[name] = {row["id"]: row["prediction"] for row in rows}
+    assert len(texts["beams"]) == NUM_SAMPLES
+    assert len(set(texts["beams"].values())) > 5, "answers to different prompts differ"
+    assert texts["beams-by-two"] == texts["beams"]
+
+
+@needs_official
+def test_meteor_and_another_variant_in_the_loop(trained, capsys):
+    """METEOR is that of its program, SPICE says what it lacks, and 2016's rules have their own number."""
+    settings = ("--data.caption_metrics", "[cider,meteor,spice]", "--data.vqa_variant", "vqav2-2016")
+    folder = trained / "meteor-run"
+    status = cli.run([
+        "validate", "--config", str(trained / "config.yaml"), *weights_of(trained), *settings, "--data.max_target_tokens", "8",
+        "--data.truncate", "target",
+        "--trainer.default_root_dir", str(folder),
+    ])  # fmt: skip
+    printed, complaints = capsys.readouterr()
+    assert status == 0, complaints
+    rows = [json.loads(line) for line in (folder / "predictions-validate.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["dataset"] == "captions"]
+    said, known = ({row["id"]: row[key] for row in rows} for key in ("prediction", "references"))
+    expected = score_captions(said, known, metrics=["meteor"], tokenizer="python").corpus["METEOR"]
+    assert re.search(rf"^METEOR +{100 * expected:.2f} +- +101$", printed, re.MULTILINE), printed
+    assert re.search(r"^SPICE +unavailable +- +-$", printed, re.MULTILINE)
+    assert "\nSPICE: SPICE needs Stanford CoreNLP" in printed
+    assert "BLEU" not in printed
+    assert "\nvqa_accuracy: vqav2-2016 (" in printed
+
+
+def test_settings_that_no_split_is_scored_by_are_refused(tmp_path):
+    for settings, message in (
+        ({"vqa_variant": "vqav2"}, "data.vqa_variant: expected data.metric, or that of a set, to be vqa or okvqa or"),
+        ({"caption_metrics": ["cider"]}, "data.caption_metrics: expected data.metric.* to be caption, got exact"),
+        (
+            {"caption_metrics": ["bleu"], "metric": "caption"},
+            "data.caption_metrics: expected cider among them.*got bleu",
+        ),
+        ({"caption_metrics": [], "metric": "caption"}, "expected cider among them.*got none"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ShardDataModule(val=str(tmp_path / "v.tar"), **settings)
+    rules = ShardDataModule(val={"q": {"shards": "v.tar", "metric": "okvqa"}}, vqa_variant="vqav2-2016").scoring_rules(
+        "python"
+    )
+    assert rules == ScoringRules(("bleu", "rouge_l", "cider"), "python", "vqav2-2016")
 
 
 def part(*records):

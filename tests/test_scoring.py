@@ -284,7 +284,8 @@ def test_captions(annotations, tmp_path, write, capsys, monkeypatch):
     assert content["items"] == {n: {m: of[n] for m, of in expected.items.items()} for n in ("1", "2")}
     low, high = content["intervals"]["CIDEr"]
     assert low < content["corpus"]["CIDEr"] < high
-    assert content["intervals"]["BLEU-4"] is None, "BLEU is no mean of its items'"
+    low, high = content["intervals"]["BLEU-4"]
+    assert low == pytest.approx(content["corpus"]["BLEU-4"]) == high, "whatever is drawn, no image has three words"
     assert list(content["unavailable"]) == ["SPICE"]
     printed = capsys.readouterr().out
     assert "\ntokenizer=python, not official\n" in printed
@@ -356,10 +357,21 @@ def test_bad_files_of_other_tasks(write, capsys, tmp_path):
         ("caption", COCO | {"annotations": COCO["annotations"][:1]}, [], "got none for 1 (2)"),
         ("caption", KARPATHY, ["--split", "train"], "--split: expected one of test, val, got 'train'"),
         ("exact", [{"id": 1}], [], "expected references, answers or answer, got only id"),
+        ("caption", COCO, ["--split", "val"], "--split: expected none, since"),
+        ("caption", COCO | {"images": COCO["images"][:1] * 2}, [], "images[1]: expected each id once, got"),
     ]
     for task, references, more, message in cases:
         error = refused(capsys, "--task", task, "--predictions", p, "--references", write("r.json", references), *more)
         assert message in error, task
+    own = write("own.jsonl", lines({"id": 1, "prediction": "x", "references": ["x", "x"]}))
+    assert "annotations that belong to --split, got none" in refused(
+        capsys, "--task", "caption", "--predictions", own, "--split", "val"
+    )
+    asked = {"questions": [{"question_id": 10}, {"question_id": 11}, {"question_id": 12}, {"question_id": 10}]}
+    files = ["--predictions", write("v.json", VQA_RESULTS), "--references", write("r.json", VQA)]
+    assert "questions[3]: expected each id once, got 10 twice" in refused(
+        capsys, "--task", "vqa", *files, "--questions", write("q.json", asked)
+    )
     told = write("p.json", [{"image": "a.jpg", "answer": "x", "answerable": 0.5}, {"image": "b.jpg", "answer": "x"}])
     assert "or in none, got none for b" in refused(
         capsys, "--task", "vizwiz", "--predictions", told, "--references", told

@@ -67,8 +67,9 @@ def _checked(arguments: list[str]) -> Namespace:
         for path in paths:
             if not path.is_file():
                 raise InputError(f"--{name}: expected a file, found none at {path}")
-    if options.questions and not options.references:
-        raise InputError("--references: expected the annotations that belong to --questions, got none")
+    for name in ("questions", "split"):
+        if getattr(options, name) is not None and not options.references:
+            raise InputError(f"--references: expected the annotations that belong to --{name}, got none")
     if options.json is not None and options.json.is_dir():
         raise InputError(f"--json: expected a file, got the folder {options.json}")
     if options.json is not None:
@@ -114,9 +115,7 @@ def score(arguments: list[str]) -> int:
 
 def _references(options: Namespace, predictions: Predictions) -> References:
     if options.references:
-        return read_references(
-            options.references, options.task, questions=options.questions, split=options.split or "test"
-        )
+        return read_references(options.references, options.task, questions=options.questions, split=options.split)
     if predictions.references is None:
         raise InputError(
             f"--references: expected the annotations of {options.task}, got none, and {options.predictions} has no "

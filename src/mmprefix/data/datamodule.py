@@ -34,7 +34,11 @@ from mmprefix.data.mixture import EpochOrder, MixtureArgs, SetArgs, check_metric
 from mmprefix.data.shard_cache import ShardCache
 from mmprefix.data.shards import ShardCollection, expand_shards
 from mmprefix.errors import InputError
+from mmprefix.metrics.answers import VARIANT_TASKS
+from mmprefix.metrics.captions import CAPTION, DEFAULT_METRICS, CaptionMetric
 from mmprefix.metrics.ptb import Tokenizer
+from mmprefix.metrics.rules import ScoringRules
+from mmprefix.metrics.vqa import VqaVariant
 from mmprefix.packing import EvaluationBatch, PackedBatch, PromptBatch, map_tensors
 from mmprefix.vision import as_picture
 
@@ -108,7 +112,9 @@ class ShardDataModule(pl.LightningDataModule):
         eval_batch_size: int = 128,
         eval_window: int = 4,
         metric: str = "exact",
+        caption_metrics: Sequence[CaptionMetric] | None = None,
         caption_tokenizer: Tokenizer | None = None,
+        vqa_variant: VqaVariant | None = None,
         num_workers: int = 0,
         max_instruction_tokens: int | None = 1024,
         max_target_tokens: int | None = 64,
@@ -144,9 +150,13 @@ class ShardDataModule(pl.LightningDataModule):
                 many rows at a time as the largest of them has. The tokens of their images wait in the device's memory.
             metric: what evaluation reports, a task of `score`: `exact`, `caption` (CIDEr, BLEU, ROUGE-L), `vqa`, `okvqa`,
                 `textvqa`, `vizwiz`, `gqa`, `docvqa`, `chartqa` or `scienceqa`. A set of a mixture may have its own.
+            caption_metrics: of captions: `cider`, and any of `bleu`, `rouge_l`, `meteor` and `spice`; by default the first
+                three. The last two are Java programs, which take seconds to start and minutes for a large split, while
+                fitting at each validation.
             caption_tokenizer: of caption metrics: `official` needs Java and its extra, `python` neither, `auto` takes the
                 official one where it is. By default `python` while fitting, since Java takes seconds to start, and
                 `auto` at its end and in `validate` and `test`.
+            vqa_variant: rules of VQA accuracy, for all sets that are scored by it; by default each task's own.
             num_workers: loader processes per device.
             max_instruction_tokens: longest instruction, without framing tokens. Attention grows with its square: one
                 runaway text must not take all memory.
@@ -202,6 +212,9 @@ class ShardDataModule(pl.LightningDataModule):
         }
         check_metric(metric, "data.metric")
         self.metric, self.caption_tokenizer = metric, caption_tokenizer
+        self.caption_metrics = None if caption_metrics is None else tuple(caption_metrics)
+        self.vqa_variant = vqa_variant
+        self._check_scoring()
         self.resampled = resampled
         if resampled and max_tokens is not None:
             raise InputError(
@@ -358,6 +371,25 @@ class ShardDataModule(pl.LightningDataModule):
     def tasks(self, split: str) -> dict[str, str]:
         """Set -> what it is scored by; "" for a split that is a single set without a name."""
         return {one.name: one.metric or self.metric for one in self._sets.get(split, ())}
+
+    def scoring_rules(self, tokenizer: Tokenizer) -> ScoringRules:
+        """What scores follow, with the tokenizer that captions get where `caption_tokenizer` is None."""
+        return ScoringRules(
+            DEFAULT_METRICS if self.caption_metrics is None else self.caption_metrics,
+            self.caption_tokenizer or tokenizer,
+            self.vqa_variant,
+        )
+
+    def _check_scoring(self) -> None:
+        """Raises InputError for settings of metrics by which no split is scored."""
+        used = {task for split in ("val", "test", "predict") for task in self.tasks(split).values()}
+        for name, tasks in (("caption_metrics", (CAPTION,)), ("vqa_variant", VARIANT_TASKS)):
+            if getattr(self, name) is not None and not used.intersection(tasks):
+                raise InputError(
+                    f"data.{name}: expected data.metric, or that of a set, to be {' or '.join(tasks)}, got "
+                    f"{', '.join(sorted(used)) or 'no split that is scored'}"
+                )
+        self.scoring_rules("auto")
 
     @property
     def epoch_order(self) -> EpochOrder:

@@ -220,7 +220,8 @@ def _summary(run: Run, other: Run | None, note: str, written: datetime) -> str:
     tiles = []
     for one in runs:
         primary = one.scores.primary
-        found = summarize(one.scores.items[primary], image_keys(one.rows), one.scores.corpus.get(primary))
+        of_corpus = one.scores.corpus.get(primary), one.scores.intervals.get(primary)
+        found = summarize(one.scores.items[primary], image_keys(one.rows), *of_corpus)
         interval = (
             f"95% interval {_range(found.interval)}" if found.interval else "no interval: not a mean of its samples"
         )
@@ -257,9 +258,10 @@ def _metrics_table(runs: Sequence[Run]) -> str:
         for one in runs:
             values, corpus = one.scores.items.get(name), one.scores.corpus.get(name)
             if values is None:
-                cells += f"<td>{'-' if corpus is None else _value(corpus)}</td><td>-</td>"
+                interval = _range(one.scores.intervals.get(name))
+                cells += f"<td>{'-' if corpus is None else _value(corpus)}</td><td>{interval}</td>"
                 continue
-            found = summarize(values, image_keys(one.rows), corpus)
+            found = summarize(values, image_keys(one.rows), corpus, one.scores.intervals.get(name))
             cells += f"<td>{_value(found.value)}</td><td>{_range(found.interval)}</td>"
         lines.append(f'<tr><th scope="row">{escaped(name)}</th>{cells}</tr>')
     return _scrolling("All metrics", _table(f'<th scope="col">metric</th>{head}', lines))

@@ -55,11 +55,13 @@ class References:
         items: id -> reference; captions are its answers.
         uncounted: ids that may be predicted and don't count, by the rules of the set.
         note: why they don't.
+        has_splits: whether they came from a file that holds several splits.
     """
 
     items: dict[str, AnswerReference] = field(default_factory=dict)
     uncounted: set[str] = field(default_factory=set)
     note: str = ""
+    has_splits: bool = False
 
     def add(self, where: str, name: str, reference: AnswerReference) -> None:
         """Adds one.
@@ -217,7 +219,7 @@ def _of_run(row: Mapping[str, Any], where: str) -> AnswerReference:
 
 
 def read_references(
-    paths: Sequence[Path], task: str, *, questions: Path | None = None, split: str = "test"
+    paths: Sequence[Path], task: str, *, questions: Path | None = None, split: str | None = None
 ) -> References:
     """What is known of a split, from its authors' annotation files.
 
@@ -225,16 +227,18 @@ def read_references(
         paths: files; several are read one after the other.
         task: one of `TASKS`.
         questions: VQA and OK-VQA: the questions file; its ids must be those of the annotations.
-        split: ScienceQA and Karpathy's captions, whose file holds several.
+        split: ScienceQA and Karpathy's captions, whose file holds several; None: ``test``.
 
     Raises:
         InputError: a file that can't be read or is something else, entries that lack something, ids that come twice.
     """
     references = References()
     for path in paths:
-        _READERS[task](path, references, split)
+        _READERS[task](path, references, split or "test")
     if not references.items:
         raise InputError(f"{paths[0]}: expected {_EXPECTED[task]}, got no item of that kind")
+    if split is not None and not references.has_splits:
+        raise InputError(f"--split: expected none, since {paths[0]} holds a single one, got {split!r}")
     if questions is not None:
         _check_questions(questions, references)
     return references
@@ -287,7 +291,10 @@ def _captions(path: Path, references: References, split: str) -> None:
         return
     captions_of: dict[str, list[str]] = {}
     for where, entry in _entries(path, "images", CAPTION):
-        captions_of[_name(_needed(entry, "id", where), where, "id")] = []
+        name = _name(_needed(entry, "id", where), where, "id")
+        if name in captions_of:
+            raise InputError(f"{where}: expected each id once, got {name} twice")
+        captions_of[name] = []
     for where, entry in _entries(path, "annotations", CAPTION):
         name = _name(_needed(entry, "image_id", where), where, "image_id")
         if name not in captions_of:
@@ -330,10 +337,12 @@ def _okvqa(path: Path, references: References, split: str) -> None:
 
 
 def _check_questions(path: Path, references: References) -> None:
-    asked = {
-        _name(_needed(entry, "question_id", where), where, "question_id")
-        for where, entry in _entries(path, "questions", "questions")
-    }
+    asked: set[str] = set()
+    for where, entry in _entries(path, "questions", "questions"):
+        name = _name(_needed(entry, "question_id", where), where, "question_id")
+        if name in asked:
+            raise InputError(f"{where}: expected each id once, got {name} twice")
+        asked.add(name)
     odd = sorted(asked ^ references.items.keys())
     if odd:
         raise InputError(
@@ -464,6 +473,7 @@ def _members(path: Path, task: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _check_split(path: Path, split: str, seen: Iterable[str], references: References) -> None:
+    references.has_splits = True
     if not references.items:
         raise InputError(f"--split: expected one of {', '.join(sorted(seen)) or 'none'}, got {split!r}: {path}")
 

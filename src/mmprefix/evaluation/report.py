@@ -28,7 +28,6 @@ from mmprefix.evaluation.runner import (
     Evaluation,
     Prediction,
     by_set,
-    is_right,
     item_names,
     write_results,
 )
@@ -37,6 +36,7 @@ from mmprefix.evaluation.scores import table
 from mmprefix.files import replacing
 from mmprefix.metrics import exact_match
 from mmprefix.metrics.answers import listed
+from mmprefix.metrics.captions import CAPTION
 from mmprefix.metrics.intervals import mean_interval
 from mmprefix.packing import Reference
 
@@ -128,7 +128,8 @@ def gallery(
         for (reference, said), value in zip(members, values, strict=True):
             expected = " | ".join(sorted(set(reference.references)))
             score = "" if scored is None or scored.task == DEFAULT_TASK else f"{scored.metric} {value:.2f}"
-            answer = Answer(reference.instruction, expected, said, is_right(task, said, reference), score)
+            right = None if scored is None or task == CAPTION else value >= 0.5  # a caption is neither
+            answer = Answer(reference.instruction, expected, said, right, score)
             of_records.setdefault(reference.order[0], []).append((reference, answer, value / best))
     values_of = {record: sum(value for *_, value in members) / len(members) for record, members in of_records.items()}
     known = sorted((record for record, value in values_of.items() if value == value), key=values_of.__getitem__)
@@ -198,7 +199,9 @@ def page_scores(evaluation: Evaluation, rows: Sequence[Row]) -> Scores:
                 scores.items.setdefault(title, np.full(len(rows), np.nan))[n] = value
         scores.primary = scores.primary or titles.get(scored.metric, scored.metric)
         if len(evaluation.scores) == 1:  # what several sets score is no number of all of them
-            scores.corpus = {titles.get(metric, metric): value for metric, value in scored.corpus.items()}
+            of_corpus = {titles.get(row.name, row.name): row for row in scored.rows if not row.axis}
+            scores.corpus = {title: row.value for title, row in of_corpus.items()}
+            scores.intervals = {title: row.interval for title, row in of_corpus.items() if row.interval}
         where = f"{name}: " if name else ""
         unavailable = (f"{metric} unavailable: {why}" for metric, why in scored.unavailable.items())
         rules = () if scored.task == DEFAULT_TASK else (scored.rules,)

@@ -19,9 +19,9 @@ import torch.distributed
 from mmprefix.errors import InputError
 from mmprefix.evaluation.scores import Scored, score_answer_split, score_caption_split
 from mmprefix.files import replacing
-from mmprefix.metrics.answers import VARIANT_TASKS, AnswerReference, score_answer
+from mmprefix.metrics.answers import VARIANT_TASKS, AnswerReference
 from mmprefix.metrics.captions import CAPTION
-from mmprefix.metrics.ptb import Tokenizer
+from mmprefix.metrics.rules import ScoringRules
 from mmprefix.packing import Reference
 
 Prediction = tuple[Reference, str]
@@ -86,8 +86,8 @@ def gathered(predictions: Sequence[Prediction]) -> list[Prediction]:
 def score_predictions(
     predictions: Sequence[Prediction],
     tasks: Mapping[str, str],
+    rules: ScoringRules = ScoringRules(),  # noqa: B008  (frozen)
     *,
-    tokenizer: Tokenizer = "auto",
     intervals: bool = True,
 ) -> dict[str, Scored]:
     """Scores of each set, by its task.
@@ -97,7 +97,7 @@ def score_predictions(
     Args:
         predictions: of the whole split.
         tasks: set -> one of `mmprefix.metrics.captions.ALL_TASKS`; sets that it lacks are scored by exact match.
-        tokenizer: of captions.
+        rules: of captions and of VQA accuracy.
         intervals: whether they are wanted.
 
     Raises:
@@ -116,9 +116,12 @@ def score_predictions(
         task = tasks.get(name, DEFAULT_TASK)
         try:
             if task == CAPTION:
-                scores[name] = score_caption_split(said, known, tokenizer=tokenizer, intervals=intervals)
+                scores[name] = score_caption_split(
+                    said, known, metrics=rules.caption_metrics, tokenizer=rules.caption_tokenizer, intervals=intervals
+                )
             else:
-                scores[name] = score_answer_split(task, said, known, intervals=intervals)
+                variant = rules.vqa_variant if task in VARIANT_TASKS else None
+                scores[name] = score_answer_split(task, said, known, variant=variant, intervals=intervals)
         except InputError as error:
             raise InputError(f"{f'set {name}: ' if name else ''}{error}") from error
     return scores
@@ -163,13 +166,6 @@ def logged(split: str, evaluation: Evaluation) -> dict[str, float]:
             scores = [item[metric] for part in parts for item in part.items.values()]
             values[f"{split}/{metric}"] = sum(scores) / len(scores)
     return values
-
-
-def is_right(task: str, said: str, reference: Reference) -> bool | None:
-    """Whether an answer is at least half right; None for captions, which are neither, and where nothing was expected."""
-    if task == CAPTION or not reference.references:
-        return None
-    return score_answer(task, said, AnswerReference(reference.references)) >= 0.5
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

@@ -53,12 +53,14 @@ class Scores:
     Attributes:
         items: by metric, float64 ``[rows]``; NaN where a row has no score.
         corpus: what a metric says of the whole, where that is known. It need not be the mean of the items: BLEU's isn't.
+        intervals: 95% intervals of corpus scores; those of means can do without.
         primary: the metric that sorts the gallery.
         notes: what must be said beside the numbers (which tokenizer, what is unavailable).
     """
 
     items: dict[str, np.ndarray]
     corpus: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     primary: str = EXACT_MATCH
     notes: list[str] = field(default_factory=list)
 
@@ -171,6 +173,9 @@ def read_scores(path: Path, rows: Sequence[Row], primary: str | None = None) -> 
     corpus = content.get("corpus", {})
     if not isinstance(corpus, dict) or not all(_is_number(value) for value in corpus.values()):
         raise InputError(f"{path}: expected numbers by metric in 'corpus', got {_shown(corpus)}")
+    intervals = content.get("intervals") or {}
+    if not isinstance(intervals, dict) or not all(pair is None or _is_interval(pair) for pair in intervals.values()):
+        raise InputError(f"{path}: expected two numbers by metric in 'intervals', got {_shown(intervals)}")
     if primary is None:
         primary = next((name for name in _PREFERRED if name in found), next(iter(found)))
     if primary not in found:
@@ -183,7 +188,9 @@ def read_scores(path: Path, rows: Sequence[Row], primary: str | None = None) -> 
     notes += [left] if without else []
     if isinstance(unavailable, dict):
         notes += [f"{name} is unavailable: {reason}" for name, reason in unavailable.items()]
-    return Scores(found, {str(name): float(value) for name, value in corpus.items()}, primary, notes)
+    of_corpus = {str(name): float(value) for name, value in corpus.items()}
+    known = {str(name): (float(pair[0]), float(pair[1])) for name, pair in intervals.items() if pair}
+    return Scores(found, of_corpus, known, primary, notes)
 
 
 def _items_of(
@@ -324,6 +331,10 @@ def versions() -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_is_number(bound) for bound in value)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -19,8 +19,9 @@ from mmprefix.metrics.answers import (
     percent,
     score_answers,
 )
-from mmprefix.metrics.captions import CAPTION, DEFAULT_METRICS, MEANS, score_captions
-from mmprefix.metrics.intervals import mean_interval, statistic_interval
+from mmprefix.metrics.bleu import bleu_of
+from mmprefix.metrics.captions import BLEU, CAPTION, DEFAULT_METRICS, MEANS, CaptionScores, score_captions
+from mmprefix.metrics.intervals import mean_interval, statistic_interval, sums_intervals
 from mmprefix.metrics.ptb import Tokenizer
 
 HEADLINE: Final = "CIDEr"
@@ -35,7 +36,7 @@ class Row:
         axis: what it is a group of; "" for the whole split.
         name: metric or group.
         value: a fraction, not rounded; CIDEr is in [0, 10].
-        interval: 95% bootstrap; None for a single image, where the value is no mean, or where none was asked for.
+        interval: 95% bootstrap; None for a single image, for METEOR, or where none was asked for.
         count: items.
     """
 
@@ -179,11 +180,8 @@ def score_caption_split(
         metrics=metrics, tokenizer=tokenizer,
     )  # fmt: skip
     images = _images(references)
-    rows = []
-    for metric, value in scores.corpus.items():
-        wanted = intervals and metric in MEANS
-        interval = _interval(list(references), scores.items[metric], images) if wanted else None
-        rows.append(Row("", metric, value, interval, len(references)))
+    of_metrics = _caption_intervals(scores, list(references), images) if intervals else {}
+    rows = [Row("", metric, value, of_metrics.get(metric), len(references)) for metric, value in scores.corpus.items()]
     of_images = scores.items.get(HEADLINE)
     for axis, members in _groups(references) if of_images is not None else ():
         assert of_images is not None
@@ -195,6 +193,17 @@ def score_caption_split(
     notes = [scores.tokenizer_reason] if scores.tokenizer_reason else []
     return Scored(CAPTION, HEADLINE, rows=rows, rules=scores.tokenizer, items=items, unavailable=scores.unavailable,
                   notes=notes, images=len({*images.values()}))  # fmt: skip
+
+
+def _caption_intervals(
+    scores: CaptionScores, names: Sequence[str], images: Mapping[str, str]
+) -> dict[str, tuple[float, float] | None]:
+    """By metric. METEOR, which only its program can compute from sums, has none."""
+    found = {metric: _interval(names, scores.items[metric], images) for metric in MEANS if metric in scores.items}
+    of_names = [images[name] for name in names]
+    if scores.bleu_counts is not None and len({*of_names}) > 1:
+        found |= dict(zip(BLEU, sums_intervals(scores.bleu_counts, bleu_of, of_names), strict=True))
+    return found
 
 
 def _groups(references: Mapping[str, AnswerReference]) -> Iterator[tuple[str, dict[str, list[str]]]]:

@@ -25,7 +25,7 @@ MAX_ANSWERS = 30
 
 
 class Interval(NamedTuple):
-    """A mean score, or what the corpus scores, and its 95% interval, where the one is the other's mean."""
+    """A mean score, or what the corpus scores, and its 95% interval, where one is known."""
 
     value: float
     interval: tuple[float, float] | None
@@ -54,24 +54,30 @@ def image_keys(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [(row.dataset, row.image_id) for row in rows]
 
 
-def summarize(values: np.ndarray, groups: Sequence[tuple[str, str]], corpus: float | None = None) -> Interval:
+def summarize(
+    values: np.ndarray,
+    groups: Sequence[tuple[str, str]],
+    corpus: float | None = None,
+    interval: tuple[float, float] | None = None,
+) -> Interval:
     """Value and interval of a metric.
 
     Args:
         values: float ``[R]``; NaN is left out and not counted.
         groups: of each value; drawn together.
         corpus: what the metric says of all rows. Where that is their mean, or 100 times it up to the second decimal, the
-            interval is of the same scale; where it is not (BLEU), there is none.
+            interval is of the same scale.
+        interval: of a corpus score that is no mean (BLEU).
     """
     known = np.flatnonzero(np.isfinite(values)).tolist()
     if not len(known):
-        return Interval(math.nan if corpus is None else corpus, None, 0)
+        return Interval(math.nan if corpus is None else corpus, interval, 0)
     mean = float(values[known].mean())
     scale = 1.0
     if corpus is not None:
         near = [s for s, off in ((1.0, 1e-6 * max(1.0, abs(mean))), (100.0, 0.0051)) if abs(s * mean - corpus) <= off]
         if not near:
-            return Interval(corpus, None, len(known))
+            return Interval(corpus, interval, len(known))
         scale = near[0]
     low, high = mean_interval(values[known], [groups[n] for n in known])
     return Interval(mean if corpus is None else corpus, (scale * low, scale * high), len(known))
@@ -152,7 +158,7 @@ def _only(run: Run, chosen: Sequence[int]) -> Run:
     whole = len(chosen) == len(run.rows)
     items = {name: values[list(chosen)] for name, values in run.scores.items.items()}
     # A corpus score of a part is another number (CIDEr's document frequencies): the mean of the items stands for it.
-    scores = replace(run.scores, items=items, corpus=run.scores.corpus if whole else {})
+    scores = replace(run.scores, items=items) if whole else replace(run.scores, items=items, corpus={}, intervals={})
     return replace(run, rows=[run.rows[n] for n in chosen], scores=scores)
 
 

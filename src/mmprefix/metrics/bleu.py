@@ -25,6 +25,17 @@ def bleu(corpus: CaptionCorpus) -> tuple[Floats, Floats]:
     Returns:
         float64 ``[4]`` and float64 ``[4, I]``, in [0, 1]; the first row is BLEU-1.
     """
+    counts = bleu_counts(corpus)
+    return bleu_of(counts.sum(1)), bleu_of(counts)
+
+
+def bleu_counts(corpus: CaptionCorpus) -> Floats:
+    """What BLEU adds up over a corpus, of each image.
+
+    Returns:
+        float64 ``[10, I]``: for n = 1..4 n-grams that match, then for n = 1..4 those there are, the caption's length, and
+        that of the reference which is closest in length.
+    """
     images = len(corpus.predictions)
     matched = np.zeros((MAX_ORDER, images))
     possible = np.maximum(corpus.prediction_lengths - np.arange(MAX_ORDER)[:, None], 0.0)
@@ -35,12 +46,19 @@ def bleu(corpus: CaptionCorpus) -> tuple[Floats, Floats]:
         np.maximum.at(allowed, order.match[found], order.references.count[found])
         clipped = np.minimum(allowed, order.predictions.count)
         matched[n] = np.bincount(order.predictions.caption, clipped, minlength=images)
-    closest = _closest_lengths(corpus)
-    lengths = corpus.prediction_lengths.astype(np.float64)
-    return (
-        _score(matched.sum(1), possible.sum(1), lengths.sum(), closest.sum()),
-        _score(matched, possible, lengths, closest),
-    )
+    return np.concatenate([matched, possible, corpus.prediction_lengths[None], _closest_lengths(corpus)[None]])
+
+
+def bleu_of(counts: Floats) -> Floats:
+    """BLEU-1 to BLEU-4, ``[4, ...]``, of `bleu_counts` or sums of them, ``[10, ...]``."""
+    matched, possible, length, reference_length = (
+        counts[:MAX_ORDER], counts[MAX_ORDER : 2 * MAX_ORDER], counts[-2], counts[-1],
+    )  # fmt: skip
+    precisions = np.cumprod((matched + TINY) / (possible + SMALL), axis=0)
+    exponents = 1 / np.arange(1, MAX_ORDER + 1)
+    means = precisions ** exponents.reshape(-1, *[1] * (counts.ndim - 1))
+    ratio = (length + TINY) / (reference_length + SMALL)
+    return np.asarray(means * np.exp(np.minimum(1 - 1 / ratio, 0)))
 
 
 def _closest_lengths(corpus: CaptionCorpus) -> Floats:
@@ -50,12 +68,3 @@ def _closest_lengths(corpus: CaptionCorpus) -> Floats:
     order = np.lexsort((corpus.reference_lengths, distance, image))
     first = np.cumsum(corpus.num_references) - corpus.num_references
     return corpus.reference_lengths[order][first].astype(np.float64)
-
-
-def _score(matched: Floats, possible: Floats, length: Floats, reference_length: Floats) -> Floats:
-    """``[4, ...]`` and ``[...]`` -> ``[4, ...]``."""
-    precisions = np.cumprod((matched + TINY) / (possible + SMALL), axis=0)
-    exponents = 1 / np.arange(1, MAX_ORDER + 1)
-    means = precisions ** exponents.reshape(-1, *[1] * (matched.ndim - 1))
-    ratio = (length + TINY) / (reference_length + SMALL)
-    return np.asarray(means * np.exp(np.minimum(1 - 1 / ratio, 0)))

@@ -8,16 +8,16 @@ that, and multiplying is the business of who shows them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Final, Literal
 
 from mmprefix.errors import InputError
 from mmprefix.metrics.answers import TASKS, check_coverage
-from mmprefix.metrics.bleu import bleu
+from mmprefix.metrics.bleu import bleu, bleu_counts
 from mmprefix.metrics.cider import cider
 from mmprefix.metrics.java import JavaUnavailableError
 from mmprefix.metrics.java_scorers import meteor, spice
-from mmprefix.metrics.ngrams import CaptionCorpus, Floats
+from mmprefix.metrics.ngrams import MAX_ORDER, CaptionCorpus, Floats
 from mmprefix.metrics.ptb import Tokenizer, tokenize
 from mmprefix.metrics.rouge import rouge_l
 
@@ -27,18 +27,22 @@ CAPTION: Final = "caption"
 ALL_TASKS: Final = (CAPTION, *TASKS)
 """Whatever a split can be scored by: `caption`, and the tasks of `mmprefix.metrics.answers`."""
 
-DEFAULT_METRICS: Final = ("bleu", "rouge_l", "cider")
+CaptionMetric = Literal["bleu", "rouge_l", "cider", "meteor", "spice"]
 
-MEANS: Final = ("ROUGE-L", "CIDEr", "SPICE")
+DEFAULT_METRICS: Final[tuple[CaptionMetric, ...]] = ("bleu", "rouge_l", "cider")
+
+MEANS: Final[tuple[str, ...]] = ("ROUGE-L", "CIDEr", "SPICE")
 """Whose score of a corpus is the mean of its images'; BLEU and METEOR add up what they count first."""
+
+BLEU: Final = tuple(f"BLEU-{n}" for n in range(1, MAX_ORDER + 1))
 
 Scores = dict[str, tuple[float, Floats]]
 """Name -> score of the corpus, and of each image, float64 ``[I]``."""
 
 
 def _bleu(corpus: CaptionCorpus) -> Scores:
-    total, images = bleu(corpus)
-    return {f"BLEU-{n}": (float(total[n - 1]), images[n - 1]) for n in range(1, len(total) + 1)}
+    totals, images = bleu(corpus)
+    return {name: (float(total), of_images) for name, total, of_images in zip(BLEU, totals, images, strict=True)}
 
 
 METRICS: Final[dict[str, Callable[[CaptionCorpus], Scores]]] = {
@@ -60,6 +64,7 @@ class CaptionScores:
         tokenizer: ``tokenizer=official`` or ``tokenizer=python, not official``: part of the number.
         tokenizer_reason: why not the official one, where that was welcome; else empty.
         unavailable: name of a metric that was asked for -> why it could not be computed. It is in neither of the others.
+        bleu_counts: where BLEU was asked for, what it adds up (`mmprefix.metrics.bleu.bleu_counts`), images as in `items`.
     """
 
     corpus: dict[str, float]
@@ -67,6 +72,7 @@ class CaptionScores:
     tokenizer: str
     tokenizer_reason: str
     unavailable: dict[str, str]
+    bleu_counts: Floats | None = field(default=None, repr=False, compare=False)
 
 
 def score_captions(
@@ -106,7 +112,11 @@ def score_captions(
             totals[title] = total
             of_images = dict(zip(in_order(references), images.tolist(), strict=True))
             items[title] = {name: of_images[name] for name in references}
-    return CaptionScores(totals, items, *tokenized, unavailable)
+    counts = None
+    if "bleu" in metrics:
+        places = {name: place for place, name in enumerate(in_order(references))}
+        counts = bleu_counts(corpus)[:, [places[name] for name in references]]
+    return CaptionScores(totals, items, *tokenized, unavailable, counts)
 
 
 def _tokenized(

@@ -67,10 +67,43 @@ def mean_interval(
     Raises:
         InputError: no items, of other numbers, or a level outside of (0, 1).
     """
-    sums, counts = _by_image(scores, images)
+    values = _scores(scores)
+    (interval,) = sums_intervals(
+        np.stack([values, np.ones(len(values))]), lambda sums: sums[:1] / sums[1], images,
+        level=level, resamples=resamples, seed=seed,
+    )  # fmt: skip
+    return interval
+
+
+def sums_intervals(
+    counts: Floats,
+    score: Callable[[Floats], Floats],
+    images: Sequence[Any] | None = None,
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[tuple[float, float]]:
+    """The same for what is computed from sums over the items, as BLEU is: of each draw, the sums come first.
+
+    Args:
+        counts: (S, N) what is added up, of each item.
+        score: (S, R) sums of R draws -> (M, R) scores.
+        images, level, resamples, seed: see `mean_interval`.
+
+    Returns:
+        For each of the M scores its lower and upper bound.
+
+    Raises:
+        InputError: as `mean_interval`.
+    """
     _check_level(level)
-    means = [sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1) for drawn in _draws(len(sums), resamples, seed)]
-    return _percentiles(np.concatenate(means), level)
+    sums = _by_image(counts, images)
+    scores = [
+        score(np.stack([of_images[drawn].sum(axis=1) for of_images in sums]))
+        for drawn in _draws(sums.shape[1], resamples, seed)
+    ]
+    return [_percentiles(row, level) for row in np.concatenate(scores, axis=1)]
 
 
 def statistic_interval(
@@ -115,12 +148,12 @@ def paired_test(
     Raises:
         InputError: no items, or of other numbers.
     """
-    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    first, second = _scores(a), _scores(b)
     if first.shape != second.shape:
         raise InputError(f"expected two scores of each item, got {first.shape} and {second.shape}")
     difference = second - first
     low, high = mean_interval(difference, images, level=level, resamples=resamples, seed=seed)
-    sums, _ = _by_image(difference, images)
+    (sums,) = _by_image(difference[None], images)
     generator = np.random.default_rng(seed)
     observed, extreme = abs(sums.sum()), 0
     # Sums of the same numbers in another order differ by rounding, and are as extreme.
@@ -131,23 +164,25 @@ def paired_test(
     return PairedTest(float(difference.mean()), low, high, (1 + extreme) / (1 + permutations))
 
 
-def _by_image(scores: Any, images: Sequence[Any] | None) -> tuple[Floats, Floats]:
-    """Sum and number of the items of each image, in an order that doesn't depend on theirs."""
+def _scores(scores: Any) -> Floats:
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1 or not len(values):
         raise InputError(f"expected one or more scores, got an array of shape {values.shape}")
+    return values
+
+
+def _by_image(counts: Floats, images: Sequence[Any] | None) -> Floats:
+    """(S, N) counts of items -> (S, I) their sums over each image, in an order that doesn't depend on theirs."""
     if images is None:
-        return np.sort(values), np.ones(len(values))
-    if len(images) != len(values):
-        raise InputError(f"expected an image for each of {len(values)} items, got {len(images)}")
+        return counts[:, np.lexsort(counts)]
+    if len(images) != counts.shape[1]:
+        raise InputError(f"expected an image for each of {counts.shape[1]} items, got {len(images)}")
     numbers: dict[Any, int] = {}
-    group = np.fromiter((numbers.setdefault(image, len(numbers)) for image in images), np.int64, len(values))
+    group = np.fromiter((numbers.setdefault(image, len(numbers)) for image in images), np.int64, counts.shape[1])
     # Floating-point sums depend on their order, if only in the last bit.
-    order = np.lexsort((values, group))
-    sums = np.bincount(group[order], weights=values[order]).astype(np.float64)
-    counts = np.bincount(group).astype(np.float64)
-    by_size = np.lexsort((sums, counts))
-    return sums[by_size], counts[by_size]
+    order = np.lexsort((*counts, group))
+    sums: Floats = np.stack([np.bincount(group[order], weights=row[order]).astype(np.float64) for row in counts])
+    return sums[:, np.lexsort(sums)]
 
 
 def _draws(num: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:

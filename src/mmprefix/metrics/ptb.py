@@ -111,9 +111,11 @@ def official_lines(lines: Sequence[str], timeout: float = TIMEOUT) -> list[str]:
             Path(folder),
             timeout,
         )
-    found = printed.split("\n")
-    # It prints a line feed behind the last line, unless that is empty.
-    found += [""] * (len(lines) - len(found))
+    found = printed.removesuffix("\n").split("\n")
+    # It prints no line feed behind the last line where that has no tokens; of several such lines some may be missing.
+    silent = next((n for n, line in enumerate(reversed(lines)) if any(map(str.isalnum, line))), len(lines))
+    if len(lines) - silent <= len(found) < len(lines):
+        found += [""] * (len(lines) - len(found))
     if len(found) > len(lines) and not any(found[len(lines) :]):
         del found[len(lines) :]
     if len(found) != len(lines):

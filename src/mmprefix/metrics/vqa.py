@@ -23,6 +23,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
+from typing import Literal
 
 from mmprefix.errors import InputError
 from mmprefix.metrics.contractions import CONTRACTIONS, VIZWIZ_CONTRACTIONS
@@ -66,6 +67,8 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], variant: str = "vqav2"
     # Summed in the order of the annotators: the official sum rounds in that order, too.
     return sum(min(1, (matches - own) / 3) for own in equal) / len(equal)
 
+
+VqaVariant = Literal["vqav2", "vqav2-2016", "textvqa", "vizwiz"]
 
 VARIANTS: Mapping[str, str] = MappingProxyType({
     "vqav2": "VQA v2, official code since 2021",

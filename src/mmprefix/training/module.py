@@ -27,7 +27,7 @@ import torch
 import torch.distributed
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -47,6 +47,8 @@ from mmprefix.evaluation.runner import DEFAULT_TASK, Evaluation, Prediction
 from mmprefix.evaluation.scores import Scored
 from mmprefix.loss import LossNormalization, label_weights
 from mmprefix.masks import PrefixVisibility
+from mmprefix.metrics.ptb import Tokenizer
+from mmprefix.metrics.rules import ScoringRules
 from mmprefix.modeling import MMPrefixForConditionalGeneration
 from mmprefix.packing import EvaluationBatch, PackedBatch, Reference, collate, map_tensors
 from mmprefix.probe import mask_free_refusal, probe
@@ -903,15 +905,17 @@ class MMPrefixModule(pl.LightningModule):
         problem = ""
         if self.trainer.is_global_zero:
             fitting = self.trainer.state.fn == TrainerFn.FITTING
-            tokenizer = getattr(self.trainer.datamodule, "caption_tokenizer", None)  # type: ignore[attr-defined]
+            tokenizer: Tokenizer = "python" if fitting else "auto"
+            rules_of = getattr(self.trainer.datamodule, "scoring_rules", None)  # type: ignore[attr-defined]
+            rules = rules_of(tokenizer) if rules_of else ScoringRules(caption_tokenizer=tokenizer)
             scores: dict[str, Scored] = {}
             try:
-                scores = runner.score_predictions(
-                    predictions, self._tasks(split), tokenizer=tokenizer or ("python" if fitting else "auto"),
-                    intervals=not fitting,
-                )  # fmt: skip
+                scores = runner.score_predictions(predictions, self._tasks(split), rules, intervals=not fitting)
             except InputError as error:
                 problem = str(error)
+            if fitting:  # other stages print a table that says it
+                for metric, why in (pair for scored in scores.values() for pair in scored.unavailable.items()):
+                    rank_zero_warn(f"{split}: {metric} is unavailable: {why}")
             self.evaluation = Evaluation(predictions, scores, problem, int(skipped))
             values = runner.logged(split, self.evaluation)
             shown = {f"val/{scored.metric}" for scored in scores.values()}
