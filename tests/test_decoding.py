@@ -13,6 +13,7 @@ from mmprefix.attention import MaskFree, only_mask_free
 from mmprefix.decoding import Prompt, SamplingArgs, answers, draw, uniform_numbers
 from mmprefix.errors import InputError
 from mmprefix.packing import pack_prompts
+from tests.architectures import ARCHITECTURES
 from tests.conftest import make_model
 from tests.test_prefix_lm import causal_lm
 
@@ -61,16 +62,13 @@ def model_and_prompts():
     return model, prompts_for(model)
 
 
-OTHERS = (
-    "gpt2", "gpt_neo", "bloom", "mpt", "opt", "mistral", "gemma2", "gemma3_text", "llama4_text", "gpt_oss", "cohere2",
-    "deepseek_v3", "falcon (ALiBi)",
-)  # fmt: skip
+MASKED = {
+    "gpt_neo", "gptj", "bloom", "mpt", "falcon", "codegen", "gemma2", "llama4_text", "gpt_oss", "falcon (ALiBi)",
+}  # fmt: skip
+"""Decoders that need a mask; of all others prompts are prefilled as one packed row."""
 
 
-MASK_FREE = {"gpt2", "opt", "mistral", "gemma3_text", "cohere2", "deepseek_v3"}
-
-
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_answers_of_other_decoders_match_those_of_each_prompt_alone(name):
     """With windows shorter than prompts, biases by distance, caches that the library would have made otherwise."""
     model, _ = make_model()
@@ -92,7 +90,7 @@ def test_answers_of_other_decoders_match_those_of_each_prompt_alone(name):
         if model.config.mask_free:
             with only_mask_free():
                 assert answers(model, prompts, rows=2, max_new_tokens=NEW, packed=True) == expected
-    assert model.config.mask_free == (name in MASK_FREE)
+    assert model.config.mask_free == (name not in MASKED)
     assert len({len(ids) for ids in expected}) > 1, "answers must end at different steps"
     assert decoding._fresh_cache(model) is not None
 
