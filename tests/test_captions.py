@@ -177,6 +177,29 @@ def test_identical_prediction_scores_highest(seed):
     assert score(made.predictions, references).corpus["CIDEr"] < 8, "other captions must not reach it"
 
 
+@quick
+@given(raw_corpora | corpora)
+def test_no_prediction_scores_higher_than_its_only_reference(pairs):
+    """Of each image and of the corpus: by every metric, whatever the text, other images' references included."""
+    predictions, references = by_id(pairs)
+    references = {name: texts[:1] for name, texts in references.items()}
+    best = score({name: texts[0] for name, texts in references.items()}, references)
+    for number in range(len(pairs)):
+        predictions |= {str(number): references[str((number + 1) % len(pairs))][0]} if number % 2 else {}
+    other = score(predictions, references)
+    for name in NAMES:  # BLEU of a reference without words is not quite 0
+        assert other.corpus[name] <= best.corpus[name] + 1e-6, name
+        for key, value in other.items[name].items():
+            assert value <= best.items[name][key] + 1e-6, name
+
+
+@quick
+@given(st.integers(1, 10_000), st.sampled_from(["dog", "🐶 ", "a, b", "naïve\u0301", "1,000"]))
+def test_any_number_of_any_words_has_a_score(number, word):
+    scores = score({"1": " ".join([word] * number), "2": "a cat"}, {"1": ["a dog runs", word], "2": ["a cat sits"]})
+    assert all(0 <= value <= HIGHEST[name] + 1e-9 for name, value in scores.corpus.items())
+
+
 def test_empty_prediction_scores_zero():
     made = make_corpus(5)
     scores = score({**made.predictions, "2": " .\n"}, made.references)
