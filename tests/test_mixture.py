@@ -237,7 +237,7 @@ def test_a_run_logs_and_reports_each_set(tmp_path, two_sets, capfd):
     columns = {name for row in table for name, value in row.items() if value}
     for name in ("colours", "numbers"):
         assert {f"train/{name}/loss", f"val/{name}/loss", f"val/{name}/exact_match"} <= columns
-    assert {"val/colours/exact_match/red", "val/exact_match", "val/loss"} <= columns
+    assert {"val/colours/exact_match.red", "val/exact_match", "val/loss"} <= columns
     last = [row for row in table if row["val/loss"]][-1]
     losses = [float(last[f"val/{name}/loss"]) for name in ("colours", "numbers")]
     assert min(losses) <= float(last["val/loss"]) <= max(losses)

@@ -67,8 +67,8 @@ def test_scores_match_those_of_the_metrics_and_are_logged_by_name():
     )
     assert logged("val", Evaluation(QUESTIONS, of_vqa)) == {
         "val/vqa_accuracy": expected.corpus["vqa_accuracy"],
-        "val/vqa_accuracy/other": pytest.approx((0.9 + 1) / 2),
-        "val/vqa_accuracy/yes/no": 0.0,
+        "val/vqa_accuracy.other": pytest.approx((0.9 + 1) / 2),
+        "val/vqa_accuracy.yes_no": 0.0,
     }
     of_captions = score_predictions(CAPTIONS, {"": "caption"}, PYTHON, intervals=False)
     scores = score_captions(
@@ -78,8 +78,8 @@ def test_scores_match_those_of_the_metrics_and_are_logged_by_name():
     assert scores.corpus["CIDEr"] > 0.1
     assert {name: values[f"test/{name}"] for name in scores.corpus} == scores.corpus
     of_images = scores.items["CIDEr"]
-    assert values["test/CIDEr/in"] == pytest.approx((of_images["3"] + of_images["7"]) / 2)
-    assert values["test/CIDEr/out"] == of_images["12"]
+    assert values["test/CIDEr.in"] == pytest.approx((of_images["3"] + of_images["7"]) / 2)
+    assert values["test/CIDEr.out"] == of_images["12"]
     assert "tokenizer=python, not official" in score_tables("test", Evaluation(CAPTIONS, of_captions))[0]
 
 
@@ -104,7 +104,18 @@ def test_sets_have_their_own_metrics_and_a_value_together_only_where_it_is_one()
     assert "val/vqa_accuracy" not in other_rules
     two_of_captions = values({"a": "caption", "b": "vqa", "c": "caption"})
     assert "val/CIDEr" not in two_of_captions
-    assert {"val/exact_match", "val/a/exact_match", "val/a/exact_match/other"} <= values({}).keys()
+    assert {"val/exact_match", "val/a/exact_match", "val/a/exact_match.other"} <= values({}).keys()
+
+
+def test_names_are_such_that_every_logger_takes_them():
+    """MLflow: letters, digits and few other characters, and no name that is another's folder."""
+    kinds = ["yes/no", "yes no", "yes?no", "größe", "1-6"]
+    asked = [question(n, "red", kind=kind) for n, kind in enumerate(kinds)]
+    names = logged("val", Evaluation(asked, score_predictions(asked, {"": "vqa"}, intervals=False)))
+    assert [*names] == [
+        "val/vqa_accuracy", "val/vqa_accuracy.1-6", "val/vqa_accuracy.gr__e", "val/vqa_accuracy.yes_no",
+        "val/vqa_accuracy.yes_no_", "val/vqa_accuracy.yes_no__",
+    ]  # fmt: skip
 
 
 def test_every_sample_counts_also_those_of_the_same_id():

@@ -100,7 +100,7 @@ def test_fit_leaves_everything_behind(fit):
     rows = metric_rows(folder)
     for name in (
         "train/loss", "train/grad_norm", "train/samples_per_second", "train/tokens_per_second", "train/padding_share",
-        "lr/vision", "lr/connector", "lr/decoder", "val/loss", "val/exact_match", "val/exact_match/colour",
+        "lr/vision", "lr/connector", "lr/decoder", "val/loss", "val/exact_match", "val/exact_match.colour",
     ):  # fmt: skip
         assert any(row[name] for row in rows), name
     steps = [row for row in rows if row["train/loss"]]

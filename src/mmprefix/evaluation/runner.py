@@ -144,9 +144,10 @@ def item_names(members: Sequence[Prediction]) -> list[str]:
 def logged(split: str, evaluation: Evaluation) -> dict[str, float]:
     """Scores by the names under which they are logged.
 
-    ``SPLIT/METRIC`` and ``SPLIT/METRIC/KIND``, in a mixture with the set in between: ``SPLIT/SET/METRIC``. A mixture has
+    ``SPLIT/METRIC`` and ``SPLIT/METRIC.KIND``, in a mixture with the set in between: ``SPLIT/SET/METRIC``. A mixture has
     ``SPLIT/METRIC`` as well where that is a number: as the mean over the samples of all sets of a task, or of its only set
-    with captions, since CIDEr of two sets together is neither's.
+    with captions, since CIDEr of two sets together is neither's. In the names of kinds, whatever isn't a letter, a digit,
+    ``_``, ``-`` or ``.`` is a ``_``.
     """
     values: dict[str, float] = {}
     of_sets = by_set(evaluation.predictions)
@@ -157,7 +158,13 @@ def logged(split: str, evaluation: Evaluation) -> dict[str, float]:
         of_kind: dict[str, list[float]] = {}
         for item, (reference, _) in zip(item_names(of_sets[name]), of_sets[name], strict=True):
             of_kind.setdefault(reference.kind, []).append(scored.items[item][scored.metric])
-        values |= {f"{front}/{scored.metric}/{kind}": sum(of) / len(of) for kind, of in sorted(of_kind.items())}
+        for kind, of in sorted(of_kind.items()):
+            # Not behind a slash: MLflow keeps a metric in a file, whose name another's folder must not have. Nor does
+            # it take most other characters, and ends the run over one.
+            title = f"{front}/{scored.metric}.{re.sub(r'[^a-zA-Z0-9_.-]', '_', kind)}"
+            while title in values:  # kinds that differ in those only
+                title += "_"
+            values[title] = sum(of) / len(of)
         of_metric.setdefault(scored.metric, []).append(scored)
     for metric, parts in of_metric.items():
         if len(parts) == 1:
