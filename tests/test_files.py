@@ -36,6 +36,16 @@ def test_folder_is_replaced_as_a_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_file_does_not_take_a_folders_place(tmp_path):
+    folder = tmp_path / "report.html"
+    folder.mkdir()
+    (folder / "mine").write_text("kept")
+    with pytest.raises(IsADirectoryError, match="expected a file or nothing, found a folder"), replacing(folder) as new:
+        new.write_text("page")
+    assert (folder / "mine").read_text() == "kept"
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
 def test_set_aside_takes_the_next_free_number(tmp_path):
     folder = tmp_path / "run"
     assert set_aside(folder) is None

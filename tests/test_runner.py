@@ -220,6 +220,18 @@ def test_result_files_are_those_that_servers_take(tmp_path):
     assert not (tmp_path / "p.coco.json").exists(), "no file of an earlier run stays"
 
 
+def test_cocos_own_loader_takes_the_captions(tmp_path):
+    coco = pytest.importorskip("pycocotools.coco", reason="pycocotools comes with the extra `captions`")
+    images = [{"id": int(r.id)} for r, _ in CAPTIONS]
+    annotations = [{"id": n, "image_id": int(r.id), "caption": r.references[0]} for n, (r, _) in enumerate(CAPTIONS)]
+    (tmp_path / "annotations.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    write_results(tmp_path, "p", CAPTIONS, {"": "caption"})
+    results = coco.COCO(str(tmp_path / "annotations.json")).loadRes(str(tmp_path / "p.coco.json"))
+    assert {one["image_id"]: one["caption"] for one in results.anns.values()} == {
+        int(r.id): said for r, said in CAPTIONS
+    }
+
+
 def test_metric_settings():
     data = ShardDataModule(metric="vqa", val={"a": "x", "b": {"shards": "y", "metric": "caption"}}, test="z")
     assert data.tasks("val") == {"a": "vqa", "b": "caption"}

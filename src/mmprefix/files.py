@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Works for files and for folders. On an error (a full disk, Ctrl-C) the temporary is removed and what stood at
     ``path`` is untouched. Behind a symbolic link, what it points to is replaced. What is neither a file nor a
     folder (a pipe, a device) is written to as it is.
+
+    Raises:
+        IsADirectoryError: a file was written, and a folder stands at ``path``.
     """
     final = Path(path).resolve()
     if final.exists() and not final.is_file() and not final.is_dir():
@@ -25,6 +29,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = final.with_name(f".{final.name}.{os.getpid()}.part")
     try:
         yield temporary
+        if final.is_dir() and not temporary.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "expected a file or nothing, found a folder", str(final))
         if final.is_dir():  # a folder cannot be renamed onto a folder that holds something
             old = final.with_name(f".{final.name}.{os.getpid()}.old")
             os.rename(final, old)
