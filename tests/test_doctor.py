@@ -166,7 +166,7 @@ def test_two_healthy_ranks(results):
     names = [line[6:20].strip() for line in lines[:-1]]
     assert names == ["versions", "devices", "shared memory", "open files", "shards", "checkpoints", "process group",
                      "clock", "all-reduce", "all-gather"]  # fmt: skip
-    assert "1 shards, 5 records; " in first["out"]
+    assert "1 shard, 5 records; " in first["out"]
     assert lines[-1] == "2 processes on 2 hosts (node0, node1): 10 ok, 0 warn, 0 FAIL"
 
 
@@ -250,7 +250,7 @@ def test_pipes_are_not_run(tmp_path, capsys):
     assert doctor_command(["--data", f"{{pipe:touch '{marker}',{tmp_path}/a.tar}}"], settings_of) == 0
     out = capsys.readouterr().out
     assert "warn  shards          1 commands (pipe:) are not run here" in out
-    assert "ok    shards          1 shards, 1 records" in out
+    assert "ok    shards          1 shard, 1 records" in out
     assert not marker.exists()
 
 

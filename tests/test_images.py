@@ -193,7 +193,7 @@ def mixed_shard(tmp_path, photos):
 def test_records_hold_several_images_or_none(mixed_shard, model_and_processor):
     _, processor = model_and_processor
     shards = ShardCollection(mixed_shard, "data.train")
-    assert shards.describe() == "1 shards, 3 records, 12 images, 3 samples"
+    assert shards.describe() == "1 shard, 3 records, 12 images, 3 samples"
     assert [shards.num_images(n) for n in range(3)] == [1, 11, 0]
     assert [shards.key(n) for n in range(3)] == ["a", "b", "c"]
     reds = [Image.open(io.BytesIO(shards.image_bytes(1, n))).getpixel((0, 0))[0] for n in range(11)]

@@ -9,7 +9,8 @@ import yaml
 from PIL import Image
 
 from mmprefix.cli import run
-from mmprefix.data.shards import write_shard
+from mmprefix.data.shards import ShardCollection, write_shard
+from mmprefix.errors import InputError
 from mmprefix.prepare import run as prepare
 from tests.conftest import png
 
@@ -80,8 +81,8 @@ def test_a_good_set_is_shown_as_the_model_sees_it(inspect, tmp_path, photos):
     write_shard(tmp_path / "set" / "val-000.tar", [record(2, png(photos[2]), sample("</script><script>alert(1)"[:20]))])
     status, text, page = inspect()
     assert status == 0, text
-    assert "train: 1 shards, 2 images, 3 samples" in text
-    assert "val: 1 shards, 1 images, 1 samples" in text
+    assert "train: 1 shard, 2 images, 3 samples" in text
+    assert "val: 1 shard, 1 images, 1 samples" in text
     assert "width: min 640, median 640, p90 640, p99 640, max 640" in text
     assert "kinds: a 1, b 1, all 1" in text
     assert "script" not in page.tags
@@ -123,6 +124,65 @@ def test_what_is_unusable_is_named_and_the_status_is_1(inspect, tmp_path, photos
     status, text, _ = inspect("--splits", "val")
     assert status == 0
     assert "train" not in text
+
+
+def test_all_faults_of_a_shard_are_named_and_its_good_records_counted(inspect, tmp_path, photos):
+    good = record(0, png(photos[0]), sample("t"))
+    bad = [("b1", png(photos[0]), b"{oops"), ("b2", png(photos[0]), b'{"target": "t"}'), ("b3", png(photos[0]), b"[]")]
+    write_shard(tmp_path / "set" / "train-000000.tar", [bad[0], good, *bad[1:], record(9, png(photos[1]), sample("u"))])
+    status, text, _ = inspect()
+    assert status == 1
+    assert "train: 1 shard, 2 images, 2 samples" in text
+    for name, what in (("b1", "expected JSON"), ("b2", "`instruction`"), ("b3", "at least one sample")):
+        (line,) = [line for line in text.splitlines() if f"train-000000.tar: {name}" in line]
+        assert what in line
+        assert "uncompressed tar" not in line
+    write_shard(tmp_path / "set" / "train-000000.tar", bad)
+    status, text, _ = inspect()
+    assert (status, text.count("unusable: ")) == (1, 3)
+    assert "train: no usable shard" in text
+
+
+def test_what_is_worth_knowing_is_named(inspect, tmp_path, photos):
+    """Samples that `fit` refuses, pictures that come again, and a terminal that data must not steer."""
+    same = png(photos[0])
+    write_shard(tmp_path / "set" / "train-000000.tar", [
+        record(0, same, {"instruction": "q", "kind": "\x1b[2Jk"}), record(1, same, sample("x" * 31)),
+        record(2, same, sample("日本 é", kind="other")),
+    ])  # fmt: skip
+    status, text, page = inspect(with_config=False)
+    assert status == 0
+    assert "remark: samples without a target, which only `predict` takes: 1" in text
+    assert "remark: images in more than one record: 1 (train-000000.tar: 0001, train-000000.tar: 0002)" in text
+    assert "\x1b" not in text
+    assert "?[2Jk 1" in text
+    assert f"{'x' * 29}…" in text
+    assert {"日", "本", "é"} <= set(page.texts["target"]), "characters, not the bytes of which they are made"
+
+
+def test_a_split_that_is_gone_and_shards_of_nobody(inspect, tmp_path, photos):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for n in range(3):
+        photos[n].save(folder / f"{n}.png")
+        (folder / f"{n}.txt").write_text("t")
+    for split in ("train", "val"):
+        command = ["folder", "--images", str(folder), "--split", split, "--shard-size", "1"]
+        assert prepare([*command, "--out", str(tmp_path / "set")]) == 0
+    for path in (tmp_path / "set").glob("val-*.tar"):
+        path.unlink()
+    (tmp_path / "set" / "train-000001.tar").rename(tmp_path / "set" / "train-000007.tar")
+    status, text, _ = inspect()
+    assert status == 1
+    assert text.count("as index.json says, found none") == 4
+    assert "remark: shards that index.json doesn't list: train-000007.tar" in text
+    with pytest.raises(InputError, match=r"data\.train: expected 1 more shard.*none at .*train-000001\.tar"):
+        ShardCollection(str(tmp_path / "set" / "train-*.tar"), "data.train")
+    part = ShardCollection(str(tmp_path / "set" / "train-00000{0,2}.tar"), "data.train")
+    assert len(part) == 2, "asked for by name"
+    with pytest.raises(InputError, match=r"data\.val: expected 4 more shard"):
+        ShardCollection(str(tmp_path / "set"), "data.val")
+    assert run(["inspect", str(tmp_path / "set"), "--out", str(folder / "0.png")]) == 2
 
 
 def test_cut_texts_are_shown_and_no_problem_where_cutting_is_allowed(inspect, tmp_path, photos):

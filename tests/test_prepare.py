@@ -17,10 +17,10 @@ import webdataset
 from PIL import Image
 
 from mmprefix.data.index import read_index
-from mmprefix.data.shards import ShardCollection
+from mmprefix.data.shards import ShardCollection, write_shard
 from mmprefix.data.sources import READERS, SourceOptions, staged_records
 from mmprefix.data.staging import Staging
-from mmprefix.data.writing import Job, _header, write_chunk
+from mmprefix.data.writing import Job, _header, alone_in, write_chunk
 from mmprefix.errors import InputError
 from mmprefix.prepare import run
 
@@ -88,7 +88,7 @@ def test_coco_captions_become_targets_of_one_sample_and_bytes_are_copied(tmp_pat
         (f"{NAMES[0]}: 42", "empty target"), ("gone.jpg", "no file"),
     }  # fmt: skip
     printed = capsys.readouterr().out
-    assert "1 shards: 2 images, 2 samples, 3 targets" in printed
+    assert "1 shard: 2 images, 2 samples, 3 targets" in printed
     assert "refused: 5 (" in printed
     assert "each named in" in printed
 
@@ -463,10 +463,147 @@ def test_bad_rows_are_named_and_a_set_of_nothing_else_fails(tmp_path, images, ca
         "--out",
         str(tmp_path / "out"),
     ]
-    assert run(arguments) == 1
-    assert "nothing could be used" in capsys.readouterr().err
-    assert [r["reason"] for r in refused(tmp_path, "train")].count("bad line") == 2
-    assert len(refused(tmp_path, "train")) >= 6
+    assert run(arguments) == 2
+    assert capsys.readouterr().err.endswith("expected samples, nothing of what was read could be used\n")
+    assert [(r["what"], r["reason"]) for r in refused(tmp_path, "train")] == [
+        ("rows.jsonl:1", "bad line"), ("rows.jsonl:2", "bad line"), ("rows.jsonl:3", "no image"),
+        ("rows.jsonl:4", "bad entry"), ("rows.jsonl:5", "bad entry"), ("rows.jsonl:6", "no target"),
+    ]  # fmt: skip
+    path.write_text(json.dumps({"image": NAMES[0], "target": "t"}) + "\n")
+    assert run(arguments) == 0, "what came to nothing doesn't stand in the way of the next attempt"
+
+
+def test_a_bad_row_costs_no_good_one_and_each_is_counted(tmp_path, images):
+    """Rows of the same image and instruction, which make up one sample."""
+    image = {"image": NAMES[0], "instruction": "q"}
+    targets = ["good", None, "", " ", "\ud800", ["fine", " "]]
+    rows = table(tmp_path, [{**image, "target": target} for target in targets])
+    (sample,) = samples_of(prepared(tmp_path, "jsonl", "--annotations", rows))
+    assert sample.targets == ("good", "fine")
+    assert sorted((r["what"], r["reason"]) for r in refused(tmp_path)) == [
+        (f"{NAMES[0]}: 0", "empty target"), ("rows.jsonl:2", "no target"), ("rows.jsonl:3", "no target"),
+        ("rows.jsonl:4", "no target"), ("rows.jsonl:5", "bad entry"),
+    ]  # fmt: skip
+    captions = write(tmp_path / "c.json", {"images": [{"id": 1, "file_name": NAMES[0]}], "annotations": [
+        {"id": 1, "image_id": 1, "caption": "\ud800"}, {"id": 2, "image_id": 1, "caption": "good"},
+        {"id": 3, "image_id": 1, "caption": 17},
+    ]})  # fmt: skip
+    (sample,) = samples_of(prepared(tmp_path, "coco", "--annotations", captions, split="c"))
+    assert sample.targets == ("good",)
+    by_reason = {r["reason"]: r["detail"] for r in refused(tmp_path, "c")}
+    assert by_reason == {
+        "bad target": "half of a surrogate pair in '\\ud800'",
+        "bad entry": "expected `image_id` and a text `caption`, got int '1' and int '17'",
+    }
+
+
+def test_an_id_names_one_thing(tmp_path, images):
+    """An image of two files is neither; a sample's id that comes again is refused, whatever its image."""
+    captions = write(tmp_path / "c.json", {
+        "images": [{"id": 1, "file_name": NAMES[0]}, {"id": 2, "file_name": NAMES[1]}, {"id": 1, "file_name": NAMES[2]}],
+        "annotations": [{"id": n, "image_id": n, "caption": f"caption {n}"} for n in (1, 2)],
+    })  # fmt: skip
+    (sample,) = samples_of(prepared(tmp_path, "coco", "--annotations", captions, split="c"))
+    assert sample.targets == ("caption 2",)
+    assert [(r["what"], r["reason"]) for r in refused(tmp_path, "c")] == [
+        (NAMES[0], "id of another image, too"), ("image 1", "unknown image"),
+    ]  # fmt: skip
+    rows = [
+        {"image": NAMES[0], "id": "a", "target": "1"}, {"image": NAMES[1], "id": "a", "target": "2"},
+        {"image": NAMES[0], "id": "a", "target": "3"}, {"image": NAMES[0], "id": "a", "instruction": "other", "target": "4"},
+        {"image": [], "id": "a", "target": "5"},
+    ]  # fmt: skip
+    (sample,) = samples_of(prepared(tmp_path, "jsonl", "--annotations", table(tmp_path, rows)))
+    assert (sample.id, sample.targets) == ("a", ("1", "3"))
+    assert [r["reason"] for r in refused(tmp_path)] == ["id twice"] * 3
+    twice = {"question_id": 7, "image_id": 42, "question": "Is it?"}
+    questions = write(tmp_path / "q.json", {"data_subtype": "val2014", "questions": [twice, twice]})
+    answers = write(tmp_path / "a.json", {"annotations": [
+        {"question_id": 7, "image_id": 42, "multiple_choice_answer": "yes", "answers": [{"answer": "yes"}] * 10},
+    ]})  # fmt: skip
+    (sample,) = samples_of(prepared(tmp_path, "vqa", "--questions", questions, "--annotations", answers, split="q"))
+    assert (sample.targets, len(sample.answers)) == (("yes",), 10)
+    assert [(r["what"], r["reason"]) for r in refused(tmp_path, "q")] == [("question 7", "id twice")]
+
+
+def test_folder_names_texts_without_a_picture_and_pictures_that_share_one(tmp_path):
+    folder = tmp_path / "images"
+    for name, colour in (("a.png", 1), ("a.jpg", 2), ("b.png", 3)):
+        picture(folder / name, colour)
+    for name in ("a", "b", "orphan"):
+        (folder / f"{name}.txt").write_text(f"text of {name}")
+    samples = samples_of(prepared(tmp_path, "folder"))
+    assert [(s.id, s.targets) for s in samples] == [
+        ("a.jpg", ("text of a",)), ("a.png", ("text of a",)), ("b", ("text of b",)),
+    ]  # fmt: skip
+    assert [(r["what"], r["reason"]) for r in refused(tmp_path)] == [("orphan.txt", "no picture")]
+
+
+def test_shards_of_others_are_not_touched(tmp_path, images, capsys):
+    rows = table(tmp_path, [{"image": NAMES[0], "target": "t"}])
+    out = tmp_path / "out"
+    write_shard(out / "val-000000.tar", [("k", b"i", b"{}")])
+    before = (out / "val-000000.tar").read_bytes()
+    command = [
+        "jsonl",
+        "--annotations",
+        rows,
+        "--images",
+        str(tmp_path / "images"),
+        "--out",
+        str(out),
+        "--split",
+        "val",
+    ]
+    assert run(command) == 2
+    assert (
+        "holds shards of a split 'val' that no index describes (val-000000.tar); give --overwrite"
+        in capsys.readouterr().err
+    )
+    assert (out / "val-000000.tar").read_bytes() == before
+    assert run([*command, "--overwrite"]) == 0
+    assert run([*command, "--shard-size", "3"]) == 2
+    assert "shard_size: 1000, now 3" in capsys.readouterr().err
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": NAMES[0], "target": "u"}) + "\n")
+    assert run(command) == 2
+    assert "made otherwise (files: rows.jsonl); give" in capsys.readouterr().err
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "missing.png", "target": "u"}) + "\n")
+    assert run([*command, "--overwrite"]) == 2
+    assert not list(out.glob("*.tar"))
+    assert not (out / "index.json").exists(), "which would speak of shards that are gone"
+    assert run(["digits", "--out", str(out), "--split", "val"]) == 2
+    assert "--split: expected none with digits" in capsys.readouterr().err
+    write_shard(out / "val-000000.tar", [("k", b"i", b"{}")])
+    assert run(["digits", "--out", str(out)]) == 2
+    assert "expected a folder for the digits alone" in capsys.readouterr().err
+
+
+def test_two_at_work_in_one_folder(tmp_path, images, capsys):
+    rows = table(tmp_path, [{"image": NAMES[0], "target": "t"}])
+    out = tmp_path / "out"
+    command = ["jsonl", "--annotations", rows, "--images", str(tmp_path / "images"), "--out", str(out)]
+    with alone_in(out):
+        assert run(command) == 2
+    assert capsys.readouterr().err == f"error: --out: another prepare is at work in {out}\n"
+    assert run(command) == 0
+
+
+def test_captions_have_no_question(tmp_path, images, capsys):
+    rows = table(tmp_path, [{"image": NAMES[0], "target": "t"}])
+    command = ["jsonl", "--annotations", rows, "--images", str(tmp_path / "images"), "--out", str(tmp_path / "out")]
+    assert run([*command, "--instruction", "say {question}"]) == 2
+    assert "--instruction: expected text without {question}" in capsys.readouterr().err
+
+
+def test_a_worker_that_dies_is_no_bad_input(tmp_path, images, capsys, monkeypatch):
+    def dies(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("mmprefix.data.writing._image_of", dies)
+    rows = table(tmp_path, [{"image": NAMES[0], "target": "t"}])
+    command = ["jsonl", "--annotations", rows, "--images", str(tmp_path / "images"), "--out", str(tmp_path / "out")]
+    assert run(command) == 1
+    assert "a worker process died" in capsys.readouterr().err
 
 
 # Running it

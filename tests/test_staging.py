@@ -52,4 +52,5 @@ def test_a_question_that_is_listed_twice_is_one_however_few_samples_wait(tmp_pat
             staging.add("a.png", {"id": "1", "instruction": "q?"})
         ((_, _, samples),) = staging
         (sample,) = SourceRecord(("a.png",), "a.png", samples).read_samples()
-    assert sample == {"id": "1", "instruction": "q?", "targets": ["yes", "yes"], "kind": "k"}
+        assert [(r.what, r.reason) for r in staging.refused()] == [("question 1", "id twice")]
+    assert sample == {"id": "1", "instruction": "q?", "targets": ["yes"], "kind": "k"}, "twice the weight for nothing"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
-from mmprefix.errors import InputError
+from mmprefix.errors import InputError, printable
 
 
 def available_cores() -> int:
@@ -56,7 +56,7 @@ def exit_status(command: Callable[[list[str]], int], arguments: list[str]) -> in
     try:
         return command(arguments)
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         raise

@@ -27,12 +27,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from PIL import Image
 
 from mmprefix import __version__, adapters, caching
 from mmprefix.commands import COMMANDS, estimate_command, scaling_command
 from mmprefix.data.datamodule import ShardDataModule
 from mmprefix.doctor import doctor_command
-from mmprefix.errors import InputError, SaidElsewhereError, UnreadableError, out_of_memory
+from mmprefix.errors import InputError, SaidElsewhereError, UnreadableError, out_of_memory, printable
 from mmprefix.evaluation.report import PredictionReport
 from mmprefix.files import replacing, set_aside
 from mmprefix.inspection import inspect_command
@@ -332,10 +333,14 @@ def _quieten() -> None:
         r"You're resuming from a checkpoint that ended before the epoch ended",  # the sampler knows where it was
         r"Found \d+ module\(s\) in eval mode at the start of training",  # frozen parts, on purpose
         r"Precision bf16-mixed is not supported by the model summary",
+        r"The `srun` command is available on your system but is not used",
         r"LightningCLI's args parameter is intended to run from within Python",
     ):
         warnings.filterwarnings("ignore", message)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|lightning|timm")
+    warnings.filterwarnings(
+        "ignore", category=Image.DecompressionBombWarning
+    )  # there is a limit of our own, which names it
     advice = ("💡 Tip", "Loading `train_dataloader`", "GPU available: False", "TPU available: False", "Seed set to")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(advice))
@@ -364,7 +369,7 @@ def run(arguments: list[str]) -> int:
         _build(MMPrefixCLI, arguments)
     except (InputError, MisconfigurationException) as error:
         if str(error):  # else another process says it
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except BrokenPipeError:  # `__main__` knows whose pipe it was
         raise
@@ -400,7 +405,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _stopped(how: str, status: int, command: str) -> int:
-    further = "go on with --ckpt_path last, if a first epoch was completed"
+    further = "go on with --ckpt_path last, if a checkpoint was written"
     if command in ("validate", "test", "predict"):
         further = "with --ckpt_path, the same command goes on from the answers that it has kept"
     print(f"{how}; {further}", file=sys.stderr)

@@ -546,7 +546,8 @@ def judge_shards(facts: Sequence[Fact], ranks: Ranks) -> list[Finding]:
         seconds = [fact["seconds"] for fact in facts]
         slowest = seconds.index(max(seconds))
         read, size = facts[slowest]["read"], facts[slowest]["bytes"] / MIB
-        text = f"{first['shards']} shards, {first['records']} records; {read / max(seconds):.0f} records/s"
+        number = first["shards"]
+        text = f"{number} shard{'' if number == 1 else 's'}, {first['records']} records; {read / max(seconds):.0f} records/s"
         text += f" ({size / max(seconds):.0f} MiB/s of images)"
         if len(facts) > 1:
             text += f" on the slowest, {ranks.name_of([slowest])}; {read / min(seconds):.0f} on the fastest"

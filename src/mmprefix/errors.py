@@ -21,6 +21,11 @@ class UnreadableError(OSError):
     """What stayed unreadable after all attempts; the message names it, in one line."""
 
 
+def printable(text: str) -> str:
+    """Text from data as a terminal may have it: what would steer it, or can't be shown, is a ``?``."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 _ON_CPU = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
 _ON_DEVICE = re.compile(
     r"(\w+) out of memory\. Tried to allocate ([\d.]+ \w+)(?:\. GPU (\d+) has .*?of which ([\d.]+ \w+) is free)?",

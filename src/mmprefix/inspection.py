@@ -34,7 +34,7 @@ from mmprefix.data.loading import TextLimits
 from mmprefix.data.samples import Sample
 from mmprefix.data.shards import ShardCollection, expand_shards
 from mmprefix.data.writing import quantiles
-from mmprefix.errors import InputError
+from mmprefix.errors import InputError, printable
 from mmprefix.evaluation.pictures import side_by_side, to_image
 from mmprefix.files import replacing
 from mmprefix.instructions import IMAGE_MARK
@@ -44,6 +44,10 @@ from mmprefix.vision import ConnectorArgs, VisionArgs, build_connector, resolve_
 
 _SHOWN = 12
 _BINS = 24
+_BYTES = 4
+"""Of a character in UTF-8, at most: tokens that may be one together."""
+_NAMED = 3
+"""Examples in a remark."""
 _LISTED = 200
 """Problems of a split that the page lists; all are counted."""
 
@@ -60,6 +64,7 @@ class Finding:
     ids: list[str] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
+    without_target: int = 0
     instruction_tokens: list[int] = field(default_factory=list)
     target_tokens: list[int] = field(default_factory=list)
     unknown_tokens: int = 0
@@ -107,6 +112,7 @@ class _Records(Dataset[Finding]):
         found.ids.append(sample.id)
         found.kinds.append(sample.kind)
         found.answers += sample.targets
+        found.without_target += not sample.targets
         for what, texts, lengths, limit in (
             ("instruction", (sample.instruction,), found.instruction_tokens, self.limits.max_instruction_tokens),
             ("target", sample.targets, found.target_tokens, self.limits.max_target_tokens),
@@ -130,6 +136,7 @@ class Split:
     """A split and everything found out about it.
 
     Attributes:
+        repeated: some records whose image stood in an earlier one.
         problems: what can't be used, with shard and key.
         remarks: what can be used, but is worth knowing.
     """
@@ -147,6 +154,8 @@ class Split:
     tokens_used: set[int] = field(default_factory=set)
     unknown_tokens: int = 0
     cut: int = 0
+    without_target: int = 0
+    repeated: list[str] = field(default_factory=list)
     num_problems: int = 0
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
@@ -161,6 +170,8 @@ class Split:
         """Takes in a record."""
         self.num_samples += len(found.ids)
         self.sizes.update(found.sizes)
+        if len(self.repeated) < _NAMED and any(digest in self.digests for digest in found.digests):
+            self.repeated.append(f"{found.shard}: {found.key}")
         self.digests.update(found.digests)
         self.ids.update(found.ids)
         self.kinds.update(found.kinds)
@@ -170,6 +181,7 @@ class Split:
         self.tokens_used |= found.tokens_used
         self.unknown_tokens += found.unknown_tokens
         self.cut += found.cut
+        self.without_target += found.without_target
         for text in found.problems:
             self.problem(f"{found.shard}: {found.key}: {text}")
 
@@ -202,6 +214,8 @@ def parse(arguments: list[str]) -> tuple[Namespace, list[str]]:
         raise InputError(f"inspect: expected --config with settings of fit, got {others[0]} alone")
     if not options.folder.is_dir():
         raise InputError(f"inspect: expected a folder of shards, found none at {options.folder}")
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        raise InputError(f"--out: expected a folder, got the file {options.out}")
     return options, others
 
 
@@ -224,7 +238,7 @@ def inspect(options: Namespace, settings: Mapping[str, Any] | None) -> int:
     splits = [_look_at(name, found[name], processor, limits, options) for name in names]
     _compare(splits)
     for split in splits:
-        print("\n".join(_lines(split, processor)))
+        print("\n".join(map(printable, _lines(split, processor))))
     folder = options.out or options.folder
     with replacing(folder / "inspect.png") as temporary:
         picture = draw_distributions(splits, settings is not None)
@@ -268,11 +282,15 @@ def _processor(settings: Mapping[str, Any] | None) -> tuple[MMPrefixProcessor, T
 def _splits_of(folder: Path) -> dict[str, list[str]]:
     """Shards by split: by the index, else by the name in front of the number."""
     splits: dict[str, list[str]] = {}
-    of_shard = {shard["name"]: name for name, entry in read_index(folder).items() for shard in entry["shards"]}
+    index = read_index(folder)
+    of_shard = {shard["name"]: name for name, entry in index.items() for shard in entry["shards"]}
     for path in expand_shards(str(folder), "inspect"):
         name = os.path.basename(path)
         in_front = name.removesuffix(".tar").rstrip("0123456789").rstrip("-_.")
         splits.setdefault(of_shard.get(name) or in_front or "all", []).append(path)
+    for name, entry in index.items():
+        if entry["shards"]:  # all of which may be missing
+            splits.setdefault(name, [])
     return splits
 
 
@@ -282,17 +300,20 @@ def _look_at(
     split = Split(name)
     usable = []
     for path in paths:  # one by one: each broken shard is named
+        problems: list[str] = []
         try:
-            ShardCollection(path, name, needs_target=False)
-            usable.append(path)
+            if len(ShardCollection(path, name, needs_target=False, problems=problems)):
+                usable.append(path)
         except (InputError, OSError) as error:
-            split.problem(str(error))
+            problems.append(str(error))
+        for problem in problems:
+            split.problem(problem)
     if options.checksums:
         _check_sums(options.folder, split)
-    _check_complete(options.folder, split)
+    _check_complete(options.folder, paths, split)
     if not usable:
         return split
-    split.shards = shards = ShardCollection(usable, name, needs_target=False)
+    split.shards = shards = ShardCollection(usable, name, needs_target=False, problems=[])
     loader: DataLoader[Finding] = DataLoader(
         _Records(shards, processor, limits), batch_size=16, collate_fn=list, num_workers=options.num_workers
     )
@@ -304,12 +325,14 @@ def _look_at(
             bar.update(len(batch))
     repeated = sum(n > 1 for n in split.digests.values())
     if repeated:
-        split.remarks.append(f"images in more than one record: {repeated:,}")
+        split.remarks.append(f"images in more than one record: {repeated:,} ({_and_more(split.repeated, repeated)})")
     for id_, n in split.ids.items():
         if n > 1:
             split.problem(f"sample id {id_!r} comes {n} times: ids name predictions")
     if split.cut:
         split.remarks.append(f"texts cut at their limit: {split.cut:,}")
+    if split.without_target:
+        split.remarks.append(f"samples without a target, which only `predict` takes: {split.without_target:,}")
     if split.unknown_tokens:
         split.remarks.append(f"tokens unknown to the tokenizer: {split.unknown_tokens:,} of {split.num_tokens:,}")
     return split
@@ -325,10 +348,20 @@ def _check_sums(folder: Path, split: Split) -> None:
                 split.problem(f"{path}: expected SHA-256 {shard.get('sha256')}, got {digest}")
 
 
-def _check_complete(folder: Path, split: Split) -> None:
-    for shard in (read_index(folder).get(split.name) or {"shards": []})["shards"]:
-        if not (folder / shard["name"]).is_file():
-            split.problem(f"{folder / shard['name']}: expected a shard, as index.json says, found none")
+def _and_more(names: Sequence[str], number: int) -> str:
+    """Some of them, of so many."""
+    shown = ", ".join(names[:_NAMED])
+    return f"{shown} and {number - _NAMED:,} more" if number > _NAMED else shown
+
+
+def _check_complete(folder: Path, paths: Sequence[str], split: Split) -> None:
+    known = [shard["name"] for shard in (read_index(folder).get(split.name) or {"shards": []})["shards"]]
+    strangers = [name for name in map(os.path.basename, paths) if known and name not in known]
+    if strangers:
+        split.remarks.append(f"shards that index.json doesn't list: {_and_more(strangers, len(strangers))}")
+    for name in known:
+        if not (folder / name).is_file():
+            split.problem(f"{folder / name}: expected a shard, as index.json says, found none")
 
 
 def _compare(splits: Sequence[Split]) -> None:
@@ -352,7 +385,7 @@ def _lines(split: Split, processor: MMPrefixProcessor) -> list[str]:
         if counts:
             lines.append(f"  {what}: " + ", ".join(f"{name} {value}" for name, value in quantiles(counts).items()))
     if split.answers:
-        shown = [f"{text[:30]!r} {n:,}" for text, n in split.answers.most_common(_SHOWN)]
+        shown = [f"{_shortened(text, 30)!r} {n:,}" for text, n in split.answers.most_common(_SHOWN)]
         lines.append(f"  {len(split.answers):,} different targets: {', '.join(shown)}")
         text_vocabulary = len(processor.tokenizer)
         lines.append(f"  {len(split.tokens_used):,} of the tokenizer's {text_vocabulary:,} tokens are used")
@@ -405,7 +438,9 @@ def _draw_histogram(picture: Image.Image, corner: tuple[int, int], title: str, c
     for share in (0.5, 1.0):
         y = bottom - share * (bottom - top)
         draw.line((left, y, right, y), _GRID)
-        draw.text((left - 6, y), f"{share * most:,.0f}", _INK, font, anchor="rm")
+        draw.text((left - 6, y), f"{share * most:,g}", _INK, font, anchor="rm")
+    if len(bins) == 1:  # all are equal: a bar in the middle
+        bins = [0] * 5 + bins + [0] * 5
     width = (right - left) / len(bins)
     for n, height in enumerate(bins):
         box = (left + n * width, bottom - height / most * (bottom - top), left + (n + 1) * width - 1, bottom)
@@ -426,10 +461,13 @@ def _embedded(image: Image.Image) -> str:
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1c1c1c; }
 h2 { margin-top: 2.5rem; } img.wide { max-width: 100%; border: 1px solid #ddd; }
-table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
+table { border-collapse: collapse; }
+td { overflow-wrap: anywhere; }
+td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
 .bad { color: #a11212; } .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
 article { border: 1px solid #ccc; border-radius: 6px; padding: .8rem; overflow: hidden; }
 article img { max-width: 100%; image-rendering: auto; display: block; margin-bottom: .5rem; }
+.tokens { max-height: 14rem; overflow-y: auto; }
 .tokens span { white-space: pre-wrap; overflow-wrap: anywhere; border-radius: 3px; padding: 1px 0; margin-right: 1px; }
 .image { background: #e4d8f2; } .frame { background: #e3e3e3; } .instruction { background: #cfe2f8; }
 .target { background: #cdeccf; } .cut { background: #f6cccc; text-decoration: line-through; }
@@ -452,10 +490,10 @@ def _page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title><style>{_STYLE}</style></head><body><main><h1>{title}</h1>",
         _table(
-            ("split", "shards", "images", "samples", "targets", "kinds", "unusable"),
+            ("split", "shards", "records", "images", "samples", "targets", "kinds", "unusable"),
             [
-                (split.name, len(split.shards.paths) if split.shards else 0, len(split.shards) if split.shards else 0,
-                 split.num_samples, sum(split.answers.values()), len(split.kinds), split.num_problems)
+                (split.name, *_sizes(split), split.num_samples, sum(split.answers.values()), len(split.kinds),
+                 split.num_problems)
                 for split in splits
             ],
         ),
@@ -470,7 +508,8 @@ def _page(
             parts.append("</ul>")
         parts += [f"<p>{html.escape(remark)}</p>" for remark in split.remarks]
         parts.append("<h3>Most frequent targets</h3>")
-        parts.append(_table(("target", "times"), split.answers.most_common(20)))
+        frequent = [(_shortened(text, 200), n) for text, n in split.answers.most_common(20)]
+        parts.append(_table(("target", "times"), frequent))
         if len(split.kinds) > 1:
             parts += ["<h3>Kinds</h3>", _table(("kind", "samples"), split.kinds.most_common(40))]
         if split.shards is not None and options.samples:
@@ -479,6 +518,16 @@ def _page(
             parts.append("</div>")
     parts.append("</main></body></html>\n")
     return "\n".join(parts)
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _sizes(split: Split) -> tuple[int, int, int]:
+    """Shards, records and images."""
+    shards = split.shards
+    return (0, 0, 0) if shards is None else (len(shards.paths), len(shards), shards.num_all_images)
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
@@ -531,7 +580,7 @@ def _sample(sample: Sample, views: Sequence[int], processor: MMPrefixProcessor, 
         if piece.part is Part.IMAGE:
             spans.append(_span("image", f"{len(piece.ids)} image tokens"))
             continue
-        spans += [_span(piece.part.value, _token(processor, id_)) for id_ in piece.ids]
+        spans += _spans(piece.part.value, piece.ids, processor)
         if place == last:
             spans.append(_span("cut", _beyond(processor, sample.instruction, limits.max_instruction_tokens)))
     lines = [
@@ -539,9 +588,9 @@ def _sample(sample: Sample, views: Sequence[int], processor: MMPrefixProcessor, 
     ]
     for target in sample.targets:
         ids = processor.format.text_ids(target)[: limits.max_target_tokens]
-        spans = [_span("target", _token(processor, id_)) for id_ in ids]
+        spans = _spans("target", ids, processor)
         spans.append(_span("cut", _beyond(processor, target, limits.max_target_tokens)))
-        spans += [_span("frame", _token(processor, id_)) for id_ in processor.format.end]
+        spans += _spans("frame", processor.format.end, processor)
         lines.append(f'<p class="tokens">{"".join(spans)}</p>')
     return "".join(lines)
 
@@ -552,9 +601,19 @@ def _beyond(processor: MMPrefixProcessor, text: str, limit: int | None) -> str:
     return "" if limit is None or len(ids) <= limit else str(processor.tokenizer.decode(ids[limit:]))
 
 
-def _token(processor: MMPrefixProcessor, id_: int) -> str:
-    text = str(processor.tokenizer.decode([id_]))
-    return text.replace("\n", "↵") or "·"
+def _spans(kind: str, ids: Sequence[int], processor: MMPrefixProcessor) -> list[str]:
+    """A span for each token; for several together, where only together they are a character."""
+    spans: list[str] = []
+    waiting: list[int] = []
+    for id_ in ids:
+        waiting.append(id_)
+        text = str(processor.tokenizer.decode(waiting))
+        is_special = id_ in processor.tokenizer.all_special_ids
+        if not is_special and len(waiting) < _BYTES and (not text or "\N{REPLACEMENT CHARACTER}" in text):
+            continue
+        spans.append(_span(kind, text.replace("\n", "↵") or "·"))
+        waiting = []
+    return [*spans, *(_span(kind, "·") for _ in waiting)]
 
 
 def _span(kind: str, text: str) -> str:

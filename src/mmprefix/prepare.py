@@ -18,8 +18,17 @@ from mmprefix import __version__
 from mmprefix.arguments import CommandParser, available_cores, exit_status
 from mmprefix.data.sources import PICTURES, READERS, Columns, SourceOptions, staged_records
 from mmprefix.data.staging import Staging
-from mmprefix.data.writing import Converted, Job, convert, finished_entry, remove_split, workers
-from mmprefix.errors import InputError
+from mmprefix.data.writing import (
+    Converted,
+    Job,
+    alone_in,
+    check_strangers,
+    convert,
+    finished_entry,
+    remove_split,
+    workers,
+)
+from mmprefix.errors import InputError, printable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -82,6 +91,10 @@ def _checked(arguments: list[str]) -> Namespace:
         raise InputError(f"--out: expected a folder, got the file {options.out}")
     source = options.source
     if source == DIGITS:
+        defaults = _parser().parse_args([DIGITS, "--out", str(options.out)])
+        given = [name for name, value in vars(options).items() if value != getattr(defaults, name)]
+        if given:
+            raise InputError(f"--{given[0].replace('_', '-')}: expected none with {DIGITS}, which has --out only")
         return options
     given = [f"--{name}-column" for name in _COLUMNS if getattr(options, f"{name}_column") is not None]
     if given and source not in TABLES:
@@ -115,7 +128,7 @@ def _fingerprint(options: Namespace) -> dict[str, Any]:
     files = [*options.annotations, *([options.questions] if options.questions else [])]
     made_by["files"] = {path.name: _sha256(path) for path in files}
     for name, value in vars(options).items():
-        if name not in ("source", "out", "annotations", "questions", "processes", "overwrite", "shard_size") and value:
+        if name not in ("source", "out", "annotations", "questions", "processes", "overwrite") and value:
             made_by[name] = str(value) if isinstance(value, Path) else value
     if options.source == "folder":
         made_by["pictures"] = sum(
@@ -130,19 +143,22 @@ def _sha256(path: Path) -> str:
 
 
 def prepare(arguments: list[str]) -> int:
-    """Runs a conversion, says what it came to, and returns the exit status: 0, or 130 after Ctrl-C.
+    """Runs a conversion, says what it came to, and returns the exit status: 0, 2 where nothing could be used, 130 after Ctrl-C.
 
     Raises:
         InputError: options or files that don't fit, or a folder that holds something else.
     """
     options = _checked(arguments)
-    if options.source == DIGITS:
-        return _digits(options.out)
+    with alone_in(options.out):
+        return _digits(options.out) if options.source == DIGITS else _convert(options)
+
+
+def _convert(options: Namespace) -> int:
     started = time.monotonic()
     columns = {n: v for n in _COLUMNS if (v := getattr(options, f"{n}_column")) is not None}
     source = SourceOptions(
         options.images, tuple(options.annotations), options.questions, options.split, options.instruction,
-        options.image_name, Columns(**columns),
+        options.image_name, Columns(**columns), not options.no_targets,
     )  # fmt: skip
     fingerprint = _fingerprint(options)
     if options.overwrite:
@@ -150,27 +166,37 @@ def prepare(arguments: list[str]) -> int:
     else:
         entry = finished_entry(options.out, options.split, fingerprint)
         if entry is not None:
-            print(f"{options.out}: {options.split} is complete already, made from the same files with the same options")
+            print(
+                f"{options.out}: {options.split} is complete already, made from the same annotations with the same options; "
+                "pictures were not compared, --overwrite makes it anew"
+            )
             _say(Converted(entry), options)
             return 0
+        check_strangers(options.out, options.split)
     job = Job(options.out, options.split, options.resize, options.tokenizer, needs_target=not options.no_targets)
     try:
         with workers(options.processes, options.tokenizer) as pool, Staging(options.out, options.split) as staging:
             inside = READERS[options.source](source, staging)  # only Parquet with pictures inside gives records itself
             records = chain(inside or (), staged_records(options.images or Path(), staging, options.require_image))
             with _Bar(options.split, None if inside else len(staging)) as bar:
-                converted = convert(
-                    job, records, fingerprint, shard_size=options.shard_size, pool=pool, processes=options.processes,
-                    refused=staging.refused, advance=bar.update,
-                )  # fmt: skip
+                try:
+                    converted = convert(
+                        job, records, fingerprint, shard_size=options.shard_size, pool=pool, processes=options.processes,
+                        refused=staging.refused, advance=bar.update,
+                    )  # fmt: skip
+                except KeyboardInterrupt:
+                    print("\nstopping as soon as the shards in hand are written", file=sys.stderr)
+                    raise
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on from the finished shards in {options.out}", file=sys.stderr)
         return 130
     _say(converted, options)
+    if not converted.entry["samples"]:
+        raise InputError(f"--out: {options.out}: expected samples, nothing of what was read could be used")
     print(
         f"{time.monotonic() - started:.1f} seconds; train on it with --data.train '{options.out}/{options.split}-*.tar'"
     )
-    return 0 if converted.entry["samples"] else 1
+    return 0
 
 
 class _Bar:
@@ -206,12 +232,13 @@ class _Bar:
 def _say(converted: Converted, options: Namespace) -> None:
     entry = converted.entry
     again = f", {converted.resumed} of them there before" if converted.resumed else ""
+    number = len(entry["shards"])
     print(
-        f"{options.out}: {len(entry['shards'])} shards{again}: {entry['images']:,} images, {entry['samples']:,} samples, "
-        f"{entry['targets']:,} targets, {entry['bytes']:,} bytes"
+        f"{options.out}: {number} shard{'' if number == 1 else 's'}{again}: {entry['images']:,} images, "
+        f"{entry['samples']:,} samples, {entry['targets']:,} targets, {entry['bytes']:,} bytes"
     )
     if len(entry["kinds"]) > 1:
-        shown = [f"{kind} {number:,}" for kind, number in list(entry["kinds"].items())[:12]]
+        shown = [f"{printable(kind)} {number:,}" for kind, number in list(entry["kinds"].items())[:12]]
         more = f" and {len(entry['kinds']) - 12} more" if len(entry["kinds"]) > 12 else ""
         print(f"kinds: {', '.join(shown)}{more}")
     lengths = entry["lengths"]
@@ -223,13 +250,14 @@ def _say(converted: Converted, options: Namespace) -> None:
         total = sum(entry["refused"].values())
         reasons = ", ".join(f"{reason} {number:,}" for reason, number in entry["refused"].items())
         print(f"refused: {total:,} ({reasons}), each named in {options.out / (options.split + '.refused.jsonl')}")
-    if not entry["samples"]:
-        print("nothing could be used", file=sys.stderr)
 
 
 def _digits(out: Path) -> int:
-    from mmprefix.data.digits import SPLITS, write_digits
+    from mmprefix.data.digits import SPLITS, shard_names, write_digits
 
+    others = sorted({path.name for path in out.glob("*.tar")} - {*shard_names()})
+    if others:
+        raise InputError(f"--out: expected a folder for the digits alone, {out} holds {', '.join(others[:3])}")
     write_digits(out)
     print(f"{out}: {', '.join(f'{split} {len(rows)} images' for split, rows in SPLITS.items())}, three questions each")
     return 0

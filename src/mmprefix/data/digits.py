@@ -47,6 +47,15 @@ def _load() -> tuple[Any, Any]:
     return digits.images, digits.target
 
 
+def shard_names() -> dict[str, range]:
+    """Names of all shards, each with the rows of scikit-learn's array that it holds."""
+    names = {}
+    for split, rows in SPLITS.items():
+        for number, start in enumerate(range(rows.start, rows.stop, RECORDS_PER_SHARD)):
+            names[f"{split}-{number:03d}.tar"] = range(start, min(start + RECORDS_PER_SHARD, rows.stop))
+    return names
+
+
 def write_digits(folder: Path) -> None:
     """Writes the shards of all splits into ``folder``, where they are not there yet.
 
@@ -54,11 +63,9 @@ def write_digits(folder: Path) -> None:
     array.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in SPLITS.items():
-        for number, start in enumerate(range(rows.start, rows.stop, RECORDS_PER_SHARD)):
-            path = folder / f"{split}-{number:03d}.tar"
-            if not path.exists():
-                write_shard(path, [_record(row) for row in range(start, min(start + RECORDS_PER_SHARD, rows.stop))])
+    for name, rows in shard_names().items():
+        if not (folder / name).exists():
+            write_shard(folder / name, [_record(row) for row in rows])
 
 
 def _record(row: int) -> tuple[str, bytes, bytes]:

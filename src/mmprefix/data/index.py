@@ -81,9 +81,22 @@ def _problem(entry: Any) -> str | None:
     return None
 
 
+def forget_split(folder: Path, split: str) -> None:
+    """Takes a split out of a folder's index; the last one takes the file with it."""
+    splits = read_index(folder)
+    if splits.pop(split, None) is not None:
+        if splits:
+            _write(folder, splits)
+        else:
+            (folder / INDEX_NAME).unlink()
+
+
 def write_split(folder: Path, split: str, entry: dict[str, Any]) -> None:
     """Enters a split into a folder's index, in the place of what stood there for it."""
-    splits = {**read_index(folder), split: entry}
+    _write(folder, {**read_index(folder), split: entry})
+
+
+def _write(folder: Path, splits: dict[str, Any]) -> None:
     with replacing(folder / INDEX_NAME) as temporary, temporary.open("w") as file:
         # A line for each shard: a diff and a pager can cope, and offsets don't take a line each.
         file.write(f'{{"version": {VERSION}, "splits": {{')

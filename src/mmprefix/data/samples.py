@@ -21,7 +21,7 @@ MAX_IMAGE_BYTES = 256 << 20
 MAX_JSON_BYTES = 64 << 20
 """Larger members are refused unread: a shard may come from strangers."""
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def check_sample(entry: Mapping[str, Any], *, needs_target: bool = True) -> tupl
     if not isinstance(answers, list) or not _are_texts(answers):
         raise InputError(f"expected a list of strings `answers`, got {_shown(answers)}")
     for text in (*turns, *targets, *answers):
-        if not text.isascii() and _SURROGATE.search(text):
+        if not text.isascii() and SURROGATE.search(text):
             raise InputError(f"expected text in Unicode, got half of a surrogate pair in {text[:40]!a}")
     if "answers" in entry and not answers:
         raise InputError("expected at least one of `answers`, got an empty list")

@@ -16,8 +16,9 @@ from __future__ import annotations
 import glob
 import hashlib
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -98,18 +99,22 @@ class ShardCollection:
         indexed: how many of the shards an `index.json` describes; the others were scanned.
     """
 
-    def __init__(self, pattern: str | Sequence[str], what: str, *, needs_target: bool = True) -> None:
+    def __init__(
+        self, pattern: str | Sequence[str], what: str, *, needs_target: bool = True, problems: list[str] | None = None
+    ) -> None:
         """Finds out where every record lies, from the folders' indices or by scanning.
 
         Args:
             pattern: see `expand_shards`.
             what: setting the pattern came from, for messages.
             needs_target: whether a sample without target is refused.
+            problems: takes what is wrong with records that are scanned, which are then left out; None makes it an error.
 
         Raises:
             InputError: missing or truncated shards, records without image or JSON, samples that are incomplete.
         """
         self.paths = expand_shards(pattern, what)
+        self._problems = problems
         self.needs_target = needs_target
         self.num_samples = self.indexed = 0
         self._set_firsts = np.zeros(1, np.int64)  # where each joined collection begins
@@ -129,13 +134,14 @@ class ShardCollection:
                 self._keys.append(None)
                 self.num_samples += entry["samples"]
                 self.indexed += 1
+        _check_complete(pattern, self.paths, indices, what)
         # Where each shard's records begin in the numbering of all.
         self._firsts = np.cumsum([0, *(len(counts) for counts, _ in members)])
         counts = np.concatenate([np.zeros(0, np.int64), *(counts for counts, _ in members)])
         # A record's members are its images and then its JSON; where those of each begin.
         self._starts = np.cumsum([0, *(counts + 1)])
         self._members = np.concatenate([np.zeros((0, 2), np.int64), *(places for _, places in members)])
-        if not len(self):
+        if not len(self) and not problems:
             raise InputError(
                 f"{what}: expected records (KEY.jpg + KEY.json) in {', '.join(self.paths[:3])}, found none"
             )
@@ -190,14 +196,12 @@ class ShardCollection:
                             )
                         if key != current:
                             self._add(path, current, members, file, found)
-                            if key in found:
-                                raise InputError(
-                                    f"{path}: {key}: expected a record's members side by side, it comes twice"
-                                )
                             current, members = key, {}
                         members[suffix.lower()] = Member(info.offset_data, info.size)
                         tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header; a shard may hold 100,000
                     end = tar.offset
+            except InputError:  # which is a ValueError
+                raise
             # Headers are read from strangers' files: tarfile lets much through besides its own errors.
             except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
                 raise InputError(f"{path}: expected an uncompressed tar, got {' '.join(str(error).split())}") from error
@@ -214,9 +218,21 @@ class ShardCollection:
     def _add(
         self, path: str, key: str | None, members: dict[str, Member], file: BinaryIO, found: dict[str, list[int]]
     ) -> None:  # fmt: skip
-        """Enters a record that is complete."""
+        """Enters a record that is complete; another is an error, or one of the problems that are wanted."""
         if key is None:
             return
+        try:
+            self._add_complete(path, key, members, file, found)
+        except InputError as error:
+            if self._problems is None:
+                raise
+            self._problems.append(str(error))
+
+    def _add_complete(
+        self, path: str, key: str, members: dict[str, Member], file: BinaryIO, found: dict[str, list[int]]
+    ) -> None:
+        if key in found:
+            raise InputError(f"{path}: {key}: expected a record's members side by side, it comes twice")
         images = _images_among(members)
         got = f"got {', '.join(f'.{s}' for s in members)}"
         if "json" not in members:
@@ -301,7 +317,8 @@ class ShardCollection:
     def describe(self) -> str:
         """One line for logs."""
         records = "" if self.num_all_images == len(self) else f"{len(self)} records, "
-        return f"{len(self.paths)} shards, {records}{self.num_all_images} images, {self.num_samples} samples"
+        shards = f"{len(self.paths)} shard{'' if len(self.paths) == 1 else 's'}"
+        return f"{shards}, {records}{self.num_all_images} images, {self.num_samples} samples"
 
 
 def _images_among(members: dict[str, Member]) -> list[Member]:
@@ -333,6 +350,35 @@ def _at(file: BinaryIO, offset: int, size: int) -> bytes:
         return file.read(size)
     finally:
         file.seek(position)
+
+
+def _check_complete(
+    pattern: str | Sequence[str], paths: Sequence[str], indices: Mapping[str, Mapping[str, Any]], what: str
+) -> None:
+    """A glob or a folder takes what is there: it must not lose a shard that the index knows.
+
+    Raises:
+        InputError: naming it.
+    """
+    there = set(paths)
+    for entry in [pattern] if isinstance(pattern, str) else pattern:
+        for expanded in () if entry.startswith(PIPE) else braceexpand.braceexpand(entry):
+            wanted = storage.join(expanded, "*.tar") if storage.is_folder(expanded) else expanded
+            where, name = storage.split(wanted)
+            if not glob.has_magic(name):
+                continue
+            folders = [f for f in indices if fnmatchcase(f, where) and f.count("/") == where.count("/")]
+            known = (
+                storage.join(folder, shard)
+                for folder in folders
+                for shard in indices[folder]
+                if fnmatchcase(shard, name)
+            )
+            lost = [path for path in known if path not in there]
+            if lost:
+                raise InputError(
+                    f"{what}: expected {len(lost):,} more shard(s), as {INDEX_NAME} says, found none at {', '.join(lost[:3])}"
+                )
 
 
 def _shards_of(folder: str, needs_target: bool) -> dict[str, dict[str, Any]]:

@@ -23,6 +23,7 @@ from typing import Any
 
 from mmprefix.data.reading import is_json_array, json_items, json_lists, json_member, json_members, text_lines
 from mmprefix.data.records import SourceRecord
+from mmprefix.data.samples import SURROGATE
 from mmprefix.data.staging import Staging
 from mmprefix.errors import InputError
 from mmprefix.instructions import IMAGE_MARK
@@ -62,6 +63,7 @@ class SourceOptions:
         instruction: text of the prefix; ``{question}`` stands for the question. None: the set's own.
         image_name: TextCaps, VQA, TextVQA and GQA: name of a picture, with ``{image_id}`` (``{image_id:012d}``); None finds it.
         columns: of a table.
+        needs_target: whether a table's rows without a target are refused.
     """
 
     images: Path | None = None
@@ -71,10 +73,21 @@ class SourceOptions:
     instruction: str | None = None
     image_name: str | None = None
     columns: Columns = field(default_factory=Columns)
+    needs_target: bool = True
 
     def caption_instruction(self) -> str:
-        """Of sets without questions."""
-        return CAPTION if self.instruction is None else self.instruction
+        """Of sets without questions.
+
+        Raises:
+            InputError: it has a place for one.
+        """
+        if self.instruction is None:
+            return CAPTION
+        if "{question}" in self.instruction:
+            raise InputError(
+                f"--instruction: expected text without {{question}}, since there is none, got {self.instruction!r}"
+            )
+        return self.instruction
 
     def question_instruction(self, question: str) -> str:
         """Of sets with questions."""
@@ -155,7 +168,10 @@ def _coco_captions(entries: Iterable[dict[str, Any]], options: SourceOptions, st
     for entry in entries:
         number, caption = entry.get("image_id"), _text(entry.get("caption"))
         if number is None or caption is None:
-            staging.refuse(f"caption {_name(entry, 'id')}", "bad entry", "expected `image_id` and `caption`")
+            got = f"got {_kind_of(number)} and {_kind_of(entry.get('caption'))}"
+            staging.refuse(
+                f"caption {_name(entry, 'id')}", "bad entry", f"expected `image_id` and a text `caption`, {got}"
+            )
         else:
             staging.add_target(str(number), caption, begin)
 
@@ -213,7 +229,9 @@ def textcaps(options: SourceOptions, staging: Staging) -> None:
 def folder(options: SourceOptions, staging: Staging) -> None:
     """Pictures with a `.txt` of the same name beside them: each line that isn't empty is a target."""
     assert options.images is not None
-    for name in _pictures(options.images):
+    pictures = [*_pictures(options.images)]
+    sharing = Counter(os.path.splitext(name)[0] for name in pictures)
+    for name in pictures:
         text = (options.images / name).with_suffix(".txt")
         try:
             lines = text.read_text(encoding="utf-8-sig").splitlines()
@@ -225,17 +243,26 @@ def folder(options: SourceOptions, staging: Staging) -> None:
             continue
         targets = [line.strip() for line in lines if line.strip()]
         key = os.path.splitext(name)[0]
+        key = name if sharing[key] > 1 else key  # one text for `a.png` and `a.jpg`: two samples all the same
         staging.add(
             name, {"id": key, "image_id": key, "instruction": options.caption_instruction(), "targets": targets}
         )
 
+    for name in _files(options.images, (".txt",)):
+        if os.path.splitext(name)[0] not in sharing:
+            staging.refuse(name, "no picture", "expected one of the same name beside it")
+
 
 def _pictures(root: Path) -> Iterator[str]:
+    return _files(root, PICTURES)
+
+
+def _files(root: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
     """Names relative to ``root``, in order."""
     for path, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for file in sorted(files):
-            if file.lower().endswith(PICTURES) and not file.startswith("."):
+            if file.lower().endswith(suffixes) and not file.startswith("."):
                 yield os.path.relpath(os.path.join(path, file), root).replace(os.sep, "/")
 
 
@@ -416,7 +443,9 @@ def scienceqa(options: SourceOptions, staging: Staging) -> None:
         name = f"{number}/{entry['image']}"
         staging.add(name if _exists(options, name) else f"{options.split}/{name}", sample)
     if not chosen:
-        raise InputError(f"--split: expected one of {', '.join(sorted(seen)) or 'none'}, got {options.split!r}: {path}")
+        if not seen:
+            raise InputError(f"{path}: expected ScienceQA, an object of problems by id, got none")
+        raise InputError(f"--split: expected one of {', '.join(sorted(seen))}, got {options.split!r}: {path}")
 
 
 def llava(options: SourceOptions, staging: Staging) -> None:
@@ -526,14 +555,16 @@ def _row(row: dict[str, Any], where: str, options: SourceOptions, staging: Stagi
     image = row.get(options.columns.image)
     images = None if image == "" else _names(image)
     if images is None:
-        got = "none" if image is None else type(image).__name__
-        staging.refuse(
-            where, "no image", f"column {options.columns.image!r}: expected a path or a list of paths, got {got}"
-        )
+        expected = "expected a path or a list of paths, an empty one for text only"
+        staging.refuse(where, "no image", f"column {options.columns.image!r}: {expected}, got {_kind_of(image)}")
         return
     sample = _sample_of_row(row, options)
     if isinstance(sample, str):
         staging.refuse(where, "bad entry", sample)
+    elif options.needs_target and not any(
+        map(str.strip, sample.get("targets", ()))
+    ):  # told here, where lines have numbers
+        staging.refuse(where, "no target", f"column {options.columns.target!r}: expected text, got none")
     else:
         staging.add(images, sample, where)
 
@@ -562,6 +593,9 @@ def _sample_of_row(row: dict[str, Any], options: SourceOptions) -> dict[str, Any
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             return f"column {column!r}: expected text or a list of texts, got {type(value).__name__}"
         sample[name] = texts
+    for text in (instruction, *sample.get("targets", ()), *sample.get("answers", ())):
+        if SURROGATE.search(text):
+            return f"expected text in Unicode, got half of a surrogate pair in {text[:40]!a}"
     if "answers" in sample and "targets" not in sample and sample["answers"]:
         sample["targets"] = [_most_common(sample["answers"])]
     for name, column in (("id", columns.id), ("kind", columns.kind)):
@@ -649,6 +683,10 @@ def staged_records(images: Path, staging: Staging, require_image: bool = False) 
 
 def _exists(options: SourceOptions, name: str) -> bool:
     return options.images is not None and (options.images / name).is_file()
+
+
+def _kind_of(value: Any) -> str:
+    return "none" if value is None else "an empty one" if value == "" else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
 def _name(entry: Any, key: str) -> str:

@@ -22,13 +22,14 @@ from mmprefix.data.records import Refusal, absorb, identity
 
 _TABLES = {
     "samples": "(number INTEGER PRIMARY KEY, image TEXT, id TEXT, payload TEXT)",
-    "names": "(image TEXT PRIMARY KEY, name TEXT) WITHOUT ROWID",
+    "names": "(image TEXT PRIMARY KEY, name TEXT, other TEXT) WITHOUT ROWID",
     "answers": "(id TEXT PRIMARY KEY, payload TEXT) WITHOUT ROWID",
     "refused": "(what TEXT, reason TEXT, detail TEXT)",
 }
 _INSERT = {
     "samples": "INSERT INTO samples (image, id, payload) VALUES (?, ?, ?)",
-    "names": "INSERT OR REPLACE INTO names VALUES (?, ?)",
+    "names": "INSERT INTO names (image, name) VALUES (?, ?) "
+    "ON CONFLICT (image) DO UPDATE SET other = excluded.name WHERE name <> excluded.name",
     "answers": "INSERT OR REPLACE INTO answers VALUES (?, ?)",
     "refused": "INSERT INTO refused VALUES (?, ?, ?)",
 }
@@ -183,7 +184,12 @@ class Staging:
             self._flush(table)
         self._db.execute("CREATE INDEX IF NOT EXISTS of_image ON samples (image, number)")
         refuse = "INSERT INTO refused SELECT"
-        if self._named:
+        if self._named:  # which of two pictures an id means is anybody's guess
+            clash = "FROM names WHERE other IS NOT NULL"
+            self._db.execute(
+                f"{refuse} name, 'id of another image, too', 'id ' || image || ', also of ' || other {clash}"
+            )
+            self._db.execute(f"DELETE {clash}")
             orphans = "image NOT IN (SELECT image FROM names)"
             self._db.execute(
                 f"{refuse} 'image ' || image, 'unknown image', 'of sample ' || id FROM samples WHERE {orphans}"
@@ -194,8 +200,21 @@ class Staging:
             unanswered = "id NOT IN (SELECT id FROM answers)"
             self._db.execute(f"{refuse} 'question ' || id, 'no answers', '' FROM samples WHERE {unanswered}")
             self._db.execute(f"DELETE FROM samples WHERE {unanswered}")
+            # A question that is asked twice would get its answers twice.
+            later = "number NOT IN (SELECT min(number) FROM samples GROUP BY id)"
+            self._db.execute(f"{refuse} 'question ' || id, 'id twice', 'of image ' || image FROM samples WHERE {later}")
+            self._db.execute(f"DELETE FROM samples WHERE {later}")
             unasked = "id NOT IN (SELECT id FROM samples)"
             self._db.execute(f"{refuse} 'answers ' || id, 'unknown question', '' FROM answers WHERE {unasked}")
+        if not self._answered:
+            # Samples of one image may stand in several rows; those of several images are others. Ids name predictions.
+            self._db.execute(
+                "CREATE TEMP TABLE shared AS SELECT id, min(number) AS first FROM samples WHERE id <> 'None' "
+                "GROUP BY id HAVING min(image) <> max(image)"
+            )
+            later = "FROM samples JOIN shared USING (id) WHERE image <> (SELECT image FROM samples WHERE number = shared.first)"
+            self._db.execute(f"{refuse} replace(image, char(31), ', '), 'id twice', 'id ' || id {later}")
+            self._db.execute(f"DELETE FROM samples WHERE number IN (SELECT number {later})")
         self._db.execute("CREATE TABLE firsts (number INTEGER PRIMARY KEY, image TEXT)")
         self._db.execute("INSERT INTO firsts SELECT min(number), image FROM samples GROUP BY image")
 

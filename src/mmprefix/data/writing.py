@@ -12,7 +12,9 @@ This module knows no data set: `sources` reads those.
 
 from __future__ import annotations
 
+import fcntl
 import gc
+import glob
 import hashlib
 import io
 import json
@@ -33,9 +35,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmprefix.data.headers import ordinary_header
-from mmprefix.data.index import read_index, write_split
+from mmprefix.data.index import forget_split, read_index, write_split
 from mmprefix.data.records import Refusal, SourceRecord
-from mmprefix.data.samples import MAX_IMAGE_BYTES, check_sample
+from mmprefix.data.samples import MAX_IMAGE_BYTES, SURROGATE, check_sample
 from mmprefix.errors import InputError
 from mmprefix.files import replacing
 
@@ -137,6 +139,7 @@ def write_chunk(job: Job, number: int, records: Sequence[SourceRecord]) -> Shard
         report.refused.append(Refusal(what, reason, detail)._asdict())
 
     with (
+        _naming(job.folder / name),
         suppress(_NothingUsable),
         replacing(job.folder / name) as temporary,
         open(temporary, "wb", buffering=0) as file,
@@ -177,6 +180,17 @@ def write_chunk(job: Job, number: int, records: Sequence[SourceRecord]) -> Shard
     with replacing(_progress(job.folder, job.split) / f"{number:06d}.json") as temporary:
         temporary.write_text(json.dumps(vars(report)))
     return report
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A full disk doesn't say of what it is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class _NothingUsable(Exception):
@@ -241,7 +255,8 @@ def _usable(
     record: SourceRecord, needs_target: bool, refuse: Callable[[str, str, str], None]
 ) -> list[tuple[dict[str, Any], bytes]]:
     """The record's samples, normalised, and the JSON of each; the others are refused one by one."""
-    usable = []
+    usable: list[tuple[dict[str, Any], bytes]] = []
+    ids: set[Any] = set()
     for number, entry in enumerate(record.read_samples()):
         alone = len(record.images) == 1
         if "image_id" in entry:
@@ -251,10 +266,24 @@ def _usable(
         sample = {"image_id": image_id, **entry}
         if not alone:
             sample["images"] = len(record.images)
+        if "id" in entry:
+            if entry["id"] in ids:
+                refuse(f"{record.name}: {entry['id']}", "id twice", "")
+                continue
+            ids.add(entry["id"])
         given = entry.get("targets") or ()
-        sample["targets"] = [text for text in given if not isinstance(text, str) or text.strip()]
-        for _ in range(len(given) - len(sample["targets"])):
-            refuse(f"{record.name}: {entry.get('id', number)}", "empty target", "")
+        sample["targets"] = []
+        for text in given:
+            if isinstance(text, str) and not text.strip():
+                refuse(f"{record.name}: {entry.get('id', number)}", "empty target", "")
+            elif isinstance(text, str) and not text.isascii() and SURROGATE.search(text):
+                refuse(
+                    f"{record.name}: {entry.get('id', number)}",
+                    "bad target",
+                    f"half of a surrogate pair in {text[:40]!a}",
+                )
+            else:
+                sample["targets"].append(text)
         if needs_target and not sample["targets"]:
             if not given:
                 refuse(f"{record.name}: {entry.get('id', number)}", "no target", "")
@@ -452,17 +481,65 @@ def finished_entry(folder: Path, split: str, fingerprint: dict[str, Any]) -> dic
 def _difference(before: Any, now: dict[str, Any]) -> str:
     before = before if isinstance(before, dict) else {}
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return (
-        ", ".join(f"{name}: {before.get(name)!r}, now {now.get(name)!r}" for name in names)[:300]
-        or "shards are missing"
-    )
+    parts = []
+    for name in names:
+        one, other = before.get(name), now.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):  # files and their digests, which say nothing to anyone
+            changed = sorted(key for key in {**one, **other} if one.get(key) != other.get(key))
+            parts.append(f"{name}: {', '.join(changed)}")
+        else:
+            parts.append(f"{name}: {one!r}, now {other!r}")
+    return ", ".join(parts)[:300] or "shards are missing"
 
 
 def remove_split(folder: Path, split: str) -> None:
-    """Removes the shards, progress and refusals of a split; `index.json` forgets it when the next one is entered."""
+    """Removes the shards, progress, refusals and index entry of a split."""
     shutil.rmtree(_progress(folder, split), ignore_errors=True)
-    for path in (*folder.glob(f"{split}-[0-9]*.tar"), folder / f"{split}.refused.jsonl"):
+    forget_split(folder, split)
+    for path in (*_shards_of(folder, split), folder / f"{split}.refused.jsonl"):
         path.unlink(missing_ok=True)
+
+
+def check_strangers(folder: Path, split: str) -> None:
+    """Whether shards lie where those of a split will, and nothing says that they are of a conversion.
+
+    Raises:
+        InputError: naming them.
+    """
+    if _progress(folder, split).is_dir() or split in read_index(folder):
+        return
+    strangers = sorted(path.name for path in _shards_of(folder, split))
+    if strangers:
+        more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
+        raise InputError(
+            f"--out: {folder} holds shards of a split {split!r} that no index describes ({', '.join(strangers[:3])}{more}); "
+            "give --overwrite to replace them, or another --split or --out"
+        )
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other conversions out of a folder, whose index all of its splits share.
+
+    Raises:
+        InputError: another one is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"--out: another prepare is at work in {folder}") from None
+        except OSError:  # some network folders know no locks
+            pass
+        yield
+    finally:
+        os.close(file)
+
+
+def _shards_of(folder: Path, split: str) -> list[Path]:
+    return [*folder.glob(f"{glob.escape(split)}-[0-9]*.tar")]
 
 
 def convert(
@@ -482,7 +559,7 @@ def convert(
         job: where to and how.
         records: in an order that is the same each time.
         fingerprint: of the input and options: an unfinished conversion goes on only where it is the same.
-        shard_size: records of a chunk; what is refused makes shards smaller.
+        shard_size: records of a chunk; what is refused makes shards smaller. Part of the fingerprint.
         pool: from `workers`.
         processes: how many those are.
         refused: what never became a record; asked at the end.
@@ -490,11 +567,12 @@ def convert(
 
     Raises:
         InputError: the folder holds an unfinished conversion of something else.
+        ChildProcessError: a worker died.
     """
     progress = _progress(job.folder, job.split)
     for stale in job.folder.glob(f".{job.split}-[0-9]*.tar.*.part"):  # of a run that was killed
         stale.unlink()
-    _begin(progress, {**fingerprint, "shard_size": shard_size})
+    _begin(progress, fingerprint)
     done: dict[int, ShardReport] = {}
     for path in sorted(progress.glob("[0-9]*.json")):
         report = ShardReport(**json.loads(path.read_text()))
@@ -523,11 +601,12 @@ def convert(
                 collect(_AHEAD * processes)
             collect(0)
     except BrokenProcessPool as error:
-        raise InputError(
+        raise ChildProcessError(
             "a worker process died; was memory short? the same command goes on from where it stopped"
         ) from error
     entry = _entry(job, [done[number] for number in sorted(done)], fingerprint, list(refused()))
-    write_split(job.folder, job.split, entry)
+    if entry["samples"]:  # a split of nothing would stand in the way of the next attempt
+        write_split(job.folder, job.split, entry)
     shutil.rmtree(progress)
     return Converted(entry, resumed)
 

@@ -150,8 +150,9 @@ class BadSampleReport(pl.Callback):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
-        """Collects."""
-        self._bad["val"].extend(batch.bad)
+        """Collects; the same records come again after the sanity check."""
+        if not trainer.sanity_checking:
+            self._bad["val"].extend(batch.bad)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports."""
