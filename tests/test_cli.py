@@ -359,6 +359,17 @@ def test_memory_that_is_not_enough_is_one_line(monkeypatch, capsys):
         "out of memory: asked for 2.00 MiB of the CUDA device; take"
     )
     assert "of this machine's memory than" in out_of_memory(MemoryError())
+    assert "asked for 3.00 GiB of this machine's memory;" in out_of_memory(
+        MemoryError("Unable to allocate 3.00 GiB for an array with shape (9,) and data type float64")
+    )
+    of_worker = out_of_memory(MemoryError("Caught MemoryError in DataLoader worker process 0.\nOriginal Traceback"))
+    assert "in a loader process (data.num_workers); take less" in of_worker
+    assert "\n" not in of_worker
+    for said, device in (
+        ("CUDA error: out of memory\nCUDA kernel", "CUDA"),
+        ("MPS backend out of memory (MPS ...", "MPS"),
+    ):
+        assert f"asked for more than the {device} device has;" in out_of_memory(RuntimeError(text))
     assert out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
     def fit(*_):

@@ -1,3 +1,4 @@
+import errno
 import os
 import threading
 
@@ -34,6 +35,11 @@ def test_folder_is_replaced_as_a_whole(tmp_path):
         raise OSError("full")
     assert [p.name for p in folder.iterdir()] == ["c"]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError, match=r"No space.*a\.txt"), replacing(tmp_path / "a.txt"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_file_does_not_take_a_folders_place(tmp_path):

@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 from mmprefix.cli import run
+from mmprefix.data.datamodule import ShardDataModule
 from mmprefix.data.shards import ShardCollection, write_shard
 from mmprefix.errors import InputError
 from mmprefix.prepare import run as prepare
@@ -182,6 +183,9 @@ def test_a_split_that_is_gone_and_shards_of_nobody(inspect, tmp_path, photos):
     assert len(part) == 2, "asked for by name"
     with pytest.raises(InputError, match=r"data\.val: expected 4 more shard"):
         ShardCollection(str(tmp_path / "set"), "data.val")
+    cached = ShardDataModule(train=str(tmp_path / "set" / "train-*.tar"), shard_cache=str(tmp_path / "cache"))
+    with pytest.raises(InputError, match=r"data\.train: expected 1 more shard"):
+        cached.shards("train")
     assert run(["inspect", str(tmp_path / "set"), "--out", str(folder / "0.png")]) == 2
 
 

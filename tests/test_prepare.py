@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from mmprefix.data import writing
 from mmprefix.data.index import read_index
 from mmprefix.data.shards import ShardCollection, write_shard
 from mmprefix.data.sources import READERS, SourceOptions, staged_records
@@ -524,6 +526,26 @@ def test_an_id_names_one_thing(tmp_path, images):
     (sample,) = samples_of(prepared(tmp_path, "vqa", "--questions", questions, "--annotations", answers, split="q"))
     assert (sample.targets, len(sample.answers)) == (("yes",), 10)
     assert [(r["what"], r["reason"]) for r in refused(tmp_path, "q")] == [("question 7", "id twice")]
+    answered = [
+        {"question_id": 7, "image_id": 42, "multiple_choice_answer": said, "answers": [{"answer": said}]}
+        for said in ("yes", "no")
+    ]
+    answers = write(tmp_path / "a.json", {"annotations": answered})
+    (sample,) = samples_of(prepared(tmp_path, "vqa", "--questions", questions, "--annotations", answers, split="r"))
+    assert sample.targets == ("yes",)
+    assert [(r["what"], r["reason"]) for r in refused(tmp_path, "r")] == [
+        ("answers 7", "id twice"),
+        ("question 7", "id twice"),
+    ]
+    talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    llava = write(tmp_path / "l.json", [
+        {"id": "x", "image": NAMES[0], "conversations": talk}, {"id": "x", "image": NAMES[0], "conversations": talk},
+        {"id": "x", "image": NAMES[0], "conversations": [{"from": "human", "value": "other"}, talk[1]]},
+        {"id": "x", "conversations": talk},
+    ])  # fmt: skip
+    samples = samples_of(prepared(tmp_path, "llava", "--annotations", llava, split="l"))
+    assert sorted(s.id for s in samples) == ["x#1", "x.1#1", "x.2#1", "x.3#1"], "published files have ids several times"
+    assert not refused(tmp_path, "l")
 
 
 def test_folder_names_texts_without_a_picture_and_pictures_that_share_one(tmp_path):
@@ -578,6 +600,101 @@ def test_shards_of_others_are_not_touched(tmp_path, images, capsys):
     assert "expected a folder for the digits alone" in capsys.readouterr().err
 
 
+def test_a_splits_name_may_begin_anothers(tmp_path, images, capsys):
+    """`val` is no part of `val-2014`."""
+    rows = table(tmp_path, [{"image": NAMES[0], "target": "t"}])
+    for split in ("val-2014", "val", "val"):
+        prepared(tmp_path, "jsonl", "--annotations", rows, "--overwrite", split=split)
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.glob("*.tar")) == ["val-000000.tar", "val-2014-000000.tar"]
+    assert set(read_index(out)) == {"val", "val-2014"}
+    assert f"--data.train '{out}/val-000000.tar'" in capsys.readouterr().out.splitlines()[-1]
+    prepared(tmp_path, "jsonl", "--annotations", rows, split="val-20")
+
+
+def test_overwriting_removes_nothing_before_there_is_something_better_and_goes_on(
+    tmp_path, images, capsys, monkeypatch
+):
+    rows = many(tmp_path, 6)
+    out = tmp_path / "out"
+    command = [
+        "jsonl",
+        "--annotations",
+        rows,
+        "--images",
+        str(tmp_path / "images"),
+        "--out",
+        str(out),
+        "--shard-size",
+        "2",
+    ]
+    assert run(command) == 0
+    before = {path.name: path.read_bytes() for path in out.glob("*.tar")}
+    assert run([*command, "--overwrite", "--tokenizer", str(tmp_path)]) == 2
+    assert (
+        run(
+            [
+                command[0],
+                "--annotations",
+                write(tmp_path / "x.json", []),
+                *command[3:-2],
+                "--overwrite",
+                "--images",
+                "/none",
+            ]
+        )
+        == 2
+    )
+    assert {path.name: path.read_bytes() for path in out.glob("*.tar")} == before
+    collect = writing._compact
+    done = []
+
+    def interrupted(report):
+        done.append(report)
+        if len(done) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return collect(report)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "_compact", interrupted)
+        assert run([*command, "--overwrite", "--processes", "1"]) == 130
+    assert "stopping as soon as" in capsys.readouterr().err
+    assert run([*command, "--overwrite"]) == 0
+    assert re.search(r"3 shards, [23] of them there before", capsys.readouterr().out)
+    assert run([*command, "--overwrite"]) == 0
+    assert "there before" not in capsys.readouterr().out, "of a finished split nothing is kept"
+
+
+def test_after_a_kill_of_the_main_process_alone_the_same_command_goes_on(tmp_path):
+    rows = many(tmp_path, 400)
+    command = [sys.executable, "-m", "mmprefix", "prepare", "jsonl", "--annotations", rows, "--images", str(tmp_path / "images"),
+               "--out", str(tmp_path / "out"), "--shard-size", "200", "--processes", "2", "--resize", "2"]  # fmt: skip
+    slow = (  # workers that are in the middle of a shard when nobody is left to wait for them
+        "import sys, time, mmprefix.data.writing as w, mmprefix.prepare as p; f = w._image_of; "
+        "w._image_of = lambda *a: time.sleep(0.05) or f(*a); sys.exit(p.run(sys.argv[1:]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", slow, *command[4:]], stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until = time.monotonic() + 60
+    while not list((tmp_path / "out").glob(".*.part")):
+        assert time.monotonic() < until, "no shard was begun"
+        time.sleep(0.05)
+    workers_of = [int(pid) for pid in children.read_text().split()]
+    assert len(workers_of) == 2
+    process.kill()
+    process.wait()
+    while any(
+        Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+        for pid in workers_of
+    ):
+        assert time.monotonic() < until, "workers go on without anybody"
+        time.sleep(0.05)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "400 images" in done.stdout
+    assert not list((tmp_path / "out").glob(".*"))
+
+
 def test_two_at_work_in_one_folder(tmp_path, images, capsys):
     rows = table(tmp_path, [{"image": NAMES[0], "target": "t"}])
     out = tmp_path / "out"
@@ -591,7 +708,13 @@ def test_two_at_work_in_one_folder(tmp_path, images, capsys):
 def test_captions_have_no_question(tmp_path, images, capsys):
     rows = table(tmp_path, [{"image": NAMES[0], "target": "t"}])
     command = ["jsonl", "--annotations", rows, "--images", str(tmp_path / "images"), "--out", str(tmp_path / "out")]
-    assert run([*command, "--instruction", "say {question}"]) == 2
+    asked = [*command, "--instruction", "say {question}"]
+    assert run(asked) == 2
+    assert [(r["what"], r["reason"]) for r in refused(tmp_path, "train")] == [("rows.jsonl:1", "bad entry")]
+    capsys.readouterr()
+    captions = write(tmp_path / "c.json", {"images": [{"id": 1, "file_name": NAMES[0]}],
+                                           "annotations": [{"id": 1, "image_id": 1, "caption": "c"}]})  # fmt: skip
+    assert run(["coco", *asked[1:2], captions, *asked[3:]]) == 2
     assert "--instruction: expected text without {question}" in capsys.readouterr().err
 
 

@@ -528,6 +528,7 @@ def test_settings_that_no_split_is_scored_by_are_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             ShardDataModule(val=str(tmp_path / "v.tar"), **settings)
+    assert ShardDataModule(train="t.tar", metric="vqa", vqa_variant="vqav2").vqa_variant == "vqav2"
     rules = ShardDataModule(val={"q": {"shards": "v.tar", "metric": "okvqa"}}, vqa_variant="vqav2-2016").scoring_rules(
         "python"
     )

@@ -42,7 +42,7 @@ import mmprefix
 from mmprefix.arguments import CommandParser
 from mmprefix.data.mixture import parse_sets
 from mmprefix.data.shard_cache import PIPE
-from mmprefix.data.shards import ShardCollection, expand_shards
+from mmprefix.data.shards import ShardCollection, check_complete, expand_shards
 from mmprefix.errors import InputError
 from mmprefix.files import replacing
 from mmprefix.training.watchdog import within
@@ -509,6 +509,7 @@ def measure_shards(patterns: Sequence[tuple[str, str | Sequence[str]]], rank: in
     index, records, shards, pipes, read, size, seconds = hashlib.sha256(), 0, 0, 0, 0, 0, 1e-9
     for where, pattern in patterns:
         paths = expand_shards(pattern, where, pipes=True)
+        check_complete(pattern, where)
         usable = [path for path in paths if not path.startswith(PIPE)]
         pipes += len(paths) - len(usable)
         if not usable:

@@ -27,6 +27,8 @@ def printable(text: str) -> str:
 
 
 _ON_CPU = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
+_BY_NUMPY = re.compile(r"Unable to allocate ([\d.]+ \w+)")
+_ELSEWHERE = re.compile(r"(CUDA|HIP|MPS|XPU)(?: error| backend)?:? out of memory(?!\. Tried)")
 _ON_DEVICE = re.compile(
     r"(\w+) out of memory\. Tried to allocate ([\d.]+ \w+)(?:\. GPU (\d+) has .*?of which ([\d.]+ \w+) is free)?",
     re.DOTALL,
@@ -40,10 +42,15 @@ def out_of_memory(error: BaseException) -> str | None:
         device, asked, number, free = found.groups()
         where = f"{device} device {number}" if number else f"{device} device"
         what = f"{asked} of the {where}, where {free} are free" if free else f"{asked} of the {where}"
+    elif found := _ELSEWHERE.search(said):
+        what = f"more than the {found[1]} device has"
     elif found := _ON_CPU.search(said):
         what = f"{int(found[1]) / 2**30:.1f} GiB of this machine's memory"
     elif isinstance(error, MemoryError):
-        what = said or "more of this machine's memory than it has"
+        asked = _BY_NUMPY.search(said)
+        what = f"{asked[1]} of this machine's memory" if asked else "more of this machine's memory than it has"
+        if "DataLoader worker" in said:
+            what += " in a loader process (data.num_workers)"
     else:
         return None
     return (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sqlite3
 import sys
 import time
 from argparse import Namespace
@@ -25,7 +26,6 @@ from mmprefix.data.writing import (
     check_strangers,
     convert,
     finished_entry,
-    remove_split,
     workers,
 )
 from mmprefix.errors import InputError, printable
@@ -126,7 +126,7 @@ def _fingerprint(options: Namespace) -> dict[str, Any]:
     """How a split was made: what must be the same for an interrupted run to go on."""
     made_by: dict[str, Any] = {"command": f"prepare {options.source}", "version": __version__}
     files = [*options.annotations, *([options.questions] if options.questions else [])]
-    made_by["files"] = {path.name: _sha256(path) for path in files}
+    made_by["files"] = [[path.name, _sha256(path)] for path in files]
     for name, value in vars(options).items():
         if name not in ("source", "out", "annotations", "questions", "processes", "overwrite") and value:
             made_by[name] = str(value) if isinstance(value, Path) else value
@@ -161,9 +161,7 @@ def _convert(options: Namespace) -> int:
         options.image_name, Columns(**columns), not options.no_targets,
     )  # fmt: skip
     fingerprint = _fingerprint(options)
-    if options.overwrite:
-        remove_split(options.out, options.split)
-    else:
+    if not options.overwrite:
         entry = finished_entry(options.out, options.split, fingerprint)
         if entry is not None:
             print(
@@ -182,21 +180,31 @@ def _convert(options: Namespace) -> int:
                 try:
                     converted = convert(
                         job, records, fingerprint, shard_size=options.shard_size, pool=pool, processes=options.processes,
-                        refused=staging.refused, advance=bar.update,
+                        overwrite=options.overwrite, refused=staging.refused, advance=bar.update,
                     )  # fmt: skip
                 except KeyboardInterrupt:
                     print("\nstopping as soon as the shards in hand are written", file=sys.stderr)
                     raise
+    except sqlite3.Error as error:  # annotations are kept there while they are joined
+        raise OSError(f"{options.out}: cannot keep annotations there while they are read: {error}") from error
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on from the finished shards in {options.out}", file=sys.stderr)
         return 130
     _say(converted, options)
     if not converted.entry["samples"]:
         raise InputError(f"--out: {options.out}: expected samples, nothing of what was read could be used")
-    print(
-        f"{time.monotonic() - started:.1f} seconds; train on it with --data.train '{options.out}/{options.split}-*.tar'"
-    )
+    print(f"{time.monotonic() - started:.1f} seconds; train on it with --data.train '{_pattern(options, converted)}'")
     return 0
+
+
+def _pattern(options: Namespace, converted: Converted) -> str:
+    """What names the split's shards, and none of a split `val-2014` beside `val`."""
+    mine = {shard["name"] for shard in converted.entry["shards"]}
+    if {path.name for path in options.out.glob(f"{options.split}-*.tar")} <= mine:
+        return f"{options.out}/{options.split}-*.tar"
+    numbers = sorted(name.removesuffix(".tar")[-6:] for name in mine)
+    of_all = numbers[0] if len(mine) == 1 else f"{{{numbers[0]}..{numbers[-1]}}}"
+    return f"{options.out}/{options.split}-{of_all}.tar"
 
 
 class _Bar:

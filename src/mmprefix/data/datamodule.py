@@ -32,7 +32,7 @@ from mmprefix.data.loading import (
 )
 from mmprefix.data.mixture import EpochOrder, MixtureArgs, SetArgs, check_metric, parse_sets, quotas
 from mmprefix.data.shard_cache import ShardCache
-from mmprefix.data.shards import ShardCollection, expand_shards
+from mmprefix.data.shards import ShardCollection, check_complete, expand_shards
 from mmprefix.errors import InputError
 from mmprefix.metrics.answers import VARIANT_TASKS
 from mmprefix.metrics.captions import CAPTION, DEFAULT_METRICS, CaptionMetric
@@ -339,6 +339,7 @@ class ShardDataModule(pl.LightningDataModule):
         for where, one in self._named_sets(split):
             shards: str | Sequence[str] = one.shards
             if self.shard_cache is not None:
+                check_complete(shards, where)
                 shards = self.shard_cache.paths(expand_shards(shards, where, pipes=True), where)
             collections.append(ShardCollection(shards, where, needs_target=split != "predict"))
             of_set = f" {one.name}" if one.name else ""
@@ -384,10 +385,10 @@ class ShardDataModule(pl.LightningDataModule):
         """Raises InputError for settings of metrics by which no split is scored."""
         used = {task for split in ("val", "test", "predict") for task in self.tasks(split).values()}
         for name, tasks in (("caption_metrics", (CAPTION,)), ("vqa_variant", VARIANT_TASKS)):
-            if getattr(self, name) is not None and not used.intersection(tasks):
+            if getattr(self, name) is not None and used and not used.intersection(tasks):
                 raise InputError(
                     f"data.{name}: expected data.metric, or that of a set, to be {' or '.join(tasks)}, got "
-                    f"{', '.join(sorted(used)) or 'no split that is scored'}"
+                    f"{', '.join(sorted(used))}"
                 )
         self.scoring_rules("auto")
 

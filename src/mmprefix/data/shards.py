@@ -16,9 +16,10 @@ from __future__ import annotations
 import glob
 import hashlib
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -121,11 +122,12 @@ class ShardCollection:
         self._reader = storage.Reader(self.paths)
         self._keys: list[list[str] | None] = []  # of a shard's records; None where their headers say them
         members: list[_Members] = []
+        index_of = cache(read_index)
         indices: dict[str, dict[str, Any]] = {}
         for path in self.paths:
             folder, name = storage.split(path)
             if folder not in indices:
-                indices[folder] = _shards_of(folder, needs_target)
+                indices[folder] = _shards_of(index_of(folder or "."), needs_target)
             entry = indices[folder].get(name)
             if entry is None:
                 members.append(self._scan(path))
@@ -134,7 +136,7 @@ class ShardCollection:
                 self._keys.append(None)
                 self.num_samples += entry["samples"]
                 self.indexed += 1
-        _check_complete(pattern, self.paths, indices, what)
+        check_complete(pattern, what, index_of)
         # Where each shard's records begin in the numbering of all.
         self._firsts = np.cumsum([0, *(len(counts) for counts, _ in members)])
         counts = np.concatenate([np.zeros(0, np.int64), *(counts for counts, _ in members)])
@@ -352,38 +354,39 @@ def _at(file: BinaryIO, offset: int, size: int) -> bytes:
         file.seek(position)
 
 
-def _check_complete(
-    pattern: str | Sequence[str], paths: Sequence[str], indices: Mapping[str, Mapping[str, Any]], what: str
+def check_complete(
+    pattern: str | Sequence[str], what: str, index_of: Callable[[str], Mapping[str, Any]] = read_index
 ) -> None:
-    """A glob or a folder takes what is there: it must not lose a shard that the index knows.
+    """A glob or a folder takes what is there: it must not lose a shard that the index beside it knows.
+
+    Args:
+        pattern, what: as in `expand_shards`.
+        index_of: reads a folder's index, which takes a second for a large set.
 
     Raises:
-        InputError: naming it.
+        InputError: naming it, or an index that can't be read.
     """
-    there = set(paths)
     for entry in [pattern] if isinstance(pattern, str) else pattern:
         for expanded in () if entry.startswith(PIPE) else braceexpand.braceexpand(entry):
-            wanted = storage.join(expanded, "*.tar") if storage.is_folder(expanded) else expanded
-            where, name = storage.split(wanted)
+            wanted = storage.canonical(storage.join(expanded, "*.tar") if storage.is_folder(expanded) else expanded)
+            name = storage.split(wanted)[1]
             if not glob.has_magic(name):
                 continue
-            folders = [f for f in indices if fnmatchcase(f, where) and f.count("/") == where.count("/")]
-            known = (
-                storage.join(folder, shard)
-                for folder in folders
-                for shard in indices[folder]
-                if fnmatchcase(shard, name)
-            )
-            lost = [path for path in known if path not in there]
-            if lost:
-                raise InputError(
-                    f"{what}: expected {len(lost):,} more shard(s), as {INDEX_NAME} says, found none at {', '.join(lost[:3])}"
-                )
+            there = storage.find(wanted)
+            for folder in dict.fromkeys(storage.split(path)[0] for path in there):
+                known = [shard["name"] for split in index_of(folder or ".").values() for shard in split["shards"]]
+                expected = [storage.join(folder, shard) for shard in known if fnmatchcase(shard, name)]
+                lost = sorted({*expected}.difference(there))
+                if lost:
+                    raise InputError(
+                        f"{what}: expected {len(lost):,} more shard(s), as {INDEX_NAME} says, found none at "
+                        f"{', '.join(lost[:3])}"
+                    )
 
 
-def _shards_of(folder: str, needs_target: bool) -> dict[str, dict[str, Any]]:
-    """What a folder's index says of its shards, by file name."""
-    splits = read_index(folder or ".").values()
+def _shards_of(index: Mapping[str, Any], needs_target: bool) -> dict[str, dict[str, Any]]:
+    """What an index says of its shards, by file name."""
+    splits = index.values()
     # Where targets may be missing, they are looked for.
     usable = (split for split in splits if not (needs_target and (split.get("made_by") or {}).get("no_targets")))
     return {shard["name"]: shard for split in usable for shard in split["shards"]}

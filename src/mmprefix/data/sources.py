@@ -469,6 +469,9 @@ def _conversation(entry: Any, number: int, staging: Staging) -> None:
             f"conversation {name}", "bad image", f"expected a name or a list of names, got {entry['image']!r}"
         )
         return
+    again = staging.times(name)
+    if again:  # published files have several conversations of one id, about the same image
+        name = f"{name}.{again}"
     said_so_far: list[str] = []  # user and assistant by turns
     for place, turn in enumerate(turns):
         speaker = turn.get("from") if isinstance(turn, dict) else None
@@ -555,7 +558,7 @@ def _row(row: dict[str, Any], where: str, options: SourceOptions, staging: Stagi
     image = row.get(options.columns.image)
     images = None if image == "" else _names(image)
     if images is None:
-        expected = "expected a path or a list of paths, an empty one for text only"
+        expected = "expected a path or a list of paths, an empty list for text only"
         staging.refuse(where, "no image", f"column {options.columns.image!r}: {expected}, got {_kind_of(image)}")
         return
     sample = _sample_of_row(row, options)
@@ -573,6 +576,8 @@ def _sample_of_row(row: dict[str, Any], options: SourceOptions) -> dict[str, Any
     """A sample, or what is wrong with the row."""
     columns = options.columns
     own = row.get(columns.instruction)
+    if own is None and "{question}" in (options.instruction or ""):
+        return f"column {columns.instruction!r}: expected text, for which --instruction has a place, got none"
     if own is None:
         instruction = options.caption_instruction()
     elif isinstance(own, str):
@@ -686,7 +691,9 @@ def _exists(options: SourceOptions, name: str) -> bool:
 
 
 def _kind_of(value: Any) -> str:
-    return "none" if value is None else "an empty one" if value == "" else f"{type(value).__name__} {str(value)[:40]!r}"
+    return (
+        "none" if value is None else "an empty text" if value == "" else f"{type(value).__name__} {str(value)[:40]!r}"
+    )
 
 
 def _name(entry: Any, key: str) -> str:

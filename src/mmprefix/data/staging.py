@@ -23,14 +23,14 @@ from mmprefix.data.records import Refusal, absorb, identity
 _TABLES = {
     "samples": "(number INTEGER PRIMARY KEY, image TEXT, id TEXT, payload TEXT)",
     "names": "(image TEXT PRIMARY KEY, name TEXT, other TEXT) WITHOUT ROWID",
-    "answers": "(id TEXT PRIMARY KEY, payload TEXT) WITHOUT ROWID",
+    "answers": "(id TEXT PRIMARY KEY, payload TEXT, again INTEGER DEFAULT 0) WITHOUT ROWID",
     "refused": "(what TEXT, reason TEXT, detail TEXT)",
 }
 _INSERT = {
     "samples": "INSERT INTO samples (image, id, payload) VALUES (?, ?, ?)",
     "names": "INSERT INTO names (image, name) VALUES (?, ?) "
     "ON CONFLICT (image) DO UPDATE SET other = excluded.name WHERE name <> excluded.name",
-    "answers": "INSERT OR REPLACE INTO answers VALUES (?, ?)",
+    "answers": "INSERT INTO answers (id, payload) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET again = again + 1",
     "refused": "INSERT INTO refused VALUES (?, ?, ?)",
 }
 _BETWEEN = "\x1f"
@@ -155,6 +155,13 @@ class Staging:
         self._answered = True
         self._put("answers", sample, json.dumps(fields))
 
+    def times(self, name: str) -> int:
+        """How often it was asked for this name before."""
+        self._db.execute("CREATE TEMP TABLE IF NOT EXISTS seen (name TEXT PRIMARY KEY, n INTEGER) WITHOUT ROWID")
+        text = name.encode("utf-8", "backslashreplace").decode()
+        query = "INSERT INTO seen VALUES (?, 0) ON CONFLICT (name) DO UPDATE SET n = n + 1 RETURNING n"
+        return int(self._db.execute(query, (text,)).fetchone()[0])
+
     def refuse(self, what: str, reason: str, detail: str = "") -> None:
         """Something that is no sample of an image, and why."""
         self._put("refused", what, reason, detail[:500])
@@ -200,6 +207,8 @@ class Staging:
             unanswered = "id NOT IN (SELECT id FROM answers)"
             self._db.execute(f"{refuse} 'question ' || id, 'no answers', '' FROM samples WHERE {unanswered}")
             self._db.execute(f"DELETE FROM samples WHERE {unanswered}")
+            again = "'the first was taken, ' || again || ' more came' FROM answers WHERE again"
+            self._db.execute(f"{refuse} 'answers ' || id, 'id twice', {again}")
             # A question that is asked twice would get its answers twice.
             later = "number NOT IN (SELECT min(number) FROM samples GROUP BY id)"
             self._db.execute(f"{refuse} 'question ' || id, 'id twice', 'of image ' || image FROM samples WHERE {later}")
@@ -213,7 +222,9 @@ class Staging:
                 "GROUP BY id HAVING min(image) <> max(image)"
             )
             later = "FROM samples JOIN shared USING (id) WHERE image <> (SELECT image FROM samples WHERE number = shared.first)"
-            self._db.execute(f"{refuse} replace(image, char(31), ', '), 'id twice', 'id ' || id {later}")
+            self._db.execute(
+                f"{refuse} replace(ltrim(image, char(31)), char(31), ', '), 'id twice', 'id ' || id {later}"
+            )
             self._db.execute(f"DELETE FROM samples WHERE number IN (SELECT number {later})")
         self._db.execute("CREATE TABLE firsts (number INTEGER PRIMARY KEY, image TEXT)")
         self._db.execute("INSERT INTO firsts SELECT min(number), image FROM samples GROUP BY image")

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import fcntl
 import gc
-import glob
 import hashlib
 import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
@@ -31,6 +31,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,11 +100,16 @@ class _Unusable(Exception):
 # In a worker ----------------------------------------------------------------------------------------------------------
 
 _count_tokens: Callable[[str], int] | None = None
+_locked: list[int] = []
+"""Descriptors of folders that the main process keeps for itself (`alone_in`)."""
 _start_error = ""
 
 
 def _start_worker(tokenizer: str | None) -> None:
     global _count_tokens
+    for file in _locked:  # or the lock outlives the main process, with us
+        os.close(file)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     gc.freeze()  # what was there before the fork is never looked at, which would copy its pages
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the main process ends us
     if tokenizer is not None:
@@ -116,6 +122,14 @@ def _start_worker(tokenizer: str | None) -> None:
             _start_error = " ".join(str(error).split())[:300] or type(error).__name__
             return
         _count_tokens = lambda text: len(encode(text, add_special_tokens=False))  # noqa: E731
+
+
+def _end_with_parent() -> None:
+    """Nobody is left to count what a worker writes when the main process was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _how_it_started() -> str:
@@ -139,7 +153,6 @@ def write_chunk(job: Job, number: int, records: Sequence[SourceRecord]) -> Shard
         report.refused.append(Refusal(what, reason, detail)._asdict())
 
     with (
-        _naming(job.folder / name),
         suppress(_NothingUsable),
         replacing(job.folder / name) as temporary,
         open(temporary, "wb", buffering=0) as file,
@@ -180,17 +193,6 @@ def write_chunk(job: Job, number: int, records: Sequence[SourceRecord]) -> Shard
     with replacing(_progress(job.folder, job.split) / f"{number:06d}.json") as temporary:
         temporary.write_text(json.dumps(vars(report)))
     return report
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """A full disk doesn't say of what it is full."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class _NothingUsable(Exception):
@@ -484,8 +486,10 @@ def _difference(before: Any, now: dict[str, Any]) -> str:
     parts = []
     for name in names:
         one, other = before.get(name), now.get(name)
-        if isinstance(one, dict) and isinstance(other, dict):  # files and their digests, which say nothing to anyone
-            changed = sorted(key for key in {**one, **other} if one.get(key) != other.get(key))
+        if name == "files" and isinstance(one, list) and isinstance(other, list):  # digests say nothing to anyone
+            changed = dict.fromkeys(
+                file for pair in zip_longest(one, other) if pair[0] != pair[1] for file, _ in filter(None, pair)
+            )
             parts.append(f"{name}: {', '.join(changed)}")
         else:
             parts.append(f"{name}: {one!r}, now {other!r}")
@@ -496,7 +500,7 @@ def remove_split(folder: Path, split: str) -> None:
     """Removes the shards, progress, refusals and index entry of a split."""
     shutil.rmtree(_progress(folder, split), ignore_errors=True)
     forget_split(folder, split)
-    for path in (*_shards_of(folder, split), folder / f"{split}.refused.jsonl"):
+    for path in (*shards_of(folder, split), folder / f"{split}.refused.jsonl"):
         path.unlink(missing_ok=True)
 
 
@@ -508,7 +512,7 @@ def check_strangers(folder: Path, split: str) -> None:
     """
     if _progress(folder, split).is_dir() or split in read_index(folder):
         return
-    strangers = sorted(path.name for path in _shards_of(folder, split))
+    strangers = sorted(path.name for path in shards_of(folder, split))
     if strangers:
         more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
         raise InputError(
@@ -533,13 +537,17 @@ def alone_in(folder: Path) -> Iterator[None]:
             raise InputError(f"--out: another prepare is at work in {folder}") from None
         except OSError:  # some network folders know no locks
             pass
+        _locked.append(file)
         yield
     finally:
+        if file in _locked:
+            _locked.remove(file)
         os.close(file)
 
 
-def _shards_of(folder: Path, split: str) -> list[Path]:
-    return [*folder.glob(f"{glob.escape(split)}-[0-9]*.tar")]
+def shards_of(folder: Path, split: str) -> list[Path]:
+    """Files that are named as a split's shards are; those of `val-2014` are not `val`'s."""
+    return sorted(path for path in folder.glob("*.tar") if re.fullmatch(rf"{re.escape(split)}-\d+\.tar", path.name))
 
 
 def convert(
@@ -550,6 +558,7 @@ def convert(
     shard_size: int,
     pool: ProcessPoolExecutor,
     processes: int,
+    overwrite: bool = False,
     refused: Callable[[], Iterable[Refusal]] = tuple,
     advance: Callable[[int], None] = lambda number: None,
 ) -> Converted:
@@ -562,6 +571,8 @@ def convert(
         shard_size: records of a chunk; what is refused makes shards smaller. Part of the fingerprint.
         pool: from `workers`.
         processes: how many those are.
+        overwrite: whether what the folder holds of the split is removed first; what an interrupted call of the same kind has
+            finished is not.
         refused: what never became a record; asked at the end.
         advance: told the number of records done, now and then.
 
@@ -570,9 +581,12 @@ def convert(
         ChildProcessError: a worker died.
     """
     progress = _progress(job.folder, job.split)
-    for stale in job.folder.glob(f".{job.split}-[0-9]*.tar.*.part"):  # of a run that was killed
-        stale.unlink()
-    _begin(progress, fingerprint)
+    if overwrite and not _is_begun(progress, fingerprint):
+        remove_split(job.folder, job.split)
+    for stale in job.folder.glob(".*.tar.*.part"):  # of a run that was killed
+        if re.match(rf"\.{re.escape(job.split)}-\d+\.tar\.", stale.name):
+            stale.unlink()
+    _begin(progress, fingerprint, overwrite)
     done: dict[int, ShardReport] = {}
     for path in sorted(progress.glob("[0-9]*.json")):
         report = ShardReport(**json.loads(path.read_text()))
@@ -624,10 +638,16 @@ def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _begin(progress: Path, fingerprint: dict[str, Any]) -> None:
+def _is_begun(progress: Path, fingerprint: dict[str, Any]) -> bool:
+    """Whether a call that overwrites has begun, and what it replaces is gone."""
+    plan = progress / "plan.json"
+    return plan.is_file() and json.loads(plan.read_text()) == {"made_by": fingerprint, "overwrite": True}
+
+
+def _begin(progress: Path, fingerprint: dict[str, Any], overwrite: bool) -> None:
     plan = progress / "plan.json"
     if plan.is_file():
-        before = json.loads(plan.read_text())
+        before = json.loads(plan.read_text()).get("made_by")
         if before != fingerprint:
             raise InputError(
                 f"--out: {progress.parent} holds an unfinished conversion of something else "
@@ -636,7 +656,7 @@ def _begin(progress: Path, fingerprint: dict[str, Any]) -> None:
         return
     progress.mkdir(parents=True, exist_ok=True)
     with replacing(plan) as temporary:
-        temporary.write_text(json.dumps(fingerprint))
+        temporary.write_text(json.dumps({"made_by": fingerprint, "overwrite": overwrite}))
 
 
 def _chunks(records: Iterable[SourceRecord], size: int) -> Iterator[list[SourceRecord]]:
