@@ -365,7 +365,7 @@ def test_memory_that_is_not_enough_is_one_line(monkeypatch, capsys):
     of_worker = out_of_memory(MemoryError("Caught MemoryError in DataLoader worker process 0.\nOriginal Traceback"))
     assert "in a loader process (data.num_workers); take less" in of_worker
     assert "\n" not in of_worker
-    for said, device in (
+    for text, device in (
         ("CUDA error: out of memory\nCUDA kernel", "CUDA"),
         ("MPS backend out of memory (MPS ...", "MPS"),
     ):
