@@ -339,8 +339,9 @@ class ShardDataModule(pl.LightningDataModule):
         for where, one in self._named_sets(split):
             shards: str | Sequence[str] = one.shards
             if self.shard_cache is not None:
+                paths = expand_shards(shards, where, pipes=True)
                 check_complete(shards, where)
-                shards = self.shard_cache.paths(expand_shards(shards, where, pipes=True), where)
+                shards = self.shard_cache.paths(paths, where)
             collections.append(ShardCollection(shards, where, needs_target=split != "predict"))
             of_set = f" {one.name}" if one.name else ""
             rank_zero_info(f"{split}{of_set}: {collections[-1].describe()}")
