@@ -177,7 +177,7 @@ def test_two_healthy_ranks(results):
         ("other shards", "shards          expected one set of shards everywhere, got 5 records (index"),
         ("no folder", "checkpoints     rank 1 (node1): "),
         ("folders apart", "checkpoints     rank 1 (node1): "),
-        ("full disk", "checkpoints     rank 0 (node0), rank 1 (node1): [Errno 27] File too large: "),
+        ("full disk", "checkpoints     rank 0 (node0), rank 1 (node1): [Errno 27] File too large; /"),
         ("versions", "versions        expected one python everywhere, got "),
         ("config", "config          rank 1 (node1): --config: expected a file, there is none at missing.yaml"),
         ("other config", "versions        expected one config everywhere, got "),

@@ -567,10 +567,13 @@ def missing_folders(folder: Path) -> list[Path]:
 def write_file(folder: Path, name: str) -> Fact:
     """Writes, syncs and renames a file as a checkpoint is; says how fast, and what is free, in bytes."""
     start = time.perf_counter()
-    with replacing(folder / name) as temporary, open(temporary, "wb") as file:
-        file.write(content_of(name) * (_FILE_BYTES // len(content_of(name))))
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with replacing(folder / name) as temporary, open(temporary, "wb") as file:
+            file.write(content_of(name) * (_FILE_BYTES // len(content_of(name))))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # the folder is said in any case, and a rank's own file would keep equal lines apart
+        raise OSError(error.errno, error.strerror) from error
     return {"seconds": time.perf_counter() - start, "free": shutil.disk_usage(folder).free}
 
 
