@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -11,7 +12,8 @@ from mmprefix.evaluation.runs import Row
 from mmprefix.metrics import ExactMatch, exact_match
 from mmprefix.metrics.intervals import mean_interval
 from mmprefix.metrics.rules import ScoringRules
-from mmprefix.packing import Reference
+from mmprefix.packing import BadSample, Reference
+from mmprefix.training.callbacks import BadSampleReport
 from mmprefix.vision import ImageTransform, as_levels
 
 PYTHON = ScoringRules(caption_tokenizer="python")
@@ -128,3 +130,16 @@ def test_the_worst_and_the_best_are_shown_with_their_scores(photos):
     assert [(answer.correct, answer.score) for answer in questions.answers] == [(True, ""), (False, "")]
     unscored = Evaluation([(Reference("p", "p", "", "?", (), (0, 0)), "so")])
     assert [cell.answers[0].correct for cell in gallery(unscored, {}, 6, lambda record: [photos[0]])] == [None]
+
+
+def test_what_the_sanity_check_skips_is_counted_once(tmp_path):
+    """The records of the sanity check come again in the first validation."""
+    report = BadSampleReport(str(tmp_path))
+    batch = SimpleNamespace(bad=[BadSample("s.tar", "k", "truncated")])
+    module = SimpleNamespace(log=lambda *_, **__: None)
+    for sanity_checking in (True, False):
+        trainer = SimpleNamespace(sanity_checking=sanity_checking, current_epoch=0)
+        report.on_validation_batch_end(trainer, module, None, batch, 0)
+        report.on_validation_epoch_end(trainer, module)
+    (line,) = (tmp_path / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"split": "val", "epoch": 0, "shard": "s.tar", "key": "k", "reason": "truncated"}

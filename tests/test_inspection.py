@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from mmprefix.cli import run
@@ -186,6 +187,12 @@ def test_a_split_that_is_gone_and_shards_of_nobody(inspect, tmp_path, photos):
     cached = ShardDataModule(train=str(tmp_path / "set" / "train-*.tar"), shard_cache=str(tmp_path / "cache"))
     with pytest.raises(InputError, match=r"data\.train: expected 1 more shard"):
         cached.shards("train")
+    remote = MemoryFileSystem()
+    remote.put(str(tmp_path / "set"), "/lost", recursive=True)
+    for pattern in ("memory://lost/train-*.tar", "memory://lost", "memory:///lost/train-*.tar"):
+        with pytest.raises(InputError, match=r"more shard.*memory://.*train-000001\.tar"):
+            ShardCollection(pattern, "data.train")
+    remote.rm("/lost", recursive=True)
     assert run(["inspect", str(tmp_path / "set"), "--out", str(folder / "0.png")]) == 2
 
 

@@ -365,6 +365,11 @@ def table(tmp_path, rows):
     return str(path)
 
 
+def from_rows(tmp_path, rows, *more):
+    """The command that makes shards of a table of JSON lines."""
+    return ["jsonl", "--annotations", rows, "--images", str(tmp_path / "images"), "--out", str(tmp_path / "out"), *more]
+
+
 def many(tmp_path, number):
     for n in range(number):
         picture(tmp_path / "images" / f"{n}.png", (n % 256, n // 256, 7), size=(8, 8))
@@ -566,17 +571,7 @@ def test_shards_of_others_are_not_touched(tmp_path, images, capsys):
     out = tmp_path / "out"
     write_shard(out / "val-000000.tar", [("k", b"i", b"{}")])
     before = (out / "val-000000.tar").read_bytes()
-    command = [
-        "jsonl",
-        "--annotations",
-        rows,
-        "--images",
-        str(tmp_path / "images"),
-        "--out",
-        str(out),
-        "--split",
-        "val",
-    ]
+    command = from_rows(tmp_path, rows, "--split", "val")
     assert run(command) == 2
     assert (
         "holds shards of a split 'val' that no index describes (val-000000.tar); give --overwrite"
@@ -617,34 +612,13 @@ def test_overwriting_removes_nothing_before_there_is_something_better_and_goes_o
 ):
     rows = many(tmp_path, 6)
     out = tmp_path / "out"
-    command = [
-        "jsonl",
-        "--annotations",
-        rows,
-        "--images",
-        str(tmp_path / "images"),
-        "--out",
-        str(out),
-        "--shard-size",
-        "2",
-    ]
+    command = from_rows(tmp_path, rows, "--shard-size", "2")
     assert run(command) == 0
     before = {path.name: path.read_bytes() for path in out.glob("*.tar")}
     assert run([*command, "--overwrite", "--tokenizer", str(tmp_path)]) == 2
-    assert (
-        run(
-            [
-                command[0],
-                "--annotations",
-                write(tmp_path / "x.json", []),
-                *command[3:-2],
-                "--overwrite",
-                "--images",
-                "/none",
-            ]
-        )
-        == 2
-    )
+    other = ["llava", "--annotations", write(tmp_path / "x.json", {"no": "list"}), *command[3:7], "--overwrite"]
+    assert run(other) == 2
+    assert "expected LLaVA, a list of conversations" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.glob("*.tar")} == before
     collect = writing._compact
     done = []
@@ -698,7 +672,7 @@ def test_after_a_kill_of_the_main_process_alone_the_same_command_goes_on(tmp_pat
 def test_two_at_work_in_one_folder(tmp_path, images, capsys):
     rows = table(tmp_path, [{"image": NAMES[0], "target": "t"}])
     out = tmp_path / "out"
-    command = ["jsonl", "--annotations", rows, "--images", str(tmp_path / "images"), "--out", str(out)]
+    command = from_rows(tmp_path, rows)
     with alone_in(out):
         assert run(command) == 2
     assert capsys.readouterr().err == f"error: --out: another prepare is at work in {out}\n"
@@ -707,7 +681,7 @@ def test_two_at_work_in_one_folder(tmp_path, images, capsys):
 
 def test_captions_have_no_question(tmp_path, images, capsys):
     rows = table(tmp_path, [{"image": NAMES[0], "target": "t"}])
-    command = ["jsonl", "--annotations", rows, "--images", str(tmp_path / "images"), "--out", str(tmp_path / "out")]
+    command = from_rows(tmp_path, rows)
     asked = [*command, "--instruction", "say {question}"]
     assert run(asked) == 2
     assert [(r["what"], r["reason"]) for r in refused(tmp_path, "train")] == [("rows.jsonl:1", "bad entry")]
@@ -724,7 +698,7 @@ def test_a_worker_that_dies_is_no_bad_input(tmp_path, images, capsys, monkeypatc
 
     monkeypatch.setattr("mmprefix.data.writing._image_of", dies)
     rows = table(tmp_path, [{"image": NAMES[0], "target": "t"}])
-    command = ["jsonl", "--annotations", rows, "--images", str(tmp_path / "images"), "--out", str(tmp_path / "out")]
+    command = from_rows(tmp_path, rows)
     assert run(command) == 1
     assert "a worker process died" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ import pytest
 from mmprefix.data.records import SourceRecord
 from mmprefix.data.sources import READERS, SourceOptions, staged_records
 from mmprefix.data.staging import Staging
-from mmprefix.data.writing import _read
+from mmprefix.data.writing import _read, _usable
 
 
 def test_samples_are_the_same_however_few_wait_in_memory(tmp_path, monkeypatch):
@@ -54,3 +54,12 @@ def test_a_question_that_is_listed_twice_is_one_however_few_samples_wait(tmp_pat
         (sample,) = SourceRecord(("a.png",), "a.png", samples).read_samples()
         assert [(r.what, r.reason) for r in staging.refused()] == [("question 1", "id twice")]
     assert sample == {"id": "1", "instruction": "q?", "targets": ["yes"], "kind": "k"}, "twice the weight for nothing"
+
+
+def test_a_sample_that_is_refused_keeps_its_id_from_nobody(tmp_path):
+    samples = [{"id": "a", "instruction": "q", "targets": [" "]}, {"id": "a", "instruction": "other", "targets": ["t"]}]
+    refusals = []
+    record = SourceRecord(("a.png",), "a.png", json.dumps(samples))
+    ((sample, _),) = _usable(record, True, lambda *what: refusals.append(what))
+    assert sample["targets"] == ["t"]
+    assert refusals == [("a.png: a", "empty target", "")]

@@ -338,9 +338,8 @@ def _quieten() -> None:
     ):
         warnings.filterwarnings("ignore", message)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|lightning|timm")
-    warnings.filterwarnings(
-        "ignore", category=Image.DecompressionBombWarning
-    )  # there is a limit of our own, which names it
+    # Of large pictures: there is a limit of our own, which names them.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     advice = ("💡 Tip", "Loading `train_dataloader`", "GPU available: False", "TPU available: False", "Seed set to")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(advice))

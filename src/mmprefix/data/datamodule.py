@@ -391,7 +391,7 @@ class ShardDataModule(pl.LightningDataModule):
                     f"data.{name}: expected data.metric, or that of a set, to be {' or '.join(tasks)}, got "
                     f"{', '.join(sorted(used))}"
                 )
-        self.scoring_rules("auto")
+        self.scoring_rules("auto")  # which has rules of its own
 
     @property
     def epoch_order(self) -> EpochOrder:

@@ -159,8 +159,10 @@ class Staging:
         """How often it was asked for this name before."""
         self._db.execute("CREATE TEMP TABLE IF NOT EXISTS seen (name TEXT PRIMARY KEY, n INTEGER) WITHOUT ROWID")
         text = name.encode("utf-8", "backslashreplace").decode()
-        query = "INSERT INTO seen VALUES (?, 0) ON CONFLICT (name) DO UPDATE SET n = n + 1 RETURNING n"
-        return int(self._db.execute(query, (text,)).fetchone()[0])
+        found = self._db.execute("SELECT n FROM seen WHERE name = ?", (text,)).fetchone()
+        number = int(found[0]) if found else 0
+        self._db.execute("INSERT OR REPLACE INTO seen VALUES (?, ?)", (text, number + 1))
+        return number
 
     def refuse(self, what: str, reason: str, detail: str = "") -> None:
         """Something that is no sample of an image, and why."""

@@ -268,11 +268,9 @@ def _usable(
         sample = {"image_id": image_id, **entry}
         if not alone:
             sample["images"] = len(record.images)
-        if "id" in entry:
-            if entry["id"] in ids:
-                refuse(f"{record.name}: {entry['id']}", "id twice", "")
-                continue
-            ids.add(entry["id"])
+        if entry.get("id") in ids:
+            refuse(f"{record.name}: {entry['id']}", "id twice", "")
+            continue
         given = entry.get("targets") or ()
         sample["targets"] = []
         for text in given:
@@ -297,6 +295,8 @@ def _usable(
             refuse(f"{record.name}: {entry.get('id', number)}", "bad sample", str(error))
             continue
         usable.append((sample, payload))
+        if "id" in entry:
+            ids.add(entry["id"])
     if not usable:
         raise _Unusable("image without a usable sample" if record.images else "text without a usable sample")
     return usable
