@@ -370,7 +370,7 @@ def check_complete(
         for expanded in () if entry.startswith(PIPE) else braceexpand.braceexpand(entry):
             if expanded.endswith(".tar") and not glob.has_magic(expanded):
                 continue  # asked for by name: no question to object storage for each of thousands
-            wanted = storage.canonical(storage.join(expanded, "*.tar") if storage.is_folder(expanded) else expanded)
+            wanted = storage.join(expanded, "*.tar") if storage.is_folder(expanded) else expanded
             name = storage.split(wanted)[1]
             if not glob.has_magic(name):
                 continue

@@ -51,14 +51,6 @@ def split(path: str) -> tuple[str, str]:
     return os.path.dirname(path), os.path.basename(path)
 
 
-def canonical(path: str) -> str:
-    """The path as `find` spells it."""
-    if not is_remote(path):
-        return path
-    filesystem, inside = _filesystem(path)
-    return str(filesystem.unstrip_protocol(inside))
-
-
 def is_folder(path: str) -> bool:
     """Whether there is such a folder; for object storage, anything under that name."""
     if not is_remote(path):
