@@ -43,11 +43,18 @@ FIRST_TEXT_ID = 4
 
 @dataclass(frozen=True)
 class Size:
-    """Shape of a PaliGemma, and how many images a training step takes."""
+    """Shape of a PaliGemma, and how many images a training step takes.
+
+    Attributes:
+        vision, text: of transformers' configs.
+        images: of a step.
+        peer_rows: how many rows transformers takes at a time at most; the others follow as further micro-batches.
+    """
 
     vision: dict[str, int]
     text: dict[str, int]
     images: int
+    peer_rows: int | None = None
 
     @property
     def num_image_tokens(self) -> int:
@@ -74,20 +81,23 @@ SIZES = {
     "smoke": Size(_vision(48, 2, 4, 96, 14, side=56), _text(64, 2, 4, 16, 128), images=2),
     "tiny": Size(_vision(384, 6, 6, 1536, 16), _text(512, 6, 8, 64, 2048), images=2),
     "small": Size(_vision(768, 12, 12, 3072, 16), _text(1024, 12, 8, 128, 4096), images=4),
-    # PaliGemma-3B at 224 px.
-    "3b": Size(_vision(1152, 27, 16, 4304, 14), _text(2048, 18, 8, 256, 16384), images=4),
+    # PaliGemma-3B at 224 px. Logits of more rows, and what is made of them, leave no room on 141 GB for two models.
+    "3b": Size(_vision(1152, 27, 16, 4304, 14), _text(2048, 18, 8, 256, 16384), images=16, peer_rows=22),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SMOKE_VOCAB = 512
 
 
-def parse_arguments(description: str | None, cases: Sequence[str], vocabs: Sequence[int]) -> argparse.Namespace:
+def parse_arguments(
+    description: str | None, cases: Sequence[str], vocabs: Sequence[int], images: bool = False, compiles: bool = False
+) -> argparse.Namespace:
     """The options that all of these benchmarks take.
 
     Args:
         description: the script's docstring.
         cases: all of its cases; by default they all run.
         vocabs: default sizes of the vocabulary.
+        images, compiles: whether it takes `--images` and `--compile`, too.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a model of a few thousand weights: does the script work?")
@@ -98,6 +108,10 @@ def parse_arguments(description: str | None, cases: Sequence[str], vocabs: Seque
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the rows")
+    if images:
+        parser.add_argument("--images", nargs="+", type=int, help="images of a step; default: the size's")
+    if compiles:
+        parser.add_argument("--compile", action="store_true", help="ours with compiled layers")
     options = parser.parse_args()
     options.device = torch.device(options.device)
     on_gpu = options.device.type == "cuda"
@@ -105,6 +119,8 @@ def parse_arguments(description: str | None, cases: Sequence[str], vocabs: Seque
     options.dtypes = options.dtypes or ["bfloat16" if on_gpu else "float32"]
     if options.smoke:
         options.sizes, options.dtypes, options.vocabs, options.repeats = ["smoke"], ["float32"], [SMOKE_VOCAB], 2
+        if images:
+            options.images = None
     return options
 
 

@@ -4,6 +4,7 @@
     python benchmarks/train_step.py                                    tiny, float32, both vocabularies, on a CPU
     python benchmarks/train_step.py --cases captions --vocabs 257152
     python benchmarks/train_step.py --sizes 3b --dtypes bfloat16 --vocabs 257152      one GPU of 141 GB
+    python benchmarks/train_step.py --compile                          ours with compiled layers, as model.compile has it
     python benchmarks/train_step.py --smoke                            seconds: checks that the benchmark works
     python benchmarks/train_step.py --json rows.json
 
@@ -14,7 +15,9 @@ Cases:
     single      one target of 1-40 tokens for each image, instructions of 4-64
 
 transformers gets what its API takes: a row for each pair of image and target, the image repeated, padded on the right.
-On a GPU with liger-kernel installed, transformers with Liger's kernels is the second peer.
+At size 3b it takes at most `Size.peer_rows` rows at a time, and accumulates gradients over them. On a GPU with liger-kernel
+installed, transformers with Liger's kernels is the second peer. With `--compile`, transformers with its layers compiled in
+the same way is one more, and ours without a compiler, too; compiled code has seen batches of other shapes before.
 
 Before any time is taken, the losses must be equal and the gradients equally long. Under `nested`, where transformers
 has no such mask, ours are compared with our own on each question alone.
@@ -34,7 +37,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from side_by_side import (
@@ -68,6 +72,7 @@ from mmprefix.masks import PrefixVisibility
 from mmprefix.modeling import MMPrefixForConditionalGeneration
 from mmprefix.packing import PackedBatch, collate, map_tensors
 from mmprefix.sequence import IGNORE_INDEX, TokenSequence
+from mmprefix.training.layers import compile_layers
 
 QUESTIONS_PER_IMAGE = (5, 6, 5, 6, 5)
 """5.4 on average, as VQAv2 has them."""
@@ -212,6 +217,30 @@ def their_loss(model: PaliGemmaForConditionalGeneration, inputs: Mapping[str, Te
     return model(**inputs, use_cache=False).loss
 
 
+def in_parts(loss: Callable[[Mapping[str, Tensor]], Tensor], inputs: list[dict[str, Tensor]]) -> Tensor:
+    """The mean over target tokens of all micro-batches; takes the backward pass of all but the last."""
+    counts = [int((part["labels"] != IGNORE_INDEX).sum()) for part in inputs]
+    before = torch.zeros((), device=inputs[0]["labels"].device)
+    for part, count in zip(inputs[:-1], counts, strict=False):
+        value = loss(part) * (count / sum(counts))
+        value.backward()
+        before += value.detach()
+        del value
+    return loss(inputs[-1]) * (counts[-1] / sum(counts)) + before
+
+
+def uncompiled(loss: Callable[[], Tensor]) -> Tensor:
+    """What a model with compiled layers gives without them."""
+    with torch.compiler.set_stance("force_eager"):
+        return loss()
+
+
+def compile_theirs(model: PaliGemmaForConditionalGeneration) -> None:
+    """Each layer of encoder and decoder, as `compile_layers` does it with ours."""
+    for layer in (*model.model.vision_tower.encoder.layers, *model.model.language_model.layers):
+        layer.compile()
+
+
 class Liger:
     """transformers' model with the Liger kernels, on the same parameters.
 
@@ -302,8 +331,8 @@ def timed_step(
 
 def measure(
     case: str, pair: tuple[PaliGemmaForConditionalGeneration, MMPrefixForConditionalGeneration], liger: Liger | None,
-    optimizers: Mapping[str, torch.optim.Optimizer], size: Size, vocab: int, dtype: str, device: torch.device,
-    repeats: int,
+    optimizers: Mapping[nn.Module, torch.optim.Optimizer], size: Size, vocab: int, dtype: str, device: torch.device,
+    repeats: int, compiled: bool,
 ) -> Iterator[tuple[str, str, list[float], list[float]]]:  # fmt: skip
     """Checks, measures, and yields ``(peer, metric, peer's values, ours)``."""
     theirs, ours = pair
@@ -311,17 +340,35 @@ def measure(
     visibility = CASES[case].visibility
     targets = sum(len(sample.targets) for sample in samples)
     pixel_values = random_images(size.images, size, device)
-    inputs = their_batch(samples, pixel_values, size, vocab)
     batch = our_batch(samples, pixel_values, size, vocab, visibility)
-    sides: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {
-        "transformers": (theirs, partial(their_loss, theirs, inputs))
-    }
+    # A row for each target, as many at a time as the size says, in equal parts.
+    alone = [sample._replace(targets=[target]) for sample in samples for target in sample.targets]
+    number = -(-len(alone) // (size.peer_rows or len(alone)))
+    bounds = [len(alone) * part // number for part in range(number + 1)]
+    inputs = [their_batch(alone[a:b], pixel_values, size, vocab) for a, b in pairwise(bounds)]
+
+    their = partial(in_parts, partial(their_loss, theirs), inputs)
+    our = partial(our_mean_loss, ours, batch)
+    sides: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {}
+    sides["transformers"] = theirs, partial(uncompiled, their) if compiled else their
+    if compiled:
+        sides["transformers, compiled"] = theirs, their
     if liger is not None:
-        sides["transformers + Liger"] = (liger.model, partial(liger.loss, inputs))
-    sides["mmprefix"] = (ours, partial(our_mean_loss, ours, batch))
+        sides["transformers + Liger"] = liger.model, partial(in_parts, liger.loss, inputs)
+    if compiled:
+        sides["mmprefix, not compiled"] = ours, partial(uncompiled, our)
+    sides["mmprefix"] = ours, our
+    if compiled:  # for one shape only, it would be compiled for that one
+        fewer = samples[: -(-len(samples) // 2)]
+        other = our_batch(fewer, pixel_values[: fewer[-1].image + 1], size, vocab, visibility)
+        our_mean_loss(ours, other).backward()
+        ours.zero_grad(set_to_none=True)
 
     memory, found = {}, {}
     for name, (model, loss) in sides.items():
+        if name == "mmprefix" and compiled:  # what compiling takes is none of the pass's
+            loss().backward()
+            model.zero_grad(set_to_none=True)
         first, _ = peak_memory(model, loss, device, accumulates=False)
         every, value = peak_memory(model, loss, device)
         memory[name] = {"peak_memory": every, "peak_memory_first": first}
@@ -332,9 +379,9 @@ def measure(
     else:
         expected = float(our_loss_alone(ours, samples, pixel_values, size, vocab, visibility)), gradient_norm(ours)
         ours.zero_grad(set_to_none=True)
-    check_equal(f"{case}: mmprefix", expected, found["mmprefix"], dtype)
-    if liger is not None:
-        check_equal(f"{case}: Liger", found["transformers"], found["transformers + Liger"], dtype)
+    for name in sides:
+        reference = expected if name.startswith("mmprefix") else found["transformers"]
+        check_equal(f"{case}: {name}", reference, found[name], dtype)
     if dtype == "float32":  # rounding in bfloat16 is as large as what a mask changes
         with torch.no_grad():
             causal = float(our_mean_loss(ours, our_batch(samples, pixel_values, size, vocab, "causal")))
@@ -342,7 +389,7 @@ def measure(
 
     values = take_turns(
         {
-            name: partial(timed_step, model, loss, optimizers[name], targets, device)
+            name: partial(timed_step, model, loss, optimizers[model], targets, device)
             for name, (model, loss) in sides.items()
         },
         repeats,
@@ -357,7 +404,7 @@ def measure(
 
 def main() -> None:
     """All combinations of size, dtype and vocabulary, with the same models for all cases."""
-    options = parse_arguments(__doc__, list(CASES), vocabs=(32_768, 257_152))
+    options = parse_arguments(__doc__, list(CASES), vocabs=(32_768, 257_152), compiles=True)
     device = options.device
     with_liger = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
     print_header(device)
@@ -369,14 +416,17 @@ def main() -> None:
                 pair = build_pair(size, vocab, DTYPES[dtype], device)
                 liger = Liger(pair[0]) if with_liger else None
                 # At a rate of 0 all of its work is done, and the weights stay equal for the next case.
-                optimizers: dict[str, Any] = {
-                    peer: torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-                    for peer, model in zip(("transformers", "mmprefix"), pair, strict=True)
+                optimizers: dict[nn.Module, torch.optim.Optimizer] = {
+                    model: torch.optim.AdamW(model.parameters(), lr=0.0, fused=True) for model in pair
                 }
-                optimizers["transformers + Liger"] = optimizers["transformers"]  # the same parameters
+                if liger is not None:
+                    optimizers[liger.model] = optimizers[pair[0]]  # the same parameters
+                if options.compile:
+                    compile_theirs(pair[0])
+                    compile_layers(pair[1])
                 for case in options.cases:
                     for peer, metric, baseline, value in measure(
-                        case, pair, liger, optimizers, size, vocab, dtype, device, options.repeats
+                        case, pair, liger, optimizers, size, vocab, dtype, device, options.repeats, options.compile
                     ):
                         rows.append(compare(
                             baseline, value, metric=metric, peer=peer, case=case, size=name,

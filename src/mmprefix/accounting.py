@@ -241,7 +241,8 @@ def measured_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float
         seconds: how long to go on; one product more than that at most.
     """
     side = 8192 if device.type == "cuda" else 1024
-    a = torch.ones(side, side, dtype=dtype, device=device)
+    # Random: a GPU multiplies zeros and ones at a higher clock than it can hold with data.
+    a = torch.randn(side, side, dtype=dtype, device=device)
     best, end = float("inf"), time.perf_counter() + seconds
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
     torch.mm(a, a)  # the first one loads kernels

@@ -29,7 +29,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -214,7 +213,7 @@ class MMPrefixModule(pl.LightningModule):
             train_decoder: learning rate and freezing of the decoder.
             gradient_checkpointing: recompute activations in the backward pass, to save memory: `true`, of every layer;
                 `selective`, of every second; a number n, of every n-th.
-            compile: run the training pass through `torch.compile`: the whole model, or each layer where it is sharded.
+            compile: compile each layer with `torch.compile`, for training.
             attention: `auto`: without a mask, over samples packed into one row, where decoder, device and precision
                 allow it, which is said in one line at the start. `dense`: a row for each sample and a mask.
             num_beams: beams when generating for evaluation; 1 is greedy.
@@ -272,6 +271,7 @@ class MMPrefixModule(pl.LightningModule):
         self._gathered = ExitStack()
         self._feature_key: FeatureKey | None = None
         self._compiled = compile
+        self._layers_are_compiled = False
         self._in_4bit = decoder.load_in_4bit
         self._window = self._last_window = _Window()
         self._predictions: list[Prediction] = []
@@ -362,15 +362,14 @@ class MMPrefixModule(pl.LightningModule):
         """
         if self._sharding is None and not self._in_4bit:
             self.model.float()
-        if self._compiled and self._sharding is None and self.model._compiled_call_impl is None:
-            self.model.compile()
+        if self._compiled and not self._layers_are_compiled:
+            compile_layers(self.model)
+            self._layers_are_compiled = True
         if self._sharding is not None:
             if self._in_4bit:
                 raise InputError(
                     "model.decoder.load_in_4bit: expected another strategy than FSDP2, which can't shard 4 bits"
                 )
-            if self._compiled and not isinstance(self.model, FSDPModule):
-                compile_layers(self.model)  # each as it is gathered: a graph of all would need all at once
             # Parameters become others; the old ones, which nobody may keep, have memory until then.
             self._trainable = {}
             self._sharding.shard(self.model)
