@@ -90,6 +90,7 @@ def test_answers_of_other_decoders_match_those_of_each_prompt_alone(name):
         if model.config.mask_free:
             with only_mask_free():
                 assert answers(model, prompts, rows=2, max_new_tokens=NEW, packed=True) == expected
+                assert answers(model, prompts, rows=3, max_new_tokens=NEW, packed=True, in_places=True) == expected
     assert model.config.mask_free == (name not in MASKED)
     assert len({len(ids) for ids in expected}) > 1, "answers must end at different steps"
     assert decoding._fresh_cache(model) is not None
@@ -105,6 +106,8 @@ def test_answers_do_not_depend_on_rows(rows, visibility):
         assert answers(model, prompts, rows=rows, max_new_tokens=NEW) == expected
         with only_mask_free():
             assert answers(model, prompts, rows=rows, max_new_tokens=NEW, packed=True) == expected
+        for packed in (False, True):
+            assert answers(model, prompts, rows=rows, max_new_tokens=NEW, packed=packed, in_places=True) == expected
 
 
 @pytest.mark.parametrize("visibility", ["full", "nested", "causal"])
@@ -148,6 +151,7 @@ def test_layers_that_share_keys_and_streams_of_one_layer():
         assert answers(model, prompts, rows=2, max_new_tokens=NEW) == expected
         with only_mask_free():
             assert answers(model, prompts, rows=2, max_new_tokens=NEW, packed=True) == expected
+            assert answers(model, prompts, rows=2, max_new_tokens=NEW, packed=True, in_places=True) == expected
 
 
 @pytest.mark.parametrize("visibility", ["full", "nested", "causal"])
@@ -215,6 +219,7 @@ def test_sampled_answers_depend_on_seed_and_sample_alone(model_and_prompts, monk
     settings = {"max_new_tokens": NEW, "sampling": SAMPLING}
     with torch.no_grad():
         first = answers(model, prompts, rows=4, seed=1, **settings)
+        assert answers(model, prompts, rows=3, seed=1, in_places=True, **settings) == first
         assert answers(model, prompts, rows=1, seed=1, **settings) == first
         assert answers(model, prompts[::-1], rows=3, seed=1, **settings) == first[::-1]
         assert answers(model, prompts[5:], rows=2, seed=1, **settings) == first[5:]

@@ -12,7 +12,7 @@ FLOORS = {
     "four_bit": 1, "packing": 1, "loss": 1, "attention": 1,
     "last_layer": 2, "stored_weights": 2, "decoder": 2, "data": 2,
     "generation": 3, "prefix_lm": 3, "probe": 3,
-    "conversion": 4, "modeling": 4, "processing": 4, "prompts": 3, "adapters": 4, "accounting": 4, "decoding": 4,
+    "conversion": 4, "modeling": 4, "processing": 4, "prompts": 3, "adapters": 4, "accounting": 4, "decoding": 4, "places": 4,
     "training": 5, "evaluation": 5, "interop": 5, "scaling": 5,
     "commands": 6, "caching": 6, "prepare": 6, "scoring": 6, "inspection": 6, "doctor": 6, "reporting": 6, "cli": 6, "__main__": 7,
 }  # fmt: skip
@@ -20,7 +20,7 @@ FLOORS = {
 SAME_FLOOR = {
     ("masks", "sequence"), ("attention", "packing"), ("decoder", "last_layer"), ("decoder", "stored_weights"),
     ("stored_weights", "last_layer"), ("prefix_lm", "generation"), ("probe", "generation"), ("probe", "prefix_lm"),
-    ("decoding", "modeling"), ("processing", "modeling"), ("adapters", "modeling"), ("accounting", "modeling"),
+    ("decoding", "modeling"), ("decoding", "places"), ("places", "modeling"), ("processing", "modeling"), ("adapters", "modeling"), ("accounting", "modeling"),
     ("accounting", "adapters"),
     ("interop", "training"), ("scaling", "training"), ("training", "evaluation"),
     ("caching", "commands"), ("cli", "inspection"), ("cli", "doctor"), ("cli", "commands"), ("cli", "caching"),

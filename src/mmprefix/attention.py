@@ -47,6 +47,7 @@ class _Current(threading.local):
     """What is set around a pass. Not a ContextVar: torch.compile can't trace setting one."""
 
     plan: PrefixPlan | None = None
+    columns: CachedColumns | None = None
     hidden_states: list[Tensor] | None = None
     only_mask_free = False
 
@@ -167,6 +168,66 @@ class MaskFree:
         return torch.cat(outputs).unsqueeze(0)
 
 
+@dataclass(eq=False)
+class CachedColumns:
+    """What a decoding step sees of a cache whose rows are filled from the left, to different lengths.
+
+    Attributes:
+        length: int64 ``[R]``, columns that are filled: the new token's column, and its position.
+        prefix: int64 ``[R]``, how many of them are prefix.
+        columns: L, of the cache.
+        causal: whether the decoder's own rule holds for the prefix, too.
+    """
+
+    length: Tensor
+    prefix: Tensor
+    columns: int
+    causal: bool
+
+    def written(self) -> Tensor:
+        """int64 ``[R, L]``, 0 on columns that nothing has been written to."""
+        return (torch.arange(self.columns, device=self.length.device) <= self.length.unsqueeze(1)).long()
+
+    def visible(self, own_rule: Callable[..., Tensor]) -> Tensor:
+        """Bool ``[R, 1, 1, L]``.
+
+        Args:
+            own_rule: the decoder's, as in `plan_mask_function`.
+        """
+        number = torch.arange(len(self.length), device=self.length.device).view(-1, 1, 1, 1)
+        query, key = self.length.view(-1, 1, 1, 1), torch.arange(self.columns, device=self.length.device)
+        visible = own_rule(number, torch.zeros_like(number), query, key)
+        if not self.causal:
+            visible = visible | (key < self.prefix.view(-1, 1, 1, 1))
+        return visible & (key <= query)
+
+
+@contextmanager
+def cached_columns(columns: CachedColumns) -> Iterator[None]:
+    """Inside the block, the decoder is fed one token for each row of a cache, and sees what `columns` says."""
+    outer, _current.columns = _current.columns, columns
+    try:
+        yield
+    finally:
+        _current.columns = outer
+
+
+@dataclass(eq=False)
+class _Visible:
+    """What stands in the place of a mask ``[R, 1, 1, L]`` that all heads of a decoding step share."""
+
+    mask: Tensor
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """``[R, H, 1, D]`` and twice ``[R, G, L, D]`` -> ``[R, 1, H, D]``.
+
+        Heads that share keys become one's queries: with a mask, the library would repeat the whole cache for them.
+        """
+        folded = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
+        out = torch.nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=self.mask, scale=scale)
+        return out.reshape(query.shape[0], 1, query.shape[1], -1)
+
+
 class _Unmasked:
     """What stands in the place of a mask where every query sees every key. None would be causal to the library."""
 
@@ -194,6 +255,9 @@ def _follow_plan(library_mask: Callable[..., Any], mask_free: bool) -> Callable[
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
+        if _current.columns is not None:
+            assert mask_free, "only decoders that attend without masks have such a cache"
+            return _Visible(_current.columns.visible(mask_function))
         plan = current_plan()
         if plan is None:
             return library_mask(
@@ -241,6 +305,8 @@ def _run_calls(library_attention: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if attention_mask is _UNMASKED:
             attention_mask, kwargs["is_causal"] = None, False
+        elif isinstance(attention_mask, _Visible):
+            return attention_mask.attend(query, key, value, scaling), None
         elif isinstance(attention_mask, MaskFree):
             # As it would for the library's attention; it knows no meta tensors, which FLOPs are counted with.
             if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):

@@ -8,7 +8,8 @@ same cache. Every row is padded on its left, so that all end in the same column,
     p p p p p p t t      columns that are padding for all are cut off
 
 Where attention can do without masks, prompts are prefilled as training sees them, in one row without padding, and the last
-layer computes what their last tokens need; their keys and values are then spread over the rows.
+layer computes what their last tokens need; their keys and values are then spread over the rows. On a GPU, such decoders
+keep their rows in places of fixed size, and a step is one CUDA graph (`places`).
 
 What this module leaves to transformers' `generate`, batch by batch: beams, decoders whose cache isn't keys and values
 alone, and generation configs that change logits (a repetition penalty).
@@ -38,6 +39,7 @@ from mmprefix.errors import InputError
 from mmprefix.generation import keep_everything
 from mmprefix.modeling import MMPrefixForConditionalGeneration
 from mmprefix.packing import PrefixPlan, map_tensors, pack_prompts
+from mmprefix.places import Places
 
 _PLAIN_SETTINGS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "max_length",
@@ -132,6 +134,7 @@ def answers(
     sampling: SamplingArgs | None = None,
     seed: int = 0,
     packed: bool = False,
+    in_places: bool | None = None,
 ) -> list[list[int]]:
     """Generated ids of each prompt, in the order of ``prompts``, EOS left out.
 
@@ -144,6 +147,7 @@ def answers(
         sampling: how to draw; None for greedy and beams.
         seed: of ``sampling``.
         packed: whether decoder, device and precision attend to packed rows without a mask.
+        in_places: whether rows have places of fixed size; by default where that pays, on a GPU.
     """
     if not prompts:
         return []
@@ -156,7 +160,13 @@ def answers(
     how = _Decoding(model, prompts, rows, max_new_tokens, sampling, uniform, packed)
     cache = _fresh_cache(model) if num_beams == 1 else None
     generated: list[list[int]] = [[] for _ in prompts]
-    for number, ids in how.by_batches(order, num_beams) if cache is None else how.with_refills(order):
+    if in_places is None:
+        in_places = prompts[0].ids.is_cuda
+    if cache is None:
+        found = how.by_batches(order, num_beams)
+    else:
+        found = how.in_places(order) if in_places and model.config.mask_free else how.with_refills(order)
+    for number, ids in found:
         generated[number] = ids
     return generated
 
@@ -330,6 +340,48 @@ class _Decoding:
             if not going.num_going or sum(going.done) >= enough:
                 going = going.without_done()
 
+    def in_places(self, order: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """As `with_refills`; a row stays in its place from its first token to its last."""
+        waiting = deque(order)
+        number_of = min(self.rows, len(order))
+        enough = max(1, number_of // 8)
+        places: Places | None = None
+        in_place: list[int | None] = [None] * number_of
+        ids: dict[int, list[int]] = {}
+        while waiting or ids:
+            free = [place for place, number in enumerate(in_place) if number is None]
+            if waiting and (not ids or len(free) >= enough):
+                fresh = self._prefilled([waiting.popleft() for _ in range(min(len(free), len(waiting)))])
+                yield from self._ended(fresh)
+                going = [row for row, done in enumerate(fresh.done) if not done]
+                if not going:
+                    continue
+                assert isinstance(fresh.cache, DynamicCache)
+                if places is None:  # the longest prompts come first
+                    longest = max(self.prompts[number].ids.numel() for number in order)
+                    columns = longest + self.max_new_tokens
+                    places = Places(self.model, number_of, columns, fresh.cache, fresh.last.is_cuda)
+                places.put(free[: len(going)], fresh.cache, going, fresh.mask[:, :-1], fresh.last)
+                for place, row in zip(free, going, strict=False):
+                    in_place[place] = fresh.numbers[row]
+                    ids[fresh.numbers[row]] = fresh.ids[row]
+                continue
+            assert places is not None
+            # Places that nobody is in go on; nobody reads what they say.
+            steps = [0 if number is None else len(ids[number]) for number in in_place]
+            tokens = self._chosen(places.step(), [number or 0 for number in in_place], steps)
+            places.push(tokens)
+            for place, token in enumerate(tokens.tolist()):
+                number = in_place[place]
+                if number is None:
+                    continue
+                ids[number].append(token)
+                ends = token in self.ends
+                if ends or len(ids[number]) >= self.max_new_tokens:
+                    in_place[place] = None
+                    answer = ids.pop(number)
+                    yield number, answer[:-1] if ends else answer
+
     def _prefilled(self, numbers: list[int]) -> _Rows:
         """Rows of these prompts, each with its first token."""
         cache = _fresh_cache(self.model)
@@ -389,18 +441,27 @@ class _Decoding:
 
     def _choose(self, rows: _Rows, logits: Tensor) -> None:
         """Puts the next token, by logits ``[R, V]``, into each row's new last column."""
-        logits = logits.float()
-        if self.sampling is None:
-            rows.last = logits.argmax(1)
-        else:
-            assert self.uniform is not None
-            # Rows that have ended go on until they are taken out; nobody reads what they draw.
-            steps = [min(len(ids), self.max_new_tokens - 1) for ids in rows.ids]
-            rows.last = draw(logits, self.uniform[rows.numbers, steps], self.sampling)
+        # Rows that have ended go on until they are taken out; nobody reads what they draw.
+        steps = [min(len(ids), self.max_new_tokens - 1) for ids in rows.ids]
+        rows.last = self._chosen(logits, rows.numbers, steps)
         rows.mask = F.pad(rows.mask, (0, 1), value=1)
         rows.is_target = F.pad(rows.is_target, (0, 1), value=True)
         for row, token in enumerate(rows.last.tolist()):
             rows.ids[row].append(token)
+
+    def _chosen(self, logits: Tensor, numbers: Sequence[int], steps: Sequence[int]) -> Tensor:
+        """Tokens, int64 ``[R]``, by logits ``[R, V]``.
+
+        Args:
+            logits: of the next token.
+            numbers: of the prompt in each row.
+            steps: how many tokens its answer has.
+        """
+        logits = logits.float()
+        if self.sampling is None:
+            return logits.argmax(1)
+        assert self.uniform is not None
+        return draw(logits, self.uniform[list(numbers), list(steps)], self.sampling)
 
     def _ended(self, rows: _Rows) -> Iterator[tuple[int, list[int]]]:
         """Answers that the last token has completed."""
