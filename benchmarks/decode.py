@@ -11,16 +11,21 @@ Cases:
     equal1, equal8   1 and 8 prompts with an instruction of 10 tokens
     ragged8          8 prompts with instructions of 4-64 tokens, padded on the left on both sides
 
-Both sides call transformers' `generate`, for one new token and for NEW_TOKENS, end of text suppressed. In float32,
-before any time is taken and whatever dtype is measured, both must generate the same tokens.
+Sides, all for one new token and for NEW_TOKENS, end of text suppressed:
+    transformers         its `generate`
+    mmprefix, generate   transformers' `generate` on our model
+    mmprefix             `decoding.answers`, with which validate, test and predict decode. On a GPU, capturing its graph is
+                         part of the time, as in every call
+In float32, before any time is taken and whatever dtype is measured, all must generate the same tokens.
 
 Metrics (medians):
-    prefill_tokens_per_s   prompt tokens, padding not counted, through `generate` with one new token: image encoder too
-    decode_tokens_per_s    all further tokens, in what `generate` takes longer for NEW_TOKENS than for one
+    prefill_tokens_per_s   prompt tokens, padding not counted, with one new token: image encoder too
+    decode_tokens_per_s    all further tokens, in what NEW_TOKENS take longer than one
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -47,6 +52,8 @@ from side_by_side import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mmprefix.decoding import Prompt, answers
+from mmprefix.modeling import MMPrefixForConditionalGeneration
 from mmprefix.packing import collate_prompts
 from mmprefix.sequence import TokenSequence
 
@@ -85,6 +92,21 @@ def generate(model: PreTrainedModel, inputs: dict[str, Tensor], new_tokens: int)
     return output[:, inputs["input_ids"].shape[1] :]
 
 
+@torch.no_grad()
+def answer(model: MMPrefixForConditionalGeneration, inputs: dict[str, Tensor], new_tokens: int) -> Tensor:
+    """Greedy tokens, int64 ``[S, new_tokens]``, as evaluation decodes."""
+    images = model.get_image_tokens(inputs["pixel_values"])
+    prompts = [
+        Prompt(ids[mask.bool()], (image,), str(number), new_tokens)
+        for number, (ids, mask, image) in enumerate(
+            zip(inputs["input_ids"], inputs["attention_mask"], images, strict=True)
+        )
+    ]
+    packed = model.device.type == "cpu" or model.dtype != torch.float32  # what has a kernel for packed rows
+    found = answers(model, prompts, rows=len(prompts), max_new_tokens=new_tokens, packed=packed)
+    return torch.tensor(found, device=model.device)
+
+
 def timed(run: Callable[[int], Tensor], prompt_tokens: int, device: torch.device) -> dict[str, float]:
     """Tokens per second of prefill and of decoding."""
     start = now(device)
@@ -109,6 +131,9 @@ def main() -> None:
             for dtype in options.dtypes:
                 # Made and checked in float32: in bfloat16, a rounding may turn one token, and then all that follow.
                 theirs, ours = (model.eval() for model in build_pair(size, vocab, torch.float32, device))
+                without_end = copy.copy(ours)
+                without_end.generation_config = copy.deepcopy(ours.generation_config)
+                without_end.generation_config.eos_token_id = None
                 sides = {}
                 tokens: set[int] = set()
                 for case in options.cases:
@@ -117,11 +142,13 @@ def main() -> None:
                     their_inputs = {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}
                     sides[case] = {
                         "transformers": partial(generate, theirs, their_inputs),
-                        "mmprefix": partial(generate, ours, inputs),
+                        "mmprefix, generate": partial(generate, ours, inputs),
+                        "mmprefix": partial(answer, without_end, inputs),
                     }
-                    expected, found = (run(NEW_TOKENS) for run in sides[case].values())
-                    if not torch.equal(expected, found):
-                        raise SystemExit(f"{case}: expected the tokens {expected.tolist()}, got {found.tolist()}")
+                    expected, *others = (run(NEW_TOKENS) for run in sides[case].values())
+                    for found in others:
+                        if not torch.equal(expected, found):
+                            raise SystemExit(f"{case}: expected the tokens {expected.tolist()}, got {found.tolist()}")
                     tokens.update(expected.unique().tolist())
                 assert len(tokens) > 1, "one token over and over shows nothing"
                 theirs.to(DTYPES[dtype])
@@ -132,13 +159,13 @@ def main() -> None:
                         {side: partial(timed, run, prompt_tokens, device) for side, run in sides[case].items()},
                         options.repeats,
                     )
-                    for metric in values["mmprefix"]:
-                        rows.append(compare(
-                            values["transformers"][metric], values["mmprefix"][metric], metric=metric,
-                            peer="transformers", case=case, size=name, device=device_name(device), dtype=dtype,
-                            vocab=vocab,
-                        ))  # fmt: skip
-                        print_row(rows[-1])
+                    for peer in ("transformers", "mmprefix, generate"):
+                        for metric in values["mmprefix"]:
+                            rows.append(compare(
+                                values[peer][metric], values["mmprefix"][metric], metric=metric, peer=peer, case=case,
+                                size=name, device=device_name(device), dtype=dtype, vocab=vocab,
+                            ))  # fmt: skip
+                            print_row(rows[-1])
                     write_json(options.json, rows)
 
 

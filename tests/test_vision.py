@@ -65,6 +65,13 @@ def test_heads_are_found_unused():
     assert all(name.startswith("attn_pool.") for name in spec.unused)
 
 
+def test_specs_are_found_where_no_gradients_are_wanted():
+    with torch.no_grad():
+        without = resolve_vision(SMALL[4])
+    assert without == resolve_vision(SMALL[4])
+    assert without.unused
+
+
 def test_encoders_without_one_feature_map_are_refused():
     with pytest.raises(InputError, match="CoaT gives list, expected one feature map"):
         resolve_vision(VisionArgs("coat_tiny"))

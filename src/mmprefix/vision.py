@@ -114,6 +114,7 @@ class VisionSpec:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
+@torch.enable_grad()  # the caller may have none: which parameters matter is found by their gradients
 def resolve_vision(args: VisionArgs) -> VisionSpec:
     """Finds out what the encoder takes and gives, on the meta device: no weights are made.
 
