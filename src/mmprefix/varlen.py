@@ -34,7 +34,7 @@ NO_WINDOW = -1
 
 MAX_HEAD_SIZE = 256
 """Of the flash kernels on CUDA."""
-_GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch >= 2.13
+_ASKS_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch >= 2.13
 
 
 def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -91,10 +91,8 @@ def varlen_attention(
         )[0]  # fmt: skip
         return out
     assert window == NO_WINDOW or prefix_in_window, "the kernel's window hides the prefix, too"
-    groups = query.shape[1] // key.shape[1]
-    kwargs: dict[str, Any] = {"enable_gqa": True} if _GROUPED and groups > 1 else {}
-    if groups > 1 and not _GROUPED:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    # The kernel takes fewer key heads than query heads in all releases, and repeats none; later ones want to be told.
+    kwargs: dict[str, Any] = {"enable_gqa": True} if _ASKS_FOR_GROUPS and query.shape[1] != key.shape[1] else {}
     left = -1 if window == NO_WINDOW else window - 1
     # Where several backends exist, the others' windows and alignments differ from release to release.
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
