@@ -319,7 +319,8 @@ def check_equal(name: str, expected: dict[str, Tensor], found: dict[str, Tensor]
 
 
 def measure(
-    name: str, length: int, heads: Heads, dtype: str, device: torch.device, tokens: int, repeats: int
+    name: str, length: int, heads: Heads, dtype: str, device: torch.device, tokens: int, repeats: int,
+    with_flex: bool,
 ) -> Iterator[tuple[str, str, list[float], list[float]]]:  # fmt: skip
     """Checks, measures, and yields ``(peer, metric, peer's values, ours)``."""
     case = CASES[name]
@@ -339,7 +340,7 @@ def measure(
 
     runs["dense mask"] = Run(masked(sequences, case.visibility, heads, device), values)
     check_equal(f"{name}={length}: dense mask", expected, runs["dense mask"].results(), dtype)
-    if device.type == "cuda" or start <= FLEX_ON_CPU:
+    if with_flex and (device.type == "cuda" or start <= FLEX_ON_CPU):
         flex = Run(block_masked(sequences, case.visibility, heads, device), values)
         try:
             found = flex.results() if device.type == "cuda" else flex.output()
@@ -379,6 +380,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="query heads / key-value heads / size")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument(
+        "--no-flex", action="store_true", help="without FlexAttention, whose compilation takes most of the time"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, help="default: 5 on a CPU, 10 on a GPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the rows")
@@ -412,7 +416,7 @@ def main() -> None:
             for shape in options.shapes:
                 for case in options.cases:
                     for peer, metric, baseline, value in measure(
-                        case, length, SHAPES[shape], dtype, device, options.tokens, options.repeats
+                        case, length, SHAPES[shape], dtype, device, options.tokens, options.repeats, not options.no_flex
                     ):
                         rows.append(compare(
                             baseline, value, metric=metric, peer=peer, case=f"{case}={length}", size=shape,

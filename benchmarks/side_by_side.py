@@ -89,7 +89,12 @@ SMOKE_VOCAB = 512
 
 
 def parse_arguments(
-    description: str | None, cases: Sequence[str], vocabs: Sequence[int], images: bool = False, compiles: bool = False
+    description: str | None,
+    cases: Sequence[str],
+    vocabs: Sequence[int],
+    images: bool = False,
+    compiles: bool = False,
+    compiles_peer: bool = False,
 ) -> argparse.Namespace:
     """The options that all of these benchmarks take.
 
@@ -97,7 +102,7 @@ def parse_arguments(
         description: the script's docstring.
         cases: all of its cases; by default they all run.
         vocabs: default sizes of the vocabulary.
-        images, compiles: whether it takes `--images` and `--compile`, too.
+        images, compiles, compiles_peer: whether it takes `--images`, `--compile` and `--compile-peer`, too.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a model of a few thousand weights: does the script work?")
@@ -112,6 +117,8 @@ def parse_arguments(
         parser.add_argument("--images", nargs="+", type=int, help="images of a step; default: the size's")
     if compiles:
         parser.add_argument("--compile", action="store_true", help="ours with compiled layers")
+    if compiles_peer:
+        parser.add_argument("--compile-peer", action="store_true", help="transformers' layers, too")
     options = parser.parse_args()
     options.device = torch.device(options.device)
     on_gpu = options.device.type == "cuda"

@@ -16,8 +16,8 @@ Cases:
 
 transformers gets what its API takes: a row for each pair of image and target, the image repeated, padded on the right.
 At size 3b it takes at most `Size.peer_rows` rows at a time, and accumulates gradients over them. On a GPU with liger-kernel
-installed, transformers with Liger's kernels is the second peer. With `--compile`, transformers with its layers compiled in
-the same way is one more, and ours without a compiler, too; compiled code has seen batches of other shapes before.
+installed, transformers with Liger's kernels is the second peer. With `--compile`, ours without a compiler is one more, and
+with `--compile-peer` transformers with its layers compiled in the same way. Compiled code has seen a batch of another shape.
 
 Before any time is taken, the losses must be equal and the gradients equally long. Under `nested`, where transformers
 has no such mask, ours are compared with our own on each question alone.
@@ -332,7 +332,7 @@ def timed_step(
 def measure(
     case: str, pair: tuple[PaliGemmaForConditionalGeneration, MMPrefixForConditionalGeneration], liger: Liger | None,
     optimizers: Mapping[nn.Module, torch.optim.Optimizer], size: Size, vocab: int, dtype: str, device: torch.device,
-    repeats: int, compiled: bool,
+    repeats: int, compiled: bool, peer_compiled: bool,
 ) -> Iterator[tuple[str, str, list[float], list[float]]]:  # fmt: skip
     """Checks, measures, and yields ``(peer, metric, peer's values, ours)``."""
     theirs, ours = pair
@@ -350,8 +350,8 @@ def measure(
     their = partial(in_parts, partial(their_loss, theirs), inputs)
     our = partial(our_mean_loss, ours, batch)
     sides: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {}
-    sides["transformers"] = theirs, partial(uncompiled, their) if compiled else their
-    if compiled:
+    sides["transformers"] = theirs, partial(uncompiled, their) if peer_compiled else their
+    if peer_compiled:
         sides["transformers, compiled"] = theirs, their
     if liger is not None:
         sides["transformers + Liger"] = liger.model, partial(in_parts, liger.loss, inputs)
@@ -404,7 +404,7 @@ def measure(
 
 def main() -> None:
     """All combinations of size, dtype and vocabulary, with the same models for all cases."""
-    options = parse_arguments(__doc__, list(CASES), vocabs=(32_768, 257_152), compiles=True)
+    options = parse_arguments(__doc__, list(CASES), vocabs=(32_768, 257_152), compiles=True, compiles_peer=True)
     device = options.device
     with_liger = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
     print_header(device)
@@ -422,11 +422,22 @@ def main() -> None:
                 if liger is not None:
                     optimizers[liger.model] = optimizers[pair[0]]  # the same parameters
                 if options.compile:
-                    compile_theirs(pair[0])
                     compile_layers(pair[1])
+                if options.compile_peer:
+                    compile_theirs(pair[0])
                 for case in options.cases:
                     for peer, metric, baseline, value in measure(
-                        case, pair, liger, optimizers, size, vocab, dtype, device, options.repeats, options.compile
+                        case,
+                        pair,
+                        liger,
+                        optimizers,
+                        size,
+                        vocab,
+                        dtype,
+                        device,
+                        options.repeats,
+                        options.compile,
+                        options.compile_peer,
                     ):
                         rows.append(compare(
                             baseline, value, metric=metric, peer=peer, case=case, size=name,
