@@ -80,7 +80,8 @@ def test_operators_keep_the_contract_of_custom_operators():
     """Fake tensors, autograd registration and schema, as torch.compile relies on them."""
     query, key, value = case(4, 2, 8, 8, torch.float32)
     cu_q, cu_k = (starts(n) for n in zip(*LENGTHS, strict=True))
-    arguments = (query, key, value, cu_q, cu_k, True, 3, False, 0.5)
+    bounds = [0, len(query), 0, len(key)]
+    arguments = (query, key, value, [cu_q], [cu_k], [cu_q], [False], bounds, [True], 3, False, 0.5)
     torch.library.opcheck(torch.ops.mmprefix.varlen_attention, arguments)
 
 

@@ -36,8 +36,9 @@ from mmprefix.errors import InputError
 from mmprefix.generation import run_decoder
 from mmprefix.loss import LossNormalization, transient_bytes
 from mmprefix.modeling import MMPrefixConfig, MMPrefixForConditionalGeneration
-from mmprefix.packing import AttentionCall, PackedBatch, PrefixPlan, collate, map_tensors
+from mmprefix.packing import PackedBatch, PrefixPlan, collate, map_tensors
 from mmprefix.sequence import PromptLayout, TokenSequence
+from mmprefix.varlen import AttentionCall
 
 GIB = 2**30
 PARTS = ("vision", "connector", "decoder")

@@ -34,7 +34,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from mmprefix.masks import TokenIndex, prefix_lm_visible
 from mmprefix.packing import PrefixPlan
-from mmprefix.varlen import NO_WINDOW, unsupported, varlen_attention
+from mmprefix.varlen import NO_WINDOW, attention_calls, unsupported
 
 DENSE_IMPLEMENTATIONS = ("sdpa", "eager")
 """Attention implementations that take a dense mask."""
@@ -156,16 +156,10 @@ class MaskFree:
         causal_throughout = self.plan.visibility == "causal"
         # A window that no target of the batch reaches hides nothing, since the prefix is seen by all.
         bites = causal_throughout or query.device.type == "cpu"
-        outputs = []
-        for call in self.plan.calls:
-            at = slice(call.start, call.stop)
-            keys = (k[at], v[at]) if call.key_index is None else (
-                k.index_select(0, call.key_index), v.index_select(0, call.key_index))  # fmt: skip
-            outputs.append(varlen_attention(
-                q[at], *keys, call.cu_q, call.cu_k, call.max_q, call.max_k, causal=call.causal, scale=scale,
-                window=self.window if call.causal and bites else NO_WINDOW, prefix_in_window=causal_throughout,
-            ))  # fmt: skip
-        return torch.cat(outputs).unsqueeze(0)
+        return attention_calls(
+            q, k, v, self.plan.calls, scale=scale, window=self.window if bites else NO_WINDOW,
+            prefix_in_window=causal_throughout,
+        ).unsqueeze(0)  # fmt: skip
 
 
 @dataclass(eq=False)

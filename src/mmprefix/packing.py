@@ -32,28 +32,7 @@ from torch import Tensor
 
 from mmprefix.masks import PADDING_SEGMENT, PrefixVisibility, TokenIndex, visible_pairs
 from mmprefix.sequence import IGNORE_INDEX, PREFIX_BRANCH, Region, TokenSequence
-
-
-@dataclass(eq=False)
-class AttentionCall:
-    """One call of attention without a mask over a packed row: a slice of it as queries, each block with its own keys.
-
-    Attributes:
-        start, stop: the slice of the row.
-        key_index: int64 ``[K]``, columns of the keys of all blocks; None where they are the queries' own.
-        cu_q, cu_k: int32 ``[blocks + 1]``, where each block's queries and keys begin.
-        max_q, max_k: bounds of a block's queries and keys, rounded up so that they rarely change.
-        causal: whether a block's keys are seen up to the query's own only; those in front of the first always are.
-    """
-
-    start: int
-    stop: int
-    key_index: Tensor | None
-    cu_q: Tensor
-    cu_k: Tensor
-    max_q: int
-    max_k: int
-    causal: bool
+from mmprefix.varlen import AttentionCall
 
 
 @dataclass(eq=False)

@@ -11,15 +11,17 @@ On CUDA in half precision this is `torch.nn.attention.varlen`. On the CPU it is 
 for each run of samples of equal shape, with grouped query heads folded into queries, so that keys are never repeated;
 as a custom operator, it is one node of a compiled graph, whatever the number of samples.
 
-This module knows no samples and no rule: `packing` makes the calls, `attention` runs them.
+A rule takes several calls, each over a slice of the row: `attention_calls` runs them all. This module knows no samples
+and no rule: `packing` makes the calls, `attention` has them run.
 
-Shapes: Q queries, K keys, S samples, H query heads, G key-value heads (H is a multiple of G), D head size.
+Shapes: Q queries, K keys, T tokens of a row, S samples, H query heads, G key-value heads (H is a multiple of G), D head size.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
@@ -35,6 +37,28 @@ NO_WINDOW = -1
 MAX_HEAD_SIZE = 256
 """Of the flash kernels on CUDA."""
 _ASKS_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch >= 2.13
+
+
+@dataclass(eq=False)  # not frozen, see `packing`
+class AttentionCall:
+    """One call of attention without a mask over a packed row: a slice of it as queries, each block with its own keys.
+
+    Attributes:
+        start, stop: the slice of the row.
+        key_index: int64 ``[K]``, columns of the keys of all blocks; None where they are the queries' own.
+        cu_q, cu_k: int32 ``[blocks + 1]``, where each block's queries and keys begin.
+        max_q, max_k: bounds of a block's queries and keys, rounded up so that they rarely change.
+        causal: whether a block's keys are seen up to the query's own only; those in front of the first always are.
+    """
+
+    start: int
+    stop: int
+    key_index: Tensor | None
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+    causal: bool
 
 
 def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -87,7 +111,8 @@ def varlen_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query.device.type == "cpu":
         out: Tensor = _cpu_attention(
-            query, key, value, cu_q, cu_k, causal, window, prefix_in_window, scale
+            query, key, value, [cu_q], [cu_k], [cu_q], [False], [0, len(query), 0, len(key)], [causal], window,
+            prefix_in_window, scale,
         )[0]  # fmt: skip
         return out
     assert window == NO_WINDOW or prefix_in_window, "the kernel's window hides the prefix, too"
@@ -102,6 +127,51 @@ def varlen_attention(
         )  # fmt: skip
     assert isinstance(result, Tensor)  # a pair where the logsumexp was asked for
     return result
+
+
+def attention_calls(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    calls: Sequence[AttentionCall],
+    *,
+    scale: float | None = None,
+    window: int = NO_WINDOW,
+    prefix_in_window: bool = False,
+) -> Tensor:
+    """Attention of a packed row to itself, in calls whose slices make up the row in order.
+
+    On the CPU it is one operator: apart, each call's gradients would be as long as the row, mostly zeros, and added up.
+
+    Args:
+        query: float ``[T, H, D]``.
+        key, value: float ``[T, G, D]``.
+        calls: over the row.
+        scale, window, prefix_in_window: as in `varlen_attention`; the window is that of causal calls.
+
+    Returns:
+        float ``[T, H, D]`` (the head size of the values).
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.device.type == "cpu":
+        out: Tensor = _cpu_attention(
+            query, key, value, [call.cu_q for call in calls], [call.cu_k for call in calls],
+            [call.cu_q if call.key_index is None else call.key_index for call in calls],
+            [call.key_index is not None for call in calls],
+            [bound for call in calls for bound in (call.start, call.stop, call.start, call.stop)],
+            [call.causal for call in calls], window, prefix_in_window, scale,
+        )[0]  # fmt: skip
+        return out
+    outputs = []
+    for call in calls:
+        at = slice(call.start, call.stop)
+        keys = (key[at], value[at]) if call.key_index is None else (
+            key.index_select(0, call.key_index), value.index_select(0, call.key_index))  # fmt: skip
+        outputs.append(varlen_attention(
+            query[at], *keys, call.cu_q, call.cu_k, call.max_q, call.max_k, causal=call.causal, scale=scale,
+            window=window if call.causal else NO_WINDOW, prefix_in_window=prefix_in_window,
+        ))  # fmt: skip
+    return torch.cat(outputs)
 
 
 # The CPU operator ------------------------------------------------------------------------------------------------------
@@ -153,15 +223,18 @@ def _pieces(cu_q: Tensor, cu_k: Tensor, causal: bool) -> Iterator[_Piece]:
 
 
 def _fold(x: Tensor, piece: _Piece, heads: int) -> Tensor:
-    """A piece's queries of ``[Q, H, D]`` -> ``[n, G, (H / G) * L, D]``: heads that share keys become one's queries."""
+    """A piece's queries of ``[Q, H, D]`` -> ``[n, G, L * (H / G), D]``: heads that share keys become one's queries.
+
+    Where all heads share them, a view.
+    """
     rows = x[piece.queries].unflatten(0, (piece.n, -1))[:, piece.start : piece.stop]
-    return rows.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    return rows.unflatten(2, (heads, -1)).transpose(1, 2).flatten(2, 3)
 
 
 def _put(x: Tensor, piece: _Piece, folded: Tensor) -> None:
     """Writes what `_fold` reads."""
     length = piece.stop - piece.start
-    rows = folded.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    rows = folded.unflatten(2, (length, -1)).transpose(1, 2).flatten(2, 3)
     x[piece.queries].unflatten(0, (piece.n, -1))[:, piece.start : piece.stop] = rows
 
 
@@ -180,7 +253,7 @@ def _make_bias(
         within = k > q - window
         visible &= within if prefix_in_window else within | (k < prefix)
     bias = torch.zeros(length, seen, dtype=dtype).masked_fill_(~visible, -torch.inf)
-    return bias.repeat(groups, 1)[None, None]
+    return bias.repeat_interleave(groups, 0)[None, None]
 
 
 _remembered_bias = lru_cache(maxsize=64)(_make_bias)
@@ -208,14 +281,32 @@ def _to_size(x: Tensor, size: int) -> Tensor:
     return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
 
 
+def _calls(
+    cu_q: Sequence[Tensor], cu_k: Sequence[Tensor], key_index: Sequence[Tensor], gathered: Sequence[bool],
+    bounds: Sequence[int], causal: Sequence[bool],
+) -> Iterator[tuple[slice, slice | Tensor, bool, list[_Piece]]]:  # fmt: skip
+    """Of each call: its slice of queries, its keys as a slice or by columns, whether it is causal, what the kernel does."""
+    for number, is_causal in enumerate(causal):
+        first_q, last_q, first_k, last_k = bounds[4 * number : 4 * number + 4]
+        keys = key_index[number] if gathered[number] else slice(first_k, last_k)
+        yield slice(first_q, last_q), keys, is_causal, list(_pieces(cu_q[number], cu_k[number], is_causal))
+
+
+def _taken(x: Tensor, keys: slice | Tensor) -> Tensor:
+    return x[keys] if isinstance(keys, slice) else x.index_select(0, keys)
+
+
 @torch.library.custom_op("mmprefix::varlen_attention", mutates_args=(), device_types="cpu")
 def _cpu_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    causal: bool,
+    cu_q: list[Tensor],
+    cu_k: list[Tensor],
+    key_index: list[Tensor],
+    gathered: list[bool],
+    bounds: list[int],
+    causal: list[bool],
     window: int,
     prefix_in_window: bool,
     scale: float,
@@ -228,20 +319,22 @@ def _cpu_attention(
     kernel_size = max(query.shape[2], size)
     query, key, value = (_to_size(x, kernel_size) for x in (query, key, value))
     done = 0
-    for piece in _pieces(cu_q, cu_k, causal):
-        q = _fold(query, piece, heads)
-        o, piece_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, _keys_of(key, piece), _keys_of(value, piece), 0.0, False,
-            attn_mask=_bias(piece, groups, window, prefix_in_window, q.dtype) if causal else None, scale=scale,
-        )  # fmt: skip
-        _put(out, piece, o[..., :size])
-        lse[done : done + piece_lse.numel()] = piece_lse.reshape(-1)
-        done += piece_lse.numel()
+    for at, keys, is_causal, pieces in _calls(cu_q, cu_k, key_index, gathered, bounds, causal):
+        own_query, own_out, own_key, own_value = query[at], out[at], _taken(key, keys), _taken(value, keys)
+        for piece in pieces:
+            q = _fold(own_query, piece, heads)
+            o, piece_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, _keys_of(own_key, piece), _keys_of(own_value, piece), 0.0, False,
+                attn_mask=_bias(piece, groups, window, prefix_in_window, q.dtype) if is_causal else None, scale=scale,
+            )  # fmt: skip
+            _put(own_out, piece, o[..., :size])
+            lse[done : done + piece_lse.numel()] = piece_lse.reshape(-1)
+            done += piece_lse.numel()
     return out, lse
 
 
 @_cpu_attention.register_fake
-def _(query, key, value, cu_q, cu_k, causal, window, prefix_in_window, scale):  # type: ignore[no-untyped-def]
+def _(query, key, value, cu_q, cu_k, key_index, gathered, bounds, causal, window, prefix_in_window, scale):  # type: ignore[no-untyped-def]
     lse = query.new_empty(query.shape[0] * query.shape[1], dtype=torch.promote_types(query.dtype, torch.float32))
     return query.new_empty((query.shape[0], query.shape[1], value.shape[2])), lse
 
@@ -254,9 +347,12 @@ def _cpu_attention_backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    causal: bool,
+    cu_q: list[Tensor],
+    cu_k: list[Tensor],
+    key_index: list[Tensor],
+    gathered: list[bool],
+    bounds: list[int],
+    causal: list[bool],
     window: int,
     prefix_in_window: bool,
     scale: float,
@@ -266,33 +362,45 @@ def _cpu_attention_backward(
     d_query, d_key, d_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     query_size, kernel_size = query.shape[2], max(query.shape[2], size)
     query, key, value, out, grad = (_to_size(x, kernel_size) for x in (query, key, value, out, grad))
+    later: list[tuple[Tensor, Tensor, Tensor]] = []
     done = 0
-    for piece in _pieces(cu_q, cu_k, causal):
-        q, o, g = (_fold(x, piece, heads) for x in (query, out, grad))
-        k, v = _keys_of(key, piece), _keys_of(value, piece)
-        n, rows = piece.n, q.shape[2]
-        piece_lse = lse[done : done + n * heads * rows].view(n, heads, rows)
-        done += piece_lse.numel()
-        bias = _bias(piece, groups, window, prefix_in_window, q.dtype) if causal else None
-        parts = _spread(n, heads, rows)
-        if parts > 1:
-            q, o, g = (x.reshape(n, heads * parts, rows // parts, -1) for x in (q, o, g))
-            k, v = (x.repeat_interleave(parts, 1) for x in (k, v))
-            piece_lse = piece_lse.reshape(n, heads * parts, rows // parts)
-            if bias is not None:
-                bias = bias.reshape(1, parts, rows // parts, -1).repeat(1, heads, 1, 1)
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            g, q, k, v, o, piece_lse, 0.0, False, attn_mask=bias, scale=scale
-        )
-        _put(d_query, piece, dq.reshape(n, heads, rows, -1)[..., :query_size])
-        if parts > 1:
-            dk, dv = (x.unflatten(1, (heads, parts)).sum(2) for x in (dk, dv))
-        for total, part in ((d_key, dk[..., :query_size]), (d_value, dv[..., :size])):
-            seen = _keys_of(total, piece)
-            if piece.start:  # an earlier chunk has written there
-                seen += part
-            else:
-                seen.copy_(part)
+    for at, keys, is_causal, pieces in _calls(cu_q, cu_k, key_index, gathered, bounds, causal):
+        own_query, own_out, own_grad, own_d_query = query[at], out[at], grad[at], d_query[at]
+        own_key, own_value = _taken(key, keys), _taken(value, keys)
+        if isinstance(keys, slice):
+            own_d_key, own_d_value = d_key[keys], d_value[keys]
+        else:
+            own_d_key, own_d_value = (x.new_zeros((len(keys), *x.shape[1:])) for x in (d_key, d_value))
+            later.append((keys, own_d_key, own_d_value))
+        for piece in pieces:
+            q, o, g = (_fold(x, piece, heads) for x in (own_query, own_out, own_grad))
+            k, v = _keys_of(own_key, piece), _keys_of(own_value, piece)
+            n, rows = piece.n, q.shape[2]
+            piece_lse = lse[done : done + n * heads * rows].view(n, heads, rows)
+            done += piece_lse.numel()
+            bias = _bias(piece, groups, window, prefix_in_window, q.dtype) if is_causal else None
+            parts = _spread(n, heads, rows)
+            if parts > 1:
+                q, o, g = (x.reshape(n, heads * parts, rows // parts, -1) for x in (q, o, g))
+                k, v = (x.repeat_interleave(parts, 1) for x in (k, v))
+                piece_lse = piece_lse.reshape(n, heads * parts, rows // parts)
+                if bias is not None:
+                    bias = bias.reshape(1, parts, rows // parts, -1).repeat(1, heads, 1, 1)
+            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                g, q, k, v, o, piece_lse, 0.0, False, attn_mask=bias, scale=scale
+            )
+            _put(own_d_query, piece, dq.reshape(n, heads, rows, -1)[..., :query_size])
+            if parts > 1:
+                dk, dv = (x.unflatten(1, (heads, parts)).sum(2) for x in (dk, dv))
+            for total, part in ((own_d_key, dk[..., :query_size]), (own_d_value, dv[..., :size])):
+                seen = _keys_of(total, piece)
+                if piece.start:  # an earlier chunk has written there
+                    seen += part
+                else:
+                    seen.copy_(part)
+    for index, more_key, more_value in later:  # columns that a slice has written, too
+        d_key.index_add_(0, index, more_key)
+        d_value.index_add_(0, index, more_value)
     return d_query, d_key, d_value
 
 
@@ -302,13 +410,17 @@ def _(grad, query, key, value, *rest):  # type: ignore[no-untyped-def]
 
 
 def _keep_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    query, key, value, cu_q, cu_k, *ctx.how = inputs
-    ctx.save_for_backward(query, key, value, *output, cu_q, cu_k)
+    query, key, value, cu_q, cu_k, key_index, *ctx.how = inputs
+    ctx.num_calls = len(cu_q)
+    ctx.save_for_backward(query, key, value, *output, *cu_q, *cu_k, *key_index)
 
 
 def _backward(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
-    gradients = _cpu_attention_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.how)
-    return (*gradients, *(None,) * 6)
+    query, key, value, out, lse, *indices = ctx.saved_tensors
+    n = ctx.num_calls
+    lists = indices[:n], indices[n : 2 * n], indices[2 * n :]
+    gradients = _cpu_attention_backward(grad.contiguous(), query, key, value, out, lse, *lists, *ctx.how)
+    return (*gradients, *([None] * n for _ in range(3)), *(None,) * 6)
 
 
 _cpu_attention.register_autograd(_backward, setup_context=_keep_for_backward)
