@@ -29,7 +29,8 @@ def run(tensors, attend, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("heads", "groups", "size", "value_size"), [(8, 1, 16, 16), (4, 4, 8, 8), (4, 2, 24, 16), (4, 2, 8, 16)]
+    ("heads", "groups", "size", "value_size"),
+    [(8, 1, 16, 16), (4, 4, 8, 8), (4, 2, 24, 16), (4, 2, 8, 16), (4, 1, 24, 16), (4, 1, 8, 16)],
 )
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [NO_WINDOW, 3])

@@ -180,8 +180,8 @@ _CHUNK = 128
 """Queries of a causal call that the kernel takes at a time: it computes all pairs, hidden ones, too, so that longer
 targets are cut up and see keys up to their chunk's end only."""
 
-_SMALL = 1 << 16
-"""Entries of the largest mask that is remembered."""
+_SMALL = 1 << 19
+"""Entries of the largest mask that is remembered, 2 MiB in float32: all layers and both passes want the same ones."""
 
 
 class _Piece(NamedTuple):
@@ -222,25 +222,38 @@ def _pieces(cu_q: Tensor, cu_k: Tensor, causal: bool) -> Iterator[_Piece]:
         first = last
 
 
+def _rows(x: Tensor, piece: _Piece) -> Tensor:
+    """A piece's queries of ``[Q, H, D]`` -> ``[n, L, H, D]``, a view."""
+    rows = x[piece.queries]
+    rows = rows.view(piece.n, len(rows) // piece.n, *x.shape[1:])
+    return rows if piece.stop - piece.start == rows.shape[1] else rows[:, piece.start : piece.stop]
+
+
 def _fold(x: Tensor, piece: _Piece, heads: int) -> Tensor:
     """A piece's queries of ``[Q, H, D]`` -> ``[n, G, L * (H / G), D]``: heads that share keys become one's queries.
 
     Where all heads share them, a view.
     """
-    rows = x[piece.queries].unflatten(0, (piece.n, -1))[:, piece.start : piece.stop]
+    rows = _rows(x, piece)
+    if heads == 1:
+        return rows.reshape(piece.n, 1, -1, x.shape[2])
     return rows.unflatten(2, (heads, -1)).transpose(1, 2).flatten(2, 3)
 
 
 def _put(x: Tensor, piece: _Piece, folded: Tensor) -> None:
     """Writes what `_fold` reads."""
-    length = piece.stop - piece.start
-    rows = folded.unflatten(2, (length, -1)).transpose(1, 2).flatten(2, 3)
-    x[piece.queries].unflatten(0, (piece.n, -1))[:, piece.start : piece.stop] = rows
+    rows = _rows(x, piece)
+    if folded.shape[1] == 1:
+        rows.copy_(folded.reshape(rows.shape))
+    else:
+        rows.copy_(folded.unflatten(2, (rows.shape[1], -1)).transpose(1, 2).flatten(2, 3))
 
 
 def _keys_of(x: Tensor, piece: _Piece) -> Tensor:
     """A piece's keys or values of ``[K, G, D]`` -> ``[n, G, L, D]``, a view."""
-    return x[piece.keys].unflatten(0, (piece.n, -1))[:, : piece.seen].transpose(1, 2)
+    rows = x[piece.keys]
+    rows = rows.view(piece.n, len(rows) // piece.n, *x.shape[1:])
+    return (rows if piece.seen == rows.shape[1] else rows[:, : piece.seen]).transpose(1, 2)
 
 
 def _make_bias(
@@ -256,7 +269,7 @@ def _make_bias(
     return bias.repeat_interleave(groups, 0)[None, None]
 
 
-_remembered_bias = lru_cache(maxsize=64)(_make_bias)
+_remembered_bias = lru_cache(maxsize=32)(_make_bias)
 
 
 def _bias(piece: _Piece, groups: int, window: int, prefix_in_window: bool, dtype: torch.dtype) -> Tensor | None:
@@ -327,7 +340,7 @@ def _cpu_attention(
                 q, _keys_of(own_key, piece), _keys_of(own_value, piece), 0.0, False,
                 attn_mask=_bias(piece, groups, window, prefix_in_window, q.dtype) if is_causal else None, scale=scale,
             )  # fmt: skip
-            _put(own_out, piece, o[..., :size])
+            _put(own_out, piece, o if kernel_size == size else o[..., :size])
             lse[done : done + piece_lse.numel()] = piece_lse.reshape(-1)
             done += piece_lse.numel()
     return out, lse
@@ -382,14 +395,15 @@ def _cpu_attention_backward(
             parts = _spread(n, heads, rows)
             if parts > 1:
                 q, o, g = (x.reshape(n, heads * parts, rows // parts, -1) for x in (q, o, g))
-                k, v = (x.repeat_interleave(parts, 1) for x in (k, v))
+                k, v = (x.unsqueeze(2).expand(-1, -1, parts, -1, -1).flatten(1, 2) for x in (k, v))
                 piece_lse = piece_lse.reshape(n, heads * parts, rows // parts)
                 if bias is not None:
-                    bias = bias.reshape(1, parts, rows // parts, -1).repeat(1, heads, 1, 1)
+                    bias = bias.reshape(1, 1, parts, rows // parts, -1).expand(-1, heads, -1, -1, -1).flatten(1, 2)
             dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 g, q, k, v, o, piece_lse, 0.0, False, attn_mask=bias, scale=scale
             )
-            _put(own_d_query, piece, dq.reshape(n, heads, rows, -1)[..., :query_size])
+            dq = dq.reshape(n, heads, rows, -1)
+            _put(own_d_query, piece, dq if kernel_size == query_size else dq[..., :query_size])
             if parts > 1:
                 dk, dv = (x.unflatten(1, (heads, parts)).sum(2) for x in (dk, dv))
             for total, part in ((own_d_key, dk[..., :query_size]), (own_d_value, dv[..., :size])):
