@@ -26,25 +26,28 @@ export PYTORCH_ALLOC_CONF=expandable_segments:True
 failed=0
 cd "$here/.."
 
-# Seconds at most, script, its options. The limits add up to less than 8 minutes.
+# Seconds at most, name of the files, script, its options. The limits add up to less than 8 minutes.
 measure() {
-    local limit=$1 script=$2
-    shift 2
-    echo "== $script (limit ${limit}s, ${SECONDS}s gone)"
+    local limit=$1 name=$2 script=$3
+    shift 3
+    echo "== $name (limit ${limit}s, ${SECONDS}s gone)"
     timeout --signal=INT --kill-after=5 "$limit" "${PYTHON:-python3}" "benchmarks/$script.py" \
-        --json "$out/$script.json" "$@" "${smoke[@]+"${smoke[@]}"}" 2>&1 | tee "$out/$script.txt"
+        --json "$out/$name.json" "$@" "${smoke[@]+"${smoke[@]}"}" 2>&1 | tee "$out/$name.txt"
     local status=${PIPESTATUS[0]}
     if [ "$status" -ne 0 ]; then
-        echo "$script: exit status $status" | tee -a "$out/$script.txt"
+        echo "$name: exit status $status" | tee -a "$out/$name.txt"
         failed=1
     fi
 }
 
-full=(--sizes 3b --dtypes bfloat16 --vocabs 257152)
-measure 190 train_step "${full[@]}"
-# FlexAttention is compiled for each shape and rule: half of the time. The longest come first.
-measure 95 attention --lengths 16384 2048 256 --repeats 3 --cases long_targets questions long_prefixes
-measure 100 decode "${full[@]}"
-measure 90 scaling --sizes 3b --dtypes bfloat16 --vocabs 32768 257152
+full=(--sizes 3b --dtypes bfloat16)
+# Cases with several targets take longest: transformers computes 80 rows of them in each step.
+measure 225 train_step train_step "${full[@]}" --vocabs 257152 --cases questions single captions --repeats 3 --compile
+measure 60 decode decode "${full[@]}" --vocabs 257152 --repeats 3
+# FlexAttention is compiled for each shape and rule, which takes most of the time.
+measure 25 attention attention --lengths 2048 --repeats 5 --no-flex
+measure 50 attention_flex attention --lengths 16384 --shapes 8/1/256 --repeats 3
+measure 75 utilization utilization "${full[@]}" --vocabs 257152 --images 16 32 --cases captions single --repeats 3 --compile
+measure 35 scaling scaling "${full[@]}" --vocabs 32768 257152 --cases tokens targets --repeats 3
 echo "== done (${SECONDS}s)"
 exit $failed

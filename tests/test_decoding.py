@@ -9,10 +9,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mmprefix import decoding
-from mmprefix.attention import MaskFree, only_mask_free
+from mmprefix.attention import CachedColumns, MaskFree, only_mask_free
 from mmprefix.decoding import Prompt, SamplingArgs, answers, draw, uniform_numbers
 from mmprefix.errors import InputError
-from mmprefix.packing import pack_prompts
+from mmprefix.masks import TokenIndex, prefix_lm_visible
+from mmprefix.packing import PrefixPlan, pack_prompts
+from mmprefix.places import Places
 from tests.architectures import ARCHITECTURES
 from tests.conftest import make_model
 from tests.test_prefix_lm import causal_lm
@@ -269,3 +271,67 @@ def test_bad_settings_are_one_line(settings, message):
         SamplingArgs(**settings).check()
     with pytest.raises(InputError, match=r"^model.sampling: expected model.num_beams: 1 beside it, got 3"):
         SamplingArgs().check(num_beams=3)
+
+
+# Places of fixed size -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_visible_columns_match_the_rule_of_the_dense_mask(causal):
+    """A window of 3; rows of different length, each as the last token of a sequence of its own."""
+    lengths, prefixes, width = [2, 5, 9], [2, 3, 4], 12
+    columns = CachedColumns(torch.tensor(lengths), torch.tensor(prefixes), width, causal)
+
+    def window(batch, head, query, key):
+        return (key <= query) & (key > query - 3)
+
+    found = columns.visible(window)
+    assert found.shape == (3, 1, 1, width)
+    for row, (length, prefix) in enumerate(zip(lengths, prefixes, strict=True)):
+        is_target = torch.arange(length + 1) >= prefix
+        tokens = PrefixPlan.from_prompt(
+            torch.ones(1, length + 1),
+            torch.zeros(1, length + 1).bool(),
+            is_target[None],
+            "causal" if causal else "full",
+        ).tokens
+        q = TokenIndex(*(t[:, -1:] for t in tokens))
+        own = window(None, None, q.position[0], tokens.position[0])
+        expected = prefix_lm_visible(q, tokens, "causal" if causal else "full", own)
+        assert found[row, 0, 0].tolist() == [*expected[0].tolist(), *[False] * (width - length - 1)]
+    assert columns.written().sum(1).tolist() == [length + 1 for length in lengths]
+
+
+def test_heads_that_share_keys_are_folded_not_repeated(monkeypatch):
+    """A cache of 2 key heads for 4 query heads reaches the kernel as it is."""
+    model, _ = make_model()
+    prompts = prompts_for(ending(model))
+    shapes = set()
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watch(query, key, *args, **kwargs):
+        if kwargs.get("attn_mask") is not None and query.shape[2] == 2:
+            shapes.add((query.shape[:3], key.shape[:2]))
+        return attend(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    with torch.no_grad():
+        answers(model, prompts, rows=3, max_new_tokens=NEW, packed=True, in_places=True)
+    assert shapes == {((3, 2, 2), (3, 2))}
+
+
+def test_a_prompt_takes_the_place_of_an_answer_that_has_ended(model_and_prompts, monkeypatch):
+    model, prompts = model_and_prompts
+    taken, steps = [], []
+    put, step = Places.put, Places.step
+    monkeypatch.setattr(
+        Places, "put", lambda self, places, *rest: taken.append(tuple(places)) or put(self, places, *rest)
+    )
+    monkeypatch.setattr(Places, "step", lambda self: steps.append(1) or step(self))
+    with torch.no_grad():
+        found = answers(model, prompts, rows=2, max_new_tokens=NEW, in_places=True)
+    lengths = [min(len(ids) + 1, NEW) for ids in found]
+    assert sum(len(places) for places in taken) <= len(prompts)
+    assert {place for places in taken for place in places} == {0, 1}
+    assert len(taken) > len(prompts) // 2
+    assert len(steps) < sum(lengths) - len(lengths), "two answers at a time"

@@ -1,8 +1,8 @@
 """Rows of a cache in places of one size, so that a decoding step is always the same launches: on a GPU, one CUDA graph.
 
-A step of a billion weights takes a GPU 1 ms, and Python 20 to launch its thousand kernels one by one. Captured once, they
-are launched together. For that, shapes and addresses may not change: each answer has a place of fixed length, filled from
-the left, and what is not filled yet is hidden:
+A step of a few billion weights takes a GPU some milliseconds, and Python 15 to launch its thousand kernels one by one.
+Captured once, they are launched together. For that, shapes and addresses may not change: each answer has a place of fixed
+length, filled from the left, and what is not filled yet is hidden:
 
     p p p t t t . .      p prefix, t generated, . not written yet
     p p p p p t . .      the next token's column is also its position
