@@ -119,3 +119,23 @@ def test_operator_keeps_the_contract_of_custom_operators(case):
     hidden, weight = torch.randn(8, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
     arguments = (hidden, weight, None, labels, torch.ones(8), 0.5, 3.0, 3, True, True, False)
     torch.library.opcheck(torch.ops.mmprefix.linear_cross_entropy, arguments)
+
+
+@pytest.mark.parametrize(("dtype", "rows", "products"), [
+    (torch.float32, 6, 3), (torch.bfloat16, 6, 1), (torch.bfloat16, 9, 5),
+])  # fmt: skip
+def test_few_labels_in_half_precision_are_one_chunk(dtype, rows, products, monkeypatch):
+    """Sums over chunks would be float32 tensors of the weight's size: more than logits of fewer rows than columns."""
+    vocab, width = 11, 8
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 2 * vocab)
+    made = []
+    linear = loss._linear
+    monkeypatch.setattr(loss, "_linear", lambda hidden, *rest: made.append(len(hidden)) or linear(hidden, *rest))
+    hidden = torch.randn(rows, width, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocab, width, dtype=dtype, requires_grad=True)
+    labels, lengths = torch.arange(rows), torch.full((rows,), rows)
+    loss.linear_cross_entropy(hidden, weight, None, labels, lengths)[0].backward()
+    assert len(made) == products
+    assert sum(made) == rows
+    held = loss.transient_bytes(hidden, weight, None, labels, lengths, 1.0, 0.0, 2, True, True, False)
+    assert held == max(made) * vocab * (4 if dtype == torch.float32 else 6)
