@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from mmprefix.attention import CachedColumns, cached_columns
 from mmprefix.modeling import MMPrefixForConditionalGeneration
@@ -92,13 +92,11 @@ class Places:
         self._length = torch.ones(places, dtype=torch.int64, device=device)
         self._prefix = torch.ones(places, dtype=torch.int64, device=device)
         self._columns = CachedColumns(self._length, self._prefix, columns, model.config.prefix_visibility == "causal")
-        self._cache: Cache = fresh
+        self._cache = DynamicCache()
         # Layers that take keys of others have none of their own.
-        taken = [
+        self._cache.layers = [
             _Place(layer, places, columns, self._length) if layer.is_initialized else layer for layer in fresh.layers
         ]
-        self._cache = DynamicCache()
-        self._cache.layers = taken
         self._captured = captured
         self._replay: Callable[[], Tensor] | None = None
 

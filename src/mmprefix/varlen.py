@@ -36,7 +36,7 @@ NO_WINDOW = -1
 
 MAX_HEAD_SIZE = 256
 """Of the flash kernels on CUDA."""
-_ASKS_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch >= 2.13
+_ASKS_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch >= 2.12
 
 
 @dataclass(eq=False)  # not frozen, see `packing`
