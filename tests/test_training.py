@@ -16,7 +16,8 @@ from mmprefix.data.shards import write_shard
 from mmprefix.decoder import DecoderArgs
 from mmprefix.errors import InputError
 from mmprefix.processing import TokenizerArgs
-from mmprefix.training import callbacks, checkpoints, saving
+from mmprefix.training import callbacks, checkpoints, module, saving
+from mmprefix.training.layers import compile_layers, layers_of
 from mmprefix.training.module import MMPrefixModule
 from mmprefix.training.optim import OptimizerArgs, PartArgs, parameter_groups, schedule_factor
 from mmprefix.vision import VisionArgs
@@ -575,6 +576,34 @@ def test_gradient_checkpointing_does_not_change_the_training(fit):
         for flag in (False, True)
     ]
     assert_same(weights(folders[0]), weights(folders[1]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "selective"])
+def test_compiled_layers_do_not_change_the_training(fit, monkeypatch, checkpointing):
+    """Compiled once, in spite of the validation and the test inside of `fit`; whose code runs uncompiled."""
+    compiled = []
+
+    def without_a_c_compiler(model):  # what inductor makes of the same graphs takes minutes
+        compiled.append(layers_of(model))
+        compile_layers(model, backend="aot_eager")
+
+    monkeypatch.setattr(module, "compile_layers", without_a_c_compiler)
+    exact = {"decoder": {"config": TINY_DECODER}, "vision": {"name": "test_vit", "image_size": 32}}
+    settings = {"config": {"model": {**MODEL, **exact}}, "model__gradient_checkpointing": checkpointing}
+    status, text, plain = fit("plain", **settings)
+    assert status == 0, text
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    status, text, folder = fit("compiled", model__compile="true", **settings)
+    assert status == 0, text
+    assert len(compiled) == 1
+    assert all(layer._compiled_call_impl is not None for layer in compiled[0])
+    assert torch._dynamo.utils.counters["frames"]["ok"] >= 2, "a layer of the encoder and one of the decoder"
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+    assert_same(weights(folder), weights(plain), atol=2e-5, rtol=1e-4)
+    losses = [[float(row["train/loss"]) for row in metric_rows(run) if row["train/loss"]] for run in (plain, folder)]
+    torch.testing.assert_close(*map(torch.tensor, losses), atol=1e-4, rtol=1e-4)
 
 
 def test_progress_bar_shows_the_time_left(fit, monkeypatch):
