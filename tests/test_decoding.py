@@ -1,6 +1,8 @@
 """Answers with rows that make room for others, against what `generate` says to each prompt alone."""
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 
@@ -335,3 +337,58 @@ def test_a_prompt_takes_the_place_of_an_answer_that_has_ended(model_and_prompts,
     assert {place for places in taken for place in places} == {0, 1}
     assert len(taken) > len(prompts) // 2
     assert len(steps) < sum(lengths) - len(lengths), "two answers at a time"
+
+
+POSITIONS = {
+    "gpt2": {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 70},
+    "dynamic": {
+        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 64, "max_position_embeddings": 70,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0},
+    },
+}  # fmt: skip
+"""Tables that end at 70 positions, and frequencies that change beyond 70."""
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_places_that_nobody_is_in_count_no_positions(name):
+    """The longest needs 68; a place left early would be at 80 when the last answer ends."""
+    model, _ = make_model(POSITIONS[name])
+    model.generation_config.eos_token_id = None
+    generator = torch.Generator().manual_seed(0)
+    prompts = [Prompt(torch.randint(4, 120, (length,), generator=generator)) for length in (40, 38, 36)]
+    with torch.no_grad():
+        expected = [answers(model, [prompt], rows=1, max_new_tokens=28)[0] for prompt in prompts]
+        assert answers(model, prompts, rows=2, max_new_tokens=28, packed=True, in_places=True) == expected
+
+
+def test_caches_are_held_once_and_no_longer_than_their_answers(model_and_prompts, monkeypatch):
+    """Without the garbage collector, which may come late: on a GPU a cache is gigabytes."""
+    model, prompts = model_and_prompts
+    made, places, filled = [], [], []
+    fresh_cache, init, step = decoding._fresh_cache, Places.__init__, Places.step
+
+    def fresh(model):
+        cache = fresh_cache(model)
+        made.append(weakref.ref(cache))
+        return cache
+
+    def watch(self):
+        caches = [cache() for cache in made]
+        filled.append(sum(c is not None and any(layer.is_initialized for layer in c.layers) for c in caches))
+        return step(self)
+
+    monkeypatch.setattr(decoding, "_fresh_cache", fresh)
+    monkeypatch.setattr(Places, "__init__", lambda self, *a: init(self, *a) or places.append(weakref.ref(self)))
+    monkeypatch.setattr(Places, "step", watch)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            for _ in range(2):
+                answers(model, prompts, rows=4, max_new_tokens=NEW, in_places=True)
+        assert [found() for found in places] == [None, None]
+    finally:
+        gc.enable()
+    assert len(made) > 4
+    assert set(filled) == {0}, "a prefill's cache is gone when its rows have their places"

@@ -10,6 +10,7 @@ from mmprefix.accounting import Layout, MemoryEstimate, Precision, Record, meta_
 from mmprefix.errors import InputError
 from mmprefix.training.layers import checkpoint_activations, compile_layers, layers_by_part, recomputed_shares
 from tests.conftest import TINY_DECODER, make_batch, make_model
+from tests.test_mask_free import model_of, ragged_batches
 
 FOUR = {**TINY_DECODER, "num_hidden_layers": 4}
 
@@ -77,7 +78,6 @@ def _compiled_and_sharded(rank, port, photos):
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     from mmprefix.training.layers import layers_of
-    from tests.test_mask_free import model_of, ragged_batches
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1")
     torch.distributed.init_process_group("gloo")
@@ -117,3 +117,29 @@ def _compiled_and_sharded(rank, port, photos):
 def test_layers_are_compiled_one_by_one_and_not_again(photos):
     """In a process of its own: a model is sharded where there is a group, here of one."""
     multiprocessing.spawn(_compiled_and_sharded, (29643, photos), nprocs=1)
+
+
+@pytest.mark.parametrize("which", [False, "selective"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_compiled_layers_are_not_compiled_for_new_lengths(name, which, photos):
+    model, processor = model_of(name, "full")
+    model.train()
+    checkpoint_activations(model, which)
+    batches = list(ragged_batches(processor, photos, 12, bucket=32))
+
+    def gradient(batch):
+        model.zero_grad()
+        model.target_loss(batch)[0].backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    expected = [gradient(batch) for batch in batches]
+    torch._dynamo.reset()
+    compile_layers(model, backend="aot_eager")
+    for batch, reference in zip(batches, expected, strict=True):
+        torch.testing.assert_close(gradient(batch), reference, atol=1e-4, rtol=1e-3)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        new = list(ragged_batches(processor, photos, 24, bucket=32))[12:]
+        assert {batch.input_ids.shape for batch in new} - {batch.input_ids.shape for batch in batches[:4]}
+        for batch in new:
+            gradient(batch)
+    torch._dynamo.reset()

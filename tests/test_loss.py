@@ -139,3 +139,7 @@ def test_few_labels_in_half_precision_are_one_chunk(dtype, rows, products, monke
     assert sum(made) == rows
     held = loss.transient_bytes(hidden, weight, None, labels, lengths, 1.0, 0.0, 2, True, True, False)
     assert held == max(made) * vocab * (4 if dtype == torch.float32 else 6)
+    made.clear()
+    frozen = weight.detach()
+    loss.linear_cross_entropy(hidden, frozen, None, labels, lengths)[0].backward()
+    assert max(made) == 2, "where the weight doesn't learn, nothing is summed"

@@ -597,7 +597,7 @@ def test_compiled_layers_do_not_change_the_training(fit, monkeypatch, checkpoint
     status, text, folder = fit("compiled", model__compile="true", **settings)
     assert status == 0, text
     assert len(compiled) == 1
-    assert all(layer._compiled_call_impl is not None for layer in compiled[0])
+    assert all(layer._compiled_call_impl is not None for layer in compiled[0][:-1]), "the last one runs on labels only"
     assert torch._dynamo.utils.counters["frames"]["ok"] >= 2, "a layer of the encoder and one of the decoder"
     assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()

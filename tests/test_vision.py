@@ -65,8 +65,9 @@ def test_heads_are_found_unused():
     assert all(name.startswith("attn_pool.") for name in spec.unused)
 
 
-def test_specs_are_found_where_no_gradients_are_wanted():
-    with torch.no_grad():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_specs_are_found_where_no_gradients_are_wanted(mode):
+    with mode():
         without = resolve_vision(SMALL[4])
     assert without == resolve_vision(SMALL[4])
     assert without.unused

@@ -36,6 +36,9 @@ from mmprefix.masks import TokenIndex, prefix_lm_visible
 from mmprefix.packing import PrefixPlan
 from mmprefix.varlen import NO_WINDOW, attention_calls, unsupported
 
+_ON_SCORES = ("softcap", "s_aux", "sinks", "position_bias")
+"""Arguments of attention functions that no kernel of ours knows."""
+
 DENSE_IMPLEMENTATIONS = ("sdpa", "eager")
 """Attention implementations that take a dense mask."""
 
@@ -140,7 +143,7 @@ class MaskFree:
             return "attention dropout"
         if key.shape[2] != query.shape[2] or query.shape[0] != 1:
             return "a cache"
-        for name in ("softcap", "s_aux", "sinks", "position_bias"):
+        for name in _ON_SCORES:
             if extras.get(name) is not None:
                 return f"{name} on attention scores"
         if query.device.type != "cpu" and self.window != NO_WINDOW and self.plan.visibility != "causal":
@@ -300,7 +303,9 @@ def _run_calls(library_attention: Callable[..., Any]) -> Callable[..., Any]:
         if attention_mask is _UNMASKED:
             attention_mask, kwargs["is_causal"] = None, False
         elif isinstance(attention_mask, _Visible):
-            return attention_mask.attend(query, key, value, scaling), None
+            if not any(kwargs.get(name) is not None for name in _ON_SCORES):
+                return attention_mask.attend(query, key, value, scaling), None
+            attention_mask = attention_mask.mask
         elif isinstance(attention_mask, MaskFree):
             # As it would for the library's attention; it knows no meta tensors, which FLOPs are counted with.
             if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):

@@ -354,33 +354,34 @@ class _Decoding:
                 fresh = self._prefilled([waiting.popleft() for _ in range(min(len(free), len(waiting)))])
                 yield from self._ended(fresh)
                 going = [row for row, done in enumerate(fresh.done) if not done]
-                if not going:
-                    continue
-                assert isinstance(fresh.cache, DynamicCache)
-                if places is None:  # the longest prompts come first
-                    longest = max(self.prompts[number].ids.numel() for number in order)
-                    columns = longest + self.max_new_tokens
-                    places = Places(self.model, number_of, columns, fresh.cache, fresh.last.is_cuda)
-                places.put(free[: len(going)], fresh.cache, going, fresh.mask[:, :-1], fresh.last)
-                for place, row in zip(free, going, strict=False):
-                    in_place[place] = fresh.numbers[row]
-                    ids[fresh.numbers[row]] = fresh.ids[row]
+                if going:
+                    assert isinstance(fresh.cache, DynamicCache)
+                    if places is None:
+                        longest = max(prompt.ids.numel() for prompt in self.prompts)
+                        columns = longest + self.max_new_tokens
+                        places = Places(self.model, number_of, columns, fresh.cache, fresh.last.is_cuda)
+                    places.put(free[: len(going)], fresh.cache, going, fresh.mask[:, :-1], fresh.last)
+                    for place, row in zip(free, going, strict=False):
+                        in_place[place] = fresh.numbers[row]
+                        ids[fresh.numbers[row]] = fresh.ids[row]
+                del fresh  # its cache is as large as that of the places it went to
                 continue
             assert places is not None
-            # Places that nobody is in go on; nobody reads what they say.
+            # What places say that nobody is in, nobody reads.
             steps = [0 if number is None else len(ids[number]) for number in in_place]
             tokens = self._chosen(places.step(), [number or 0 for number in in_place], steps)
-            places.push(tokens)
+            done: list[tuple[int, int, bool]] = []
             for place, token in enumerate(tokens.tolist()):
                 number = in_place[place]
-                if number is None:
-                    continue
-                ids[number].append(token)
-                ends = token in self.ends
-                if ends or len(ids[number]) >= self.max_new_tokens:
-                    in_place[place] = None
-                    answer = ids.pop(number)
-                    yield number, answer[:-1] if ends else answer
+                if number is not None:
+                    ids[number].append(token)
+                    if token in self.ends or len(ids[number]) >= self.max_new_tokens:
+                        done.append((place, number, token in self.ends))
+            places.push(tokens, [place for place, _, _ in done])
+            for place, number, ends in done:
+                in_place[place] = None
+                answer = ids.pop(number)
+                yield number, answer[:-1] if ends else answer
 
     def _prefilled(self, numbers: list[int]) -> _Rows:
         """Rows of these prompts, each with its first token."""

@@ -189,11 +189,14 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(rows, weight, bias)
 
 
-def _rows_at_once(hidden: Tensor, chunk: int) -> int:
-    """Rows of a chunk. Half precision adds chunks up in float32, beside each product: two tensors of the weight's size. As
-    long as there are fewer rows than columns, the logits of all of them take less, and need no sum."""
+def _rows_at_once(hidden: Tensor, chunk: int, wants_weight: bool) -> int:
+    """Rows of a chunk.
+
+    In half precision, chunks of the weight's gradient are added up in float32, beside each product: 6 bytes an element. As long
+    as there are fewer rows than three quarters of the columns, logits of all rows, 8 bytes each at their peak, take less.
+    """
     rows, columns = hidden.shape
-    return max(chunk, rows) if hidden.dtype.itemsize < 4 and rows <= columns else chunk
+    return max(chunk, rows) if wants_weight and hidden.dtype.itemsize < 4 and 4 * rows <= 3 * columns else chunk
 
 
 # One node of a compiled graph, with gradients computed in the forward pass: autograd would keep logits for the backward,
@@ -217,7 +220,7 @@ def _linear_cross_entropy(
     losses = hidden.new_empty(hidden.shape[0], dtype=wide)
     d_hidden = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
     d_weight, d_bias = hidden.new_empty(0), hidden.new_empty(0)
-    chunk = _rows_at_once(hidden, chunk)
+    chunk = _rows_at_once(hidden, chunk, wants_weight)
     # Sums over chunks in half precision would lose what is small; a single chunk has nothing to sum.
     sums = hidden.dtype if hidden.shape[0] <= chunk else wide
     for start in range(0, hidden.shape[0], chunk):
@@ -277,9 +280,10 @@ def transient_bytes(hidden: Tensor, weight: Tensor, bias: Any, labels: Any, weig
                     chunk: int, *wanted: bool) -> int:  # fmt: skip
     """Bytes that the operator holds inside itself at its peak; its own arguments."""
     wide = torch.promote_types(hidden.dtype, torch.float32).itemsize
-    # A chunk of logits, its copy in half precision, and the soft-cap's slope.
-    each = wide + (hidden.dtype.itemsize if hidden.dtype.itemsize < wide else 0) + (wide if softcap else 0)
-    return min(hidden.shape[0], _rows_at_once(hidden, chunk)) * weight.shape[0] * each
+    # A chunk of logits, its copy in half precision, or off the CPU the log-probabilities beside it, and the soft-cap's slope.
+    half = hidden.dtype.itemsize if hidden.dtype.itemsize < wide else 0
+    each = wide + (half if hidden.device.type == "cpu" else wide) + (wide if softcap else 0)
+    return min(hidden.shape[0], _rows_at_once(hidden, chunk, wanted[1])) * weight.shape[0] * each
 
 
 @_linear_cross_entropy.register_fake
@@ -306,11 +310,11 @@ def _backward(ctx, grad, *unused):  # type: ignore[no-untyped-def]
         gradients = [None if g is None else g * grad.to(g.dtype) for g in gradients]
     # On the CPU a look at the number is free, and spares a pass over the output layer's size.
     elif grad.device.type != "cpu" or grad.item() != 1:
-        # In place, to hold one tensor of that size: a second pass through the graph is an error, which autograd raises. A
-        # factor of another dtype would be rounded to the tensor's, too, in a kernel four times as slow.
+        # In place, to hold one tensor of that size: a second pass through the graph is an error, which autograd raises. On
+        # CUDA, a factor of another dtype is rounded to the tensor's, too, in a kernel four times as slow.
         for g in gradients:
             if g is not None:
-                g.mul_(grad.to(g.dtype))
+                g.mul_(grad if grad.device.type == "cpu" else grad.to(g.dtype))
     return (*gradients, *(None,) * 8)
 
 

@@ -7,7 +7,8 @@ length, filled from the left, and what is not filled yet is hidden:
     p p p t t t . .      p prefix, t generated, . not written yet
     p p p p p t . .      the next token's column is also its position
 
-A place whose answer has ended computes on, until another prompt takes it over; nobody reads what it says.
+A place that nobody is in computes on, at position 1, until a prompt takes it over; nobody reads what it says. (It may not
+go on counting: positions have tables that end, and rotary frequencies that depend on the largest of all.)
 
 Shapes: R places, L columns, V vocabulary, H query heads, G key-value heads, D head size, W width.
 """
@@ -27,9 +28,6 @@ from mmprefix.modeling import MMPrefixForConditionalGeneration
 
 _ROUND_COLUMNS = 64
 """Attention kernels copy a mask whose rows are not aligned."""
-
-_WARM_UPS = 2
-"""Steps before the capture: libraries load kernels and take workspaces in the first ones."""
 
 
 class _Place(DynamicLayer):
@@ -91,6 +89,7 @@ class Places:
         self._last = torch.zeros(places, dtype=torch.int64, device=device)
         self._length = torch.ones(places, dtype=torch.int64, device=device)
         self._prefix = torch.ones(places, dtype=torch.int64, device=device)
+        self._taken = torch.zeros(places, dtype=torch.int64, device=device)
         self._columns = CachedColumns(self._length, self._prefix, columns, model.config.prefix_visibility == "causal")
         self._cache = DynamicCache()
         # Layers that take keys of others have none of their own.
@@ -123,19 +122,24 @@ class Places:
                 for kept, x in ((own.keys, other.keys), (own.values, other.values)):
                     assert x is not None
                     kept[to, :, :width] = torch.take_along_dim(x[of], source, 2)
-        self._last[to], self._length[to], self._prefix[to] = last[of], length, length
+                    kept[to, :, width:] = (
+                        0  # an earlier answer's: hidden, but what is not finite shows through a weight of 0
+                    )
+        self._last[to], self._length[to], self._prefix[to], self._taken[to] = last[of], length, length, 1
 
     def step(self) -> Tensor:
         """Feeds the last token of each place; logits of the next ones, float ``[R, V]``, until the next step."""
-        if self._replay is None:
-            self._replay = self._capture() if self._captured else self._forward
-        return self._replay()
+        if self._captured and self._replay is None:
+            self._replay = self._capture()
+            self._captured = self._replay is not None
+        return self._forward() if self._replay is None else self._replay()
 
-    def push(self, tokens: Tensor) -> None:
-        """The next tokens, int64 ``[R]``."""
+    def push(self, tokens: Tensor, ended: list[int]) -> None:
+        """The next tokens, int64 ``[R]``, and which places are left."""
         self._last.copy_(tokens)
-        # Those of ended answers go on; where they arrive at the end, they stay.
-        self._length.add_(1).clamp_(max=self._columns.columns - 1)
+        self._length += self._taken
+        if ended:
+            self._length[ended], self._prefix[ended], self._taken[ended] = 1, 1, 0
 
     def _forward(self) -> Tensor:
         with cached_columns(self._columns):
@@ -146,27 +150,34 @@ class Places:
         logits: Tensor = output.logits[:, -1]
         return logits
 
-    def _capture(self) -> Callable[[], Tensor]:
-        """The step as a graph; as it is, with a warning, where the decoder asks the device for something."""
+    def _capture(self) -> Callable[[], Tensor] | None:
+        """The step as a graph; None, with a warning, where the decoder asks the device for something on the way."""
         device = self._last.device
         dtype = torch.get_autocast_dtype("cuda")
         # The cache of weights in the other dtype would hold tensors of the graph's own memory.
         autocast = torch.autocast("cuda", dtype, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False)
         graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream(device)
+        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        debugged = torch.cuda.get_sync_debug_mode()
         try:
-            side.wait_stream(torch.cuda.current_stream(device))
+            side.wait_stream(current)
             with torch.cuda.stream(side), autocast:
-                for _ in range(_WARM_UPS):  # each writes the same columns again
-                    self._forward()
-            torch.cuda.current_stream(device).wait_stream(side)
+                self._forward()  # libraries load kernels and take workspaces; each writes the same columns again
+                # Found here: a capture that breaks off leaves the process in a state of its own.
+                torch.cuda.set_sync_debug_mode("error")
+                self._forward()
+            torch.cuda.set_sync_debug_mode(debugged)
+            current.wait_stream(side)
             # Loaders' threads may copy meanwhile.
             with autocast, torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 logits = self._forward()
         except RuntimeError as error:
             line = " ".join(str(error).split())[:200]
             warnings.warn(f"answers are decoded without a CUDA graph, slower: {line}", stacklevel=2)
-            return self._forward
+            return None
+        finally:
+            torch.cuda.set_sync_debug_mode(debugged)
+            torch.cuda.set_stream(current)
 
         def replay() -> Tensor:
             graph.replay()

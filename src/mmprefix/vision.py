@@ -114,7 +114,9 @@ class VisionSpec:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
-@torch.enable_grad()  # the caller may have none: which parameters matter is found by their gradients
+# The caller may want no gradients: which parameters matter is found by them.
+@torch.inference_mode(False)
+@torch.enable_grad()
 def resolve_vision(args: VisionArgs) -> VisionSpec:
     """Finds out what the encoder takes and gives, on the meta device: no weights are made.
 

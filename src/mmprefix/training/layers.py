@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmprefix.errors import InputError
+from mmprefix.last_layer import last_layer
 from mmprefix.modeling import MMPrefixForConditionalGeneration
 
 Recomputing = bool | Literal["selective"] | int
@@ -100,6 +101,11 @@ def compile_layers(model: MMPrefixForConditionalGeneration, backend: str = "indu
     A graph of the whole model takes minutes, and gains little: what lies between layers is few operations, and the loss
     is one. Sharded, it would need all weights at once; so, what gathers a layer runs around it, uncompiled (which is why
     this comes first), and overlaps with the layer before.
+
+    A last layer of which `last_layer` runs a part at label positions only stays as it is: that part is small, and its rows
+    reach it beside its arguments, where a compiler would guard each of their numbers.
     """
+    apart = last_layer(model.decoder) if model.config.label_only else None
     for layer in layers_of(model):
-        layer.compile(backend=backend)
+        if layer is not apart:
+            layer.compile(backend=backend)
