@@ -362,6 +362,22 @@ def test_places_that_nobody_is_in_count_no_positions(name):
         assert answers(model, prompts, rows=2, max_new_tokens=28, packed=True, in_places=True) == expected
 
 
+def test_places_wait_at_position_1(model_and_prompts, monkeypatch):
+    model, prompts = model_and_prompts
+    waited = []
+    push = Places.push
+
+    def watch(self, tokens, ended):
+        push(self, tokens, ended)
+        waited.extend(self._length[self._taken == 0].tolist())
+
+    monkeypatch.setattr(Places, "push", watch)
+    with torch.no_grad():
+        answers(model, prompts, rows=4, max_new_tokens=NEW, in_places=True)
+    assert len(waited) > NEW
+    assert set(waited) == {1}
+
+
 def test_caches_are_held_once_and_no_longer_than_their_answers(model_and_prompts, monkeypatch):
     """Without the garbage collector, which may come late: on a GPU a cache is gigabytes."""
     model, prompts = model_and_prompts
