@@ -54,8 +54,10 @@ def test_layers_that_are_recomputed_and_gradients_as_without(which, vision, deco
 
 
 def test_memory_lies_between():
+    """Of ten layers: the last keeps next to nothing (`last_layer`), and would weigh too much among four."""
+
     def peak(which):
-        model = meta_model(make_model(FOUR)[0].config).train()
+        model = meta_model(make_model({**TINY_DECODER, "num_hidden_layers": 10})[0].config).train()
         checkpoint_activations(model, which)
         estimate = MemoryEstimate(model, Record(64, 16), Precision.from_name("32-true"), Layout())
         return estimate.step_peak(16)["activations"]
