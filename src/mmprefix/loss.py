@@ -311,7 +311,7 @@ def _backward(ctx, grad, *unused):  # type: ignore[no-untyped-def]
     # On the CPU a look at the number is free, and spares a pass over the output layer's size.
     elif grad.device.type != "cpu" or grad.item() != 1:
         # In place, to hold one tensor of that size: a second pass through the graph is an error, which autograd raises. On
-        # CUDA, a factor of another dtype is rounded to the tensor's, too, in a kernel four times as slow.
+        # CUDA, a factor of another dtype is rounded to the tensor's, too, in a slower kernel.
         for g in gradients:
             if g is not None:
                 g.mul_(grad if grad.device.type == "cpu" else grad.to(g.dtype))

@@ -98,7 +98,7 @@ def checkpoint_activations(model: MMPrefixForConditionalGeneration, which: Recom
 def compile_layers(model: MMPrefixForConditionalGeneration, backend: str = "inductor") -> None:
     """`torch.compile` of each layer, in place: layers of one kind share what is compiled once, in seconds.
 
-    A graph of the whole model takes minutes, and gains little: what lies between layers is few operations, and the loss
+    A graph of the whole model takes much longer, and gains little: what lies between layers is few operations, and the loss
     is one. Sharded, it would need all weights at once; so, what gathers a layer runs around it, uncompiled (which is why
     this comes first), and overlaps with the layer before.
 
