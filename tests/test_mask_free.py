@@ -10,6 +10,8 @@ from tests.conftest import TINY_DECODER, make_model
 from tests.reference import separate_losses
 from tests.test_modeling import GEMMA3, GPT2
 
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
+
 COHERE = {
     "model_type": "cohere", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "logit_scale": 0.25,

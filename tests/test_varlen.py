@@ -7,6 +7,8 @@ from mmprefix import varlen
 from mmprefix.varlen import NO_WINDOW, unsupported, varlen_attention
 from tests.reference import attention_by_loops
 
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
+
 LENGTHS = [(3, 5), (3, 5), (7, 7), (1, 9), (0, 4), (5, 20)]
 """Queries and keys of each sample: two of one shape side by side, an empty one, a single query."""
 
@@ -49,6 +51,36 @@ def test_varlen_attention_matches_loops(heads, groups, size, value_size, causal,
         assert (slow - without).abs().max() > 1e-2, "the window must hide something"
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_queries_of_no_sample_get_zeros_and_keys_of_none_no_gradient(causal):
+    tensors = case(4, 2, 8, 8)
+    inner = LENGTHS[1:4]
+    outside = [len(tensors[0]) - 1, len(tensors[1]) - 1]
+    cu_q, cu_k = (starts(n) + 1 for n in zip(*inner, strict=True))
+    ends = int(cu_q[-1]), int(cu_k[-1])
+    assert all(end < last for end, last in zip(ends, outside, strict=True))
+    fast, gradients = run(tensors, varlen_attention, cu_q=cu_q, cu_k=cu_k, max_q=64, max_k=64, causal=causal)
+    within = [t[1:end] for t, end in zip(tensors, (ends[0], ends[1], ends[1]), strict=True)]
+    slow = attention_by_loops(*within, lengths=inner, causal=causal)
+    torch.testing.assert_close(fast[1 : ends[0]], slow)
+    for x, end in zip((fast, *gradients), (ends[0], *ends, ends[1]), strict=True):
+        assert not x[0].any()
+        assert not x[end:].any()
+        assert x[1:end].any()
+
+
+def test_inputs_of_any_strides():
+    """As a decoder that keeps heads in front of positions has them."""
+    tensors = case(4, 2, 8, 8)
+    cu_q, cu_k = (starts(n) for n in zip(*LENGTHS, strict=True))
+    how = {"cu_q": cu_q, "cu_k": cu_k, "max_q": 64, "max_k": 64, "causal": True}
+    expected = run(tensors, varlen_attention, **how)
+    strided = [t.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for t in tensors]
+    assert not any(t.is_contiguous() for t in strided)
+    torch.testing.assert_close(run(strided, varlen_attention, **how), expected)
+    torch.testing.assert_close(run(strided, torch.compile(varlen_attention, fullgraph=True), **how), expected)
+
+
 @pytest.mark.parametrize("window", [NO_WINDOW, 2, 5])
 @pytest.mark.parametrize("prefix_in_window", [False, True])
 def test_long_causal_samples_are_cut_up_and_match_loops(window, prefix_in_window, monkeypatch):
@@ -84,6 +116,10 @@ def test_operators_keep_the_contract_of_custom_operators():
     bounds = [0, len(query), 0, len(key)]
     arguments = (query, key, value, [cu_q], [cu_k], [cu_q], [False], bounds, [True], 3, False, 0.5)
     torch.library.opcheck(torch.ops.mmprefix.varlen_attention, arguments)
+    query, key, value = (
+        t.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for t in (query, key, value)
+    )
+    torch.library.opcheck(torch.ops.mmprefix.varlen_attention, (query, key, value, *arguments[3:]))
 
 
 def test_what_no_kernel_takes_is_said_in_words():

@@ -20,7 +20,7 @@ Shapes: Q queries, K keys, T tokens of a row, S samples, H query heads, G key-va
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, pairwise
@@ -185,75 +185,112 @@ _SMALL = 1 << 19
 
 
 class _Piece(NamedTuple):
-    """Neighbours of one shape, or a chunk of their queries.
+    """What the kernel is called for: neighbours of one shape, or a chunk of their queries.
 
     Attributes:
-        queries, keys: slices of the packed tensors, of the whole run.
         n: how many neighbours.
-        start, stop: the chunk, within each neighbour's queries.
+        query: row of the first neighbour's first query in the chunk.
+        rows: queries of each neighbour in the chunk.
+        query_step: rows from one neighbour's queries to the next one's.
+        key: row of the first neighbour's first key.
         seen: keys of each neighbour that the chunk may see.
+        key_step: rows from one neighbour's keys to the next one's.
+        start: of the chunk, within a neighbour's queries.
         prefix: keys of each neighbour that stand before its first query.
+        is_first: whether no other chunk of these queries comes before it. The first one sees all keys.
     """
 
-    queries: slice
-    keys: slice
     n: int
-    start: int
-    stop: int
+    query: int
+    rows: int
+    query_step: int
+    key: int
     seen: int
+    key_step: int
+    start: int
     prefix: int
+    is_first: bool
 
 
-def _pieces(cu_q: Tensor, cu_k: Tensor, causal: bool) -> Iterator[_Piece]:
-    """What the kernel is called for, one after the other. Packing sorts samples by length, so that runs are long."""
-    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
-    lengths_q = [b - a for a, b in pairwise(starts_q)]
-    lengths_k = [b - a for a, b in pairwise(starts_k)]
-    first = 0
-    for (lq, lk), run in groupby(zip(lengths_q, lengths_k, strict=True)):
-        n = len(list(run))
-        last = first + n
-        queries = slice(starts_q[first], starts_q[last])
-        keys = slice(starts_k[first], starts_k[last])
-        step = _CHUNK if causal else max(lq, 1)
-        for start in range(0, lq, step):
-            stop = min(start + step, lq)
-            yield _Piece(queries, keys, n, start, stop, lk - lq + stop if causal else lk, lk - lq)
-        first = last
+class _Pieces(NamedTuple):
+    """Of a call: the pieces, and the slices of its queries and keys that are in none of them."""
+
+    pieces: tuple[_Piece, ...]
+    other_queries: tuple[slice, ...]
+    other_keys: tuple[slice, ...]
 
 
-def _rows(x: Tensor, piece: _Piece) -> Tensor:
-    """A piece's queries of ``[Q, H, D]`` -> ``[n, L, H, D]``, a view."""
-    rows = x[piece.queries]
-    rows = rows.view(piece.n, len(rows) // piece.n, *x.shape[1:])
-    return rows if piece.stop - piece.start == rows.shape[1] else rows[:, piece.start : piece.stop]
+@lru_cache(maxsize=64)  # all layers and both passes want the same ones
+def _pieces(starts_q: tuple[int, ...], starts_k: tuple[int, ...], causal: bool, queries: int, keys: int) -> _Pieces:
+    """Packing sorts samples by length, so that runs of one shape are long.
 
-
-def _fold(x: Tensor, piece: _Piece, heads: int) -> Tensor:
-    """A piece's queries of ``[Q, H, D]`` -> ``[n, G, L * (H / G), D]``: heads that share keys become one's queries.
-
-    Where all heads share them, a view.
+    Args:
+        starts_q, starts_k: `cu_q` and `cu_k`.
+        causal: whether queries are cut into chunks.
+        queries, keys: how many the call has.
     """
-    rows = _rows(x, piece)
+    shapes = zip((b - a for a, b in pairwise(starts_q)), (b - a for a, b in pairwise(starts_k)), strict=True)
+    pieces, covered_q, covered_k = [], [], []
+    first = 0
+    for (lq, lk), run in groupby(shapes):
+        n = len(list(run))
+        if lq:
+            step = _CHUNK if causal else lq
+            for start in reversed(range(0, lq, step)):  # the last chunk sees all keys, and so comes first
+                stop = min(start + step, lq)
+                pieces.append(_Piece(
+                    n, starts_q[first] + start, stop - start, lq, starts_k[first], lk - lq + stop if causal else lk, lk,
+                    start, lk - lq, stop == lq,
+                ))  # fmt: skip
+            covered_q.append((starts_q[first], starts_q[first + n]))
+            covered_k.append((starts_k[first], starts_k[first + n]))
+        first += n
+    return _Pieces(tuple(pieces), _between(covered_q, queries), _between(covered_k, keys))
+
+
+def _between(covered: Sequence[tuple[int, int]], length: int) -> tuple[slice, ...]:
+    """What ascending intervals leave free of so many rows."""
+    edges = [0, *(edge for interval in covered for edge in interval), length]
+    return tuple(slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b)
+
+
+def _zero(x: Tensor, first: int, parts: Iterable[slice]) -> None:
+    for part in parts:
+        x[first + part.start : first + part.stop].zero_()
+
+
+# One view for each tensor of each piece: with some ten operations in its place, Python took as long as the kernel.
+
+
+def _queries_of(x: Tensor, piece: _Piece, first: int, heads: int) -> Tensor:
+    """A view of a piece's queries in ``[Q, H, D]``, contiguous, by the heads that they share keys with.
+
+    ``[n, G, L * (H / G), D]`` where all heads share one or none do, so that a view can have it, otherwise
+    ``[n, G, L, H / G, D]``.
+    """
+    _, all_heads, size = x.shape
+    row, groups = all_heads * size, all_heads // heads
+    offset, step = x.storage_offset() + (first + piece.query) * row, piece.query_step * row
     if heads == 1:
-        return rows.reshape(piece.n, 1, -1, x.shape[2])
-    return rows.unflatten(2, (heads, -1)).transpose(1, 2).flatten(2, 3)
+        return x.as_strided((piece.n, 1, piece.rows * groups, size), (step, row, size, 1), offset)
+    if groups == 1:
+        return x.as_strided((piece.n, heads, piece.rows, size), (step, size, row, 1), offset)
+    shape = (piece.n, heads, piece.rows, groups, size)
+    return x.as_strided(shape, (step, groups * size, row, size, 1), offset)
 
 
-def _put(x: Tensor, piece: _Piece, folded: Tensor) -> None:
-    """Writes what `_fold` reads."""
-    rows = _rows(x, piece)
-    if folded.shape[1] == 1:
-        rows.copy_(folded.reshape(rows.shape))
-    else:
-        rows.copy_(folded.unflatten(2, (rows.shape[1], -1)).transpose(1, 2).flatten(2, 3))
+def _fold(x: Tensor, piece: _Piece, first: int, heads: int) -> Tensor:
+    """A piece's queries of ``[Q, H, D]`` -> ``[n, G, L * (H / G), D]``: heads that share keys become one's queries."""
+    view = _queries_of(x, piece, first, heads)
+    return view if view.dim() == 4 else view.flatten(2, 3)
 
 
-def _keys_of(x: Tensor, piece: _Piece) -> Tensor:
-    """A piece's keys or values of ``[K, G, D]`` -> ``[n, G, L, D]``, a view."""
-    rows = x[piece.keys]
-    rows = rows.view(piece.n, len(rows) // piece.n, *x.shape[1:])
-    return (rows if piece.seen == rows.shape[1] else rows[:, : piece.seen]).transpose(1, 2)
+def _keys_of(x: Tensor, piece: _Piece, first: int) -> Tensor:
+    """A view of a piece's keys or values in ``[K, G, D]``, contiguous: ``[n, G, L, D]``."""
+    _, heads, size = x.shape
+    row = heads * size
+    offset = x.storage_offset() + (first + piece.key) * row
+    return x.as_strided((piece.n, heads, piece.seen, size), (piece.key_step * row, size, row, 1), offset)
 
 
 def _make_bias(
@@ -274,7 +311,7 @@ _remembered_bias = lru_cache(maxsize=32)(_make_bias)
 
 def _bias(piece: _Piece, groups: int, window: int, prefix_in_window: bool, dtype: torch.dtype) -> Tensor | None:
     """Additive mask of a causal piece, ``[1, 1, groups * L, seen]``; None where all is seen."""
-    length = piece.stop - piece.start
+    length = piece.rows
     if length == 1 and not (prefix_in_window and window != NO_WINDOW) and (window == NO_WINDOW or piece.start < window):
         return None  # a last query sees all
     make = _remembered_bias if groups * length * piece.seen <= _SMALL else _make_bias
@@ -290,23 +327,51 @@ def _spread(n: int, heads: int, rows: int) -> int:
 
 
 def _to_size(x: Tensor, size: int) -> Tensor:
-    """The kernel wants one head size: zeros behind a smaller one change nothing."""
-    return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
+    """Contiguous, and with the kernel's one head size: zeros behind a smaller one change nothing."""
+    return x.contiguous() if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
+
+
+class _Call(NamedTuple):
+    """A call as the operators do it.
+
+    Attributes:
+        query: row of the first query.
+        keys, values: where its own are: the row's, or copies of some columns of it.
+        key: row of the first key in them.
+        columns: which were copied; None if none were.
+        causal: as in `AttentionCall`.
+        pieces: of queries and keys, counted from the first.
+    """
+
+    query: int
+    keys: Tensor
+    values: Tensor
+    key: int
+    columns: Tensor | None
+    causal: bool
+    pieces: _Pieces
 
 
 def _calls(
-    cu_q: Sequence[Tensor], cu_k: Sequence[Tensor], key_index: Sequence[Tensor], gathered: Sequence[bool],
-    bounds: Sequence[int], causal: Sequence[bool],
-) -> Iterator[tuple[slice, slice | Tensor, bool, list[_Piece]]]:  # fmt: skip
-    """Of each call: its slice of queries, its keys as a slice or by columns, whether it is causal, what the kernel does."""
+    key: Tensor, value: Tensor, cu_q: Sequence[Tensor], cu_k: Sequence[Tensor], key_index: Sequence[Tensor],
+    gathered: Sequence[bool], bounds: Sequence[int], causal: Sequence[bool],
+) -> Iterator[_Call]:  # fmt: skip
+    """The operators' arguments, call by call."""
     for number, is_causal in enumerate(causal):
         first_q, last_q, first_k, last_k = bounds[4 * number : 4 * number + 4]
-        keys = key_index[number] if gathered[number] else slice(first_k, last_k)
-        yield slice(first_q, last_q), keys, is_causal, list(_pieces(cu_q[number], cu_k[number], is_causal))
+        columns, keys, values = None, key, value
+        if gathered[number]:
+            columns = key_index[number]
+            keys, values = key.index_select(0, columns), value.index_select(0, columns)
+            first_k, last_k = 0, len(columns)
+        pieces = _pieces(
+            tuple(cu_q[number].tolist()), tuple(cu_k[number].tolist()), is_causal, last_q - first_q, last_k - first_k
+        )
+        yield _Call(first_q, keys, values, first_k, columns, is_causal, pieces)
 
 
-def _taken(x: Tensor, keys: slice | Tensor) -> Tensor:
-    return x[keys] if isinstance(keys, slice) else x.index_select(0, keys)
+_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 @torch.library.custom_op("mmprefix::varlen_attention", mutates_args=(), device_types="cpu")
@@ -326,24 +391,30 @@ def _cpu_attention(
 ) -> tuple[Tensor, Tensor]:
     heads, size = key.shape[1], value.shape[2]
     groups = query.shape[1] // heads
-    out = query.new_zeros((query.shape[0], query.shape[1], size))
+    out = query.new_empty((query.shape[0], query.shape[1], size))
     # Of each piece in the kernel's own shape, one after the other.
-    lse = query.new_zeros(query.shape[0] * query.shape[1], dtype=torch.promote_types(query.dtype, torch.float32))
+    lse = query.new_empty(query.shape[0] * query.shape[1], dtype=torch.promote_types(query.dtype, torch.float32))
     kernel_size = max(query.shape[2], size)
     query, key, value = (_to_size(x, kernel_size) for x in (query, key, value))
     done = 0
-    for at, keys, is_causal, pieces in _calls(cu_q, cu_k, key_index, gathered, bounds, causal):
-        own_query, own_out, own_key, own_value = query[at], out[at], _taken(key, keys), _taken(value, keys)
-        for piece in pieces:
-            q = _fold(own_query, piece, heads)
-            o, piece_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, _keys_of(own_key, piece), _keys_of(own_value, piece), 0.0, False,
-                attn_mask=_bias(piece, groups, window, prefix_in_window, q.dtype) if is_causal else None, scale=scale,
+    for call in _calls(key, value, cu_q, cu_k, key_index, gathered, bounds, causal):
+        for piece in call.pieces.pieces:
+            q = _fold(query, piece, call.query, heads)
+            o, piece_lse = _kernel(
+                q, _keys_of(call.keys, piece, call.key), _keys_of(call.values, piece, call.key),
+                attn_mask=_bias(piece, groups, window, prefix_in_window, q.dtype) if call.causal else None, scale=scale,
             )  # fmt: skip
-            _put(own_out, piece, o if kernel_size == size else o[..., :size])
-            lse[done : done + piece_lse.numel()] = piece_lse.reshape(-1)
-            done += piece_lse.numel()
+            place = _queries_of(out, piece, call.query, heads)
+            place.copy_((o if kernel_size == size else o[..., :size]).view(place.shape))
+            done = _put_lse(lse, done, piece_lse)
+        _zero(out, call.query, call.pieces.other_queries)
     return out, lse
+
+
+def _put_lse(lse: Tensor, done: int, piece: Tensor) -> int:
+    n, heads, rows = piece.shape
+    lse.as_strided(piece.shape, (heads * rows, rows, 1), done).copy_(piece)
+    return done + n * heads * rows
 
 
 @_cpu_attention.register_fake
@@ -372,55 +443,62 @@ def _cpu_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads, size = key.shape[1], value.shape[2]
     groups = query.shape[1] // heads
-    d_query, d_key, d_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    d_query, d_key, d_value = (x.new_empty(x.shape) for x in (query, key, value))
     query_size, kernel_size = query.shape[2], max(query.shape[2], size)
     query, key, value, out, grad = (_to_size(x, kernel_size) for x in (query, key, value, out, grad))
     later: list[tuple[Tensor, Tensor, Tensor]] = []
     done = 0
-    for at, keys, is_causal, pieces in _calls(cu_q, cu_k, key_index, gathered, bounds, causal):
-        own_query, own_out, own_grad, own_d_query = query[at], out[at], grad[at], d_query[at]
-        own_key, own_value = _taken(key, keys), _taken(value, keys)
-        if isinstance(keys, slice):
-            own_d_key, own_d_value = d_key[keys], d_value[keys]
+    for call in _calls(key, value, cu_q, cu_k, key_index, gathered, bounds, causal):
+        if call.columns is None:
+            own_d_key, own_d_value = d_key, d_value
         else:
-            own_d_key, own_d_value = (x.new_zeros((len(keys), *x.shape[1:])) for x in (d_key, d_value))
-            later.append((keys, own_d_key, own_d_value))
-        for piece in pieces:
-            q, o, g = (_fold(x, piece, heads) for x in (own_query, own_out, own_grad))
-            k, v = _keys_of(own_key, piece), _keys_of(own_value, piece)
+            own_d_key, own_d_value = (x.new_empty((len(call.columns), *x.shape[1:])) for x in (d_key, d_value))
+            later.append((call.columns, own_d_key, own_d_value))
+        for piece in call.pieces.pieces:
+            q, o, g = (_fold(x, piece, call.query, heads) for x in (query, out, grad))
+            k, v = _keys_of(call.keys, piece, call.key), _keys_of(call.values, piece, call.key)
             n, rows = piece.n, q.shape[2]
-            piece_lse = lse[done : done + n * heads * rows].view(n, heads, rows)
-            done += piece_lse.numel()
-            bias = _bias(piece, groups, window, prefix_in_window, q.dtype) if is_causal else None
+            piece_lse = lse.as_strided((n, heads, rows), (heads * rows, rows, 1), lse.storage_offset() + done)
+            done += n * heads * rows
+            bias = _bias(piece, groups, window, prefix_in_window, q.dtype) if call.causal else None
             parts = _spread(n, heads, rows)
             if parts > 1:
-                q, o, g = (x.reshape(n, heads * parts, rows // parts, -1) for x in (q, o, g))
+                q, o, g = (x.reshape(n, heads * parts, rows // parts, kernel_size) for x in (q, o, g))
                 k, v = (x.unsqueeze(2).expand(-1, -1, parts, -1, -1).flatten(1, 2) for x in (k, v))
-                piece_lse = piece_lse.reshape(n, heads * parts, rows // parts)
+                piece_lse = piece_lse.view(n, heads * parts, rows // parts)
                 if bias is not None:
                     bias = bias.reshape(1, 1, parts, rows // parts, -1).expand(-1, heads, -1, -1, -1).flatten(1, 2)
-            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                g, q, k, v, o, piece_lse, 0.0, False, attn_mask=bias, scale=scale
-            )
-            dq = dq.reshape(n, heads, rows, -1)
-            _put(own_d_query, piece, dq if kernel_size == query_size else dq[..., :query_size])
-            if parts > 1:
-                dk, dv = (x.unflatten(1, (heads, parts)).sum(2) for x in (dk, dv))
-            for total, part in ((own_d_key, dk[..., :query_size]), (own_d_value, dv[..., :size])):
-                seen = _keys_of(total, piece)
-                if piece.start:  # an earlier chunk has written there
-                    seen += part
-                else:
-                    seen.copy_(part)
-    for index, more_key, more_value in later:  # columns that a slice has written, too
-        d_key.index_add_(0, index, more_key)
-        d_value.index_add_(0, index, more_value)
+            dq, dk, dv = _kernel_backward(g, q, k, v, o, piece_lse, 0.0, False, attn_mask=bias, scale=scale)
+            dq = dq if kernel_size == query_size else dq[..., :query_size]
+            place = _queries_of(d_query, piece, call.query, heads)
+            if parts > 1 and heads == 1:
+                place = place.view(dq.shape)
+            elif parts > 1:
+                dq = dq.reshape(n, heads, rows, query_size)
+            place.copy_(dq.view(place.shape))
+            for total, d in ((own_d_key, dk), (own_d_value, dv)):
+                d = d if d.shape[-1] == total.shape[-1] else d[..., : total.shape[-1]]
+                seen = _keys_of(total, piece, call.key)
+                for number, part in enumerate(d.unflatten(1, (heads, parts)).unbind(2) if parts > 1 else (d,)):
+                    if piece.is_first and not number:
+                        seen.copy_(part)
+                    else:
+                        seen += part
+        _zero(d_query, call.query, call.pieces.other_queries)
+        for total in (own_d_key, own_d_value):
+            _zero(total, call.key, call.pieces.other_keys)
+    own = sorted((bounds[4 * i + 2], bounds[4 * i + 3]) for i, is_gathered in enumerate(gathered) if not is_gathered)
+    for total in (d_key, d_value):
+        _zero(total, 0, _between(own, len(total)))
+    for columns, more_key, more_value in later:  # columns that a slice has written, too
+        d_key.index_add_(0, columns, more_key)
+        d_value.index_add_(0, columns, more_value)
     return d_query, d_key, d_value
 
 
 @_cpu_attention_backward.register_fake
 def _(grad, query, key, value, *rest):  # type: ignore[no-untyped-def]
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))
 
 
 def _keep_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
