@@ -45,6 +45,7 @@ Metrics (seconds, medians):
 from __future__ import annotations
 
 import argparse
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -55,14 +56,16 @@ from typing import Any, NamedTuple
 import torch
 from side_by_side import DTYPES, Row, compare, device_name, now, print_header, print_row, take_turns, write_json
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mmprefix.attention import MaskFree, plan_mask_function
 from mmprefix.masks import PrefixVisibility, dense_mask
 from mmprefix.packing import collate, map_tensors
 from mmprefix.sequence import PromptLayout, TokenSequence
-from mmprefix.varlen import NO_WINDOW, varlen_attention
+from mmprefix.varlen import NO_WINDOW
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
 """Of the largest absolute value. bfloat16 has 8 bits, and sides add up in different orders."""
@@ -241,10 +244,13 @@ def pure_causal(sequences: list[TokenSequence], heads: Heads, device: torch.devi
     cumulative = torch.tensor([0, *lengths]).cumsum(0)
     cu, longest = cumulative.int().to(device), max(lengths)
     layer = _Layer(heads)
+    # Later releases want to be told of grouped queries, which all take.
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
     def packed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return varlen_attention(q, k, v, cu, cu, longest, longest, causal=True).unsqueeze(0)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **grouped).unsqueeze(0)
 
     def one_by_one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         samples = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)

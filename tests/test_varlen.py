@@ -1,10 +1,13 @@
 """Attention over packed sequences against the loops of `tests/reference.py`, values and gradients."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmprefix import varlen
-from mmprefix.varlen import NO_WINDOW, unsupported, varlen_attention
+from mmprefix.varlen import NO_WINDOW, AttentionCall, attention_calls, unsupported
 from tests.reference import attention_by_loops
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
@@ -24,6 +27,14 @@ def case(heads, groups, size, value_size, dtype=torch.float64, device="cpu"):
     return [torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
 
 
+def by_call(query, key, value, lengths, causal, skipped=0, function=attention_calls, **how):
+    """`attention_calls` as `attention_by_loops` is called; all keys are gathered, so that there may be any number."""
+    cu_q, cu_k = ((starts(n) + skipped).to(query.device) for n in zip(*lengths, strict=True))
+    columns = torch.arange(len(key), device=query.device)
+    call = AttentionCall(0, len(query), columns, cu_q, cu_k, 64, 64, causal)
+    return function(query, key, value, [call], **how)
+
+
 def run(tensors, attend, **kwargs):
     out = attend(*tensors, **kwargs)
     projection = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
@@ -37,11 +48,10 @@ def run(tensors, attend, **kwargs):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [NO_WINDOW, 3])
 @pytest.mark.parametrize("prefix_in_window", [False, True])
-def test_varlen_attention_matches_loops(heads, groups, size, value_size, causal, window, prefix_in_window):
+def test_one_call_matches_loops(heads, groups, size, value_size, causal, window, prefix_in_window):
     tensors = case(heads, groups, size, value_size)
     how = {"causal": causal, "window": window, "prefix_in_window": prefix_in_window}
-    cu_q, cu_k = (starts(n) for n in zip(*LENGTHS, strict=True))
-    fast, fast_gradients = run(tensors, varlen_attention, cu_q=cu_q, cu_k=cu_k, max_q=64, max_k=64, **how)
+    fast, fast_gradients = run(tensors, by_call, lengths=LENGTHS, **how)
     slow, slow_gradients = run(tensors, attention_by_loops, lengths=LENGTHS, **how)
     torch.testing.assert_close(fast, slow)
     for found, expected in zip(fast_gradients, slow_gradients, strict=True):
@@ -56,10 +66,9 @@ def test_queries_of_no_sample_get_zeros_and_keys_of_none_no_gradient(causal):
     tensors = case(4, 2, 8, 8)
     inner = LENGTHS[1:4]
     outside = [len(tensors[0]) - 1, len(tensors[1]) - 1]
-    cu_q, cu_k = (starts(n) + 1 for n in zip(*inner, strict=True))
-    ends = int(cu_q[-1]), int(cu_k[-1])
+    ends = tuple(1 + sum(n) for n in zip(*inner, strict=True))
     assert all(end < last for end, last in zip(ends, outside, strict=True))
-    fast, gradients = run(tensors, varlen_attention, cu_q=cu_q, cu_k=cu_k, max_q=64, max_k=64, causal=causal)
+    fast, gradients = run(tensors, by_call, lengths=inner, skipped=1, causal=causal)
     within = [t[1:end] for t, end in zip(tensors, (ends[0], ends[1], ends[1]), strict=True)]
     slow = attention_by_loops(*within, lengths=inner, causal=causal)
     torch.testing.assert_close(fast[1 : ends[0]], slow)
@@ -72,13 +81,13 @@ def test_queries_of_no_sample_get_zeros_and_keys_of_none_no_gradient(causal):
 def test_inputs_of_any_strides():
     """As a decoder that keeps heads in front of positions has them."""
     tensors = case(4, 2, 8, 8)
-    cu_q, cu_k = (starts(n) for n in zip(*LENGTHS, strict=True))
-    how = {"cu_q": cu_q, "cu_k": cu_k, "max_q": 64, "max_k": 64, "causal": True}
-    expected = run(tensors, varlen_attention, **how)
+    how = {"lengths": LENGTHS, "causal": True}
+    expected = run(tensors, by_call, **how)
     strided = [t.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for t in tensors]
     assert not any(t.is_contiguous() for t in strided)
-    torch.testing.assert_close(run(strided, varlen_attention, **how), expected)
-    torch.testing.assert_close(run(strided, torch.compile(varlen_attention, fullgraph=True), **how), expected)
+    torch.testing.assert_close(run(strided, by_call, **how), expected)
+    compiled = torch.compile(attention_calls, fullgraph=True)
+    torch.testing.assert_close(run(strided, by_call, function=compiled, **how), expected)
 
 
 @pytest.mark.parametrize("window", [NO_WINDOW, 2, 5])
@@ -86,11 +95,11 @@ def test_inputs_of_any_strides():
 def test_long_causal_samples_are_cut_up_and_match_loops(window, prefix_in_window, monkeypatch):
     monkeypatch.setattr(varlen, "_CHUNK", 3)
     assert max(q for q, _ in LENGTHS) > 2 * 3
-    test_varlen_attention_matches_loops(4, 2, 8, 8, True, window, prefix_in_window)
+    test_one_call_matches_loops(4, 2, 8, 8, True, window, prefix_in_window)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_varlen_attention_matches_loops_on_any_number_of_threads(threads):
+def test_one_call_matches_loops_on_any_number_of_threads(threads):
     """With fewer heads than threads, the queries of a head are cut up for the backward pass."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -100,9 +109,8 @@ def test_varlen_attention_matches_loops_on_any_number_of_threads(threads):
             torch.randn(n, h, 8, generator=generator, dtype=torch.float64).requires_grad_()
             for n, h in ((48, 4), (60, 1), (60, 1))
         ]
-        cu = torch.tensor([0, 48], dtype=torch.int32), torch.tensor([0, 60], dtype=torch.int32)
         for causal in (False, True):
-            fast = run(tensors, varlen_attention, cu_q=cu[0], cu_k=cu[1], max_q=64, max_k=64, causal=causal)
+            fast = run(tensors, by_call, lengths=[(48, 60)], causal=causal)
             slow = run(tensors, attention_by_loops, lengths=[(48, 60)], causal=causal)
             torch.testing.assert_close(fast, slow)
     finally:
@@ -113,13 +121,132 @@ def test_operators_keep_the_contract_of_custom_operators():
     """Fake tensors, autograd registration and schema, as torch.compile relies on them."""
     query, key, value = case(4, 2, 8, 8, torch.float32)
     cu_q, cu_k = (starts(n) for n in zip(*LENGTHS, strict=True))
-    bounds = [0, len(query), 0, len(key)]
-    arguments = (query, key, value, [cu_q], [cu_k], [cu_q], [False], bounds, [True], 3, False, 0.5)
+    columns = torch.arange(len(key))
+    arguments = (
+        query, key, value, [cu_q], [cu_k], [columns], [True], [0, len(query)], [64, 64], [True], 3, False, 0.5,
+    )  # fmt: skip
     torch.library.opcheck(torch.ops.mmprefix.varlen_attention, arguments)
     query, key, value = (
         t.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for t in (query, key, value)
     )
     torch.library.opcheck(torch.ops.mmprefix.varlen_attention, (query, key, value, *arguments[3:]))
+
+
+def flash_scores(query, key, value, cu_q, cu_k, max_q, max_k, dropout, is_causal, scale, left, right):
+    """Of each sample as the kernel on CUDA documents them: its slices, its keys and values repeated, its scores."""
+    assert dropout == 0
+    groups = query.shape[1] // key.shape[1]
+    for (a, b), (c, d) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        assert b - a <= max_q
+        assert d - c <= max_k
+        k, v = (x[c:d].repeat_interleave(groups, 1) for x in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query[a:b], k) * scale
+        behind = torch.arange(d - c) - torch.arange(d - c - (b - a), d - c).unsqueeze(1)
+        hidden = behind < (-left if left >= 0 else -len(key))
+        if is_causal or right >= 0:
+            hidden |= behind > max(right, 0)
+        yield slice(a, b), slice(c, d), k, v, scores.masked_fill(hidden, -torch.inf)
+
+
+def flash_forward(query, *rest, scale, window_size_left, window_size_right):
+    *rest, debug = rest
+    assert not debug
+    out, lse = torch.empty_like(query), query.new_empty(query.shape[1], len(query))
+    for at, _, _, v, scores in flash_scores(query, *rest, scale, window_size_left, window_size_right):
+        out[at] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+        lse[:, at] = scores.logsumexp(-1)
+    return out, lse, None, None, None
+
+
+def flash_backward(grad, query, key, value, out, lse, *rest, scale, window_size_left, window_size_right):
+    *rest, rng_state, _ = rest
+    assert rng_state.dtype == torch.uint64
+    gradients = [torch.empty_like(x) for x in (query, key, value)]
+    for at, keys, k, v, scores in flash_scores(query, key, value, *rest, scale, window_size_left, window_size_right):
+        p = (scores - lse[:, at].unsqueeze(-1)).exp()
+        d_p = torch.einsum("qhd,khd->hqk", grad[at], v)
+        d_scores = p * (d_p - (grad[at] * out[at]).sum(-1).t().unsqueeze(-1)) * scale
+        d_k, d_v = torch.einsum("hqk,qhd->khd", d_scores, query[at]), torch.einsum("hqk,qhd->khd", p, grad[at])
+        gradients[0][at] = torch.einsum("hqk,khd->qhd", d_scores, k)
+        for gradient, d in ((gradients[1], d_k), (gradients[2], d_v)):
+            gradient[keys] = d.unflatten(1, (key.shape[1], -1)).sum(2)
+    return gradients
+
+
+@pytest.fixture
+def _as_on_cuda(monkeypatch):
+    """The CPU goes the way of CUDA, with `flash` as the kernel."""
+    monkeypatch.setattr(varlen, "_cpu_forward", varlen._cuda_forward)
+    monkeypatch.setattr(varlen, "_cpu_backward", varlen._cuda_backward)
+    monkeypatch.setattr(varlen, "_cuda_kernel", flash_forward)
+    monkeypatch.setattr(varlen, "_cuda_kernel_backward", flash_backward)
+
+
+@pytest.mark.usefixtures("_as_on_cuda")
+@pytest.mark.parametrize(("causal", "window"), [(False, NO_WINDOW), (True, NO_WINDOW), (True, 3)])
+def test_the_way_of_cuda_matches_loops(causal, window):
+    test_one_call_matches_loops(8, 2, 16, 16, causal, window, window != NO_WINDOW)
+
+
+CALLS = [
+    # Prefixes of 3 and 4, and of 5 and 2 tokens behind each of them, that see it; columns 0-6, 7-13.
+    AttentionCall(0, 7, None, starts([3, 4]), starts([3, 4]), 64, 64, causal=False),
+    AttentionCall(
+        7, 14, torch.tensor([0, 1, 2, *range(7, 12), 3, 4, 5, 6, 12, 13]), starts([5, 2]), starts([8, 6]), 64, 64,
+        causal=False,
+    ),
+    # Two targets of the first, of 3 and 1 tokens.
+    AttentionCall(
+        14, 18, torch.tensor([0, 1, 2, *range(7, 12), 14, 15, 16, 0, 1, 2, *range(7, 12), 17]), starts([3, 1]),
+        starts([11, 9]), 64, 64, causal=True,
+    ),
+]  # fmt: skip
+
+
+def calls_by_loops(query, key, value):
+    """`CALLS`, each as a loop over its own columns."""
+    outputs = []
+    for call in CALLS:
+        columns = torch.arange(call.start, call.stop) if call.key_index is None else call.key_index
+        lengths = list(zip(call.cu_q.diff().tolist(), call.cu_k.diff().tolist(), strict=True))
+        outputs.append(
+            attention_by_loops(query[call.start : call.stop], key[columns], value[columns], lengths, call.causal)
+        )
+    return torch.cat(outputs)
+
+
+def row(columns=18):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((columns, 4, 8), (columns, 2, 8), (columns, 2, 8))
+    return [torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_calls_over_a_row_match_loops(where, request):
+    if where == "cuda":
+        request.getfixturevalue("_as_on_cuda")
+    tensors = row()
+    torch.testing.assert_close(run(tensors, attention_calls, calls=CALLS), run(tensors, calls_by_loops))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [NO_WINDOW, 3])
+def test_the_kernel_on_cuda_takes_what_it_is_given(dtype, window):
+    """Its schema and shapes, as PyTorch checks them where there is no GPU."""
+    how = varlen._How(window, window != NO_WINDOW, 0.5)
+    with FakeTensorMode():
+        query = torch.empty(18, 4, 64, dtype=dtype, device="cuda")
+        key = torch.empty(18, 2, 64, dtype=dtype, device="cuda")
+        (call,) = varlen._calls(
+            4, [torch.empty(3, dtype=torch.int32, device="cuda")], [torch.empty(3, dtype=torch.int32, device="cuda")],
+            [torch.empty(20, dtype=torch.int64, device="cuda")], [True], [14, 18], [64, 64], [True],
+        )  # fmt: skip
+        lse = torch.empty(4 * 18, device="cuda")
+        own = [query[call.at], call.keys(key), call.keys(key)]
+        assert own[1].shape == (20, 2, 64)
+        varlen._cuda_forward(call, *own, query.clone()[call.at], lse[call.lse], how)
+        d_own = [torch.empty_like(x) for x in own]
+        varlen._cuda_backward(call, query[call.at], *own, query[call.at], lse[call.lse], *d_own, how)
 
 
 def test_what_no_kernel_takes_is_said_in_words():
@@ -132,12 +259,11 @@ def test_what_no_kernel_takes_is_said_in_words():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("causal", "window"), [(False, NO_WINDOW), (True, NO_WINDOW), (True, 3)])
-def test_varlen_attention_on_cuda_matches_loops(dtype, causal, window):
+def test_one_call_on_cuda_matches_loops(dtype, causal, window):
     exact = case(8, 2, 64, 64, torch.float64)
     tensors = [t.detach().to("cuda", dtype).requires_grad_() for t in exact]
     how = {"causal": causal, "window": window, "prefix_in_window": window != NO_WINDOW}
-    cu_q, cu_k = (starts(n).cuda() for n in zip(*LENGTHS, strict=True))
-    fast, fast_gradients = run(tensors, varlen_attention, cu_q=cu_q, cu_k=cu_k, max_q=64, max_k=64, **how)
+    fast, fast_gradients = run(tensors, by_call, lengths=LENGTHS, **how)
     slow, slow_gradients = run(exact, attention_by_loops, lengths=LENGTHS, **how)
     # What rounding the inputs does to the exact computation bounds what the kernel may be off by.
     rounded = [t.detach().cpu().double().requires_grad_() for t in tensors]

@@ -7,36 +7,35 @@ All of them, or, in a causal call, all up to the query's own: the last query see
 the last (bottom-right alignment), so that a target sees its whole prefix, whose keys come first. Nothing is computed
 for pairs that don't see each other, and nothing is padded.
 
-On CUDA in half precision this is `torch.nn.attention.varlen`. On the CPU it is one call of PyTorch's own flash kernel
-for each run of samples of equal shape, with grouped query heads folded into queries, so that keys are never repeated;
-as a custom operator, it is one node of a compiled graph, whatever the number of samples.
+A rule takes several calls, each over a slice of the row: `attention_calls` runs them all as one custom operator, one
+node of a compiled graph, whatever the number of calls and samples. Apart, each call's gradients would be as long as the
+row, mostly zeros, and added up, and the keys that it gathers kept for the backward pass.
 
-A rule takes several calls, each over a slice of the row: `attention_calls` runs them all. This module knows no samples
-and no rule: `packing` makes the calls, `attention` has them run.
+On CUDA in half precision a call is one of the flash kernel behind `torch.nn.attention.varlen`. On the CPU it is one of
+PyTorch's flash kernel there for each run of samples of equal shape, with grouped query heads folded into queries. Keys
+are repeated on neither.
+
+This module knows no samples and no rule: `packing` makes the calls, `attention` has them run.
 
 Shapes: Q queries, K keys, T tokens of a row, S samples, H query heads, G key-value heads (H is a multiple of G), D head size.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
 NO_WINDOW = -1
 
 MAX_HEAD_SIZE = 256
 """Of the flash kernels on CUDA."""
-_ASKS_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch >= 2.12
 
 
 @dataclass(eq=False)  # not frozen, see `packing`
@@ -62,7 +61,7 @@ class AttentionCall:
 
 
 def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """Why `varlen_attention` can't take these, in words; None if it can.
+    """Why `attention_calls` can't take these, in words; None if it can.
 
     Args:
         query, key, value: any shape ``[..., D]``.
@@ -78,57 +77,6 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def varlen_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    causal: bool,
-    scale: float | None = None,
-    window: int = NO_WINDOW,
-    prefix_in_window: bool = False,
-) -> Tensor:
-    """Attention of packed queries to the keys of their own sample.
-
-    Args:
-        query: float ``[Q, H, D]``.
-        key, value: float ``[K, G, D]``; on the CPU, values may have another head size.
-        cu_q, cu_k: int32 ``[S + 1]``, where each sample's queries and keys begin; a sample may have none.
-        max_q, max_k: at least the longest sample's; they size the launch on CUDA and change nothing else.
-        causal: bottom-right aligned, see above; without it every query sees every key of its sample.
-        scale: of the scores; by default ``D ** -0.5``.
-        window: in a causal call, how many keys a query sees up to its own; `NO_WINDOW` for all.
-        prefix_in_window: whether the window also hides keys that stand before the first query's own. By default
-            they are prefix, and always seen. On CUDA, a window that hides something needs it.
-
-    Returns:
-        float ``[Q, H, D]`` (the head size of the values). Queries of no sample get zeros.
-    """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if query.device.type == "cpu":
-        out: Tensor = _cpu_attention(
-            query, key, value, [cu_q], [cu_k], [cu_q], [False], [0, len(query), 0, len(key)], [causal], window,
-            prefix_in_window, scale,
-        )[0]  # fmt: skip
-        return out
-    assert window == NO_WINDOW or prefix_in_window, "the kernel's window hides the prefix, too"
-    # The kernel takes fewer key heads than query heads in all releases, and repeats none; later ones want to be told.
-    kwargs: dict[str, Any] = {"enable_gqa": True} if _ASKS_FOR_GROUPS and query.shape[1] != key.shape[1] else {}
-    left = -1 if window == NO_WINDOW else window - 1
-    # Where several backends exist, the others' windows and alignments differ from release to release.
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        result = varlen_attn(
-            query, key, value, cu_q, cu_k, max_q, max_k,
-            scale=scale, window_size=(left, 0) if causal else (-1, -1), **kwargs,
-        )  # fmt: skip
-    assert isinstance(result, Tensor)  # a pair where the logsumexp was asked for
-    return result
-
-
 def attention_calls(
     query: Tensor,
     key: Tensor,
@@ -141,40 +89,230 @@ def attention_calls(
 ) -> Tensor:
     """Attention of a packed row to itself, in calls whose slices make up the row in order.
 
-    On the CPU it is one operator: apart, each call's gradients would be as long as the row, mostly zeros, and added up.
-
     Args:
         query: float ``[T, H, D]``.
-        key, value: float ``[T, G, D]``.
+        key, value: float ``[T, G, D]``; on the CPU, values may have another head size.
         calls: over the row.
-        scale, window, prefix_in_window: as in `varlen_attention`; the window is that of causal calls.
+        scale: of the scores; by default ``D ** -0.5``.
+        window: in causal calls, how many keys a query sees up to its own; `NO_WINDOW` for all.
+        prefix_in_window: whether the window also hides keys that stand before the first query's own. By default
+            they are prefix, and always seen. On CUDA, a window that hides something needs it.
 
     Returns:
-        float ``[T, H, D]`` (the head size of the values).
+        float ``[T, H, D]`` (the head size of the values). On the CPU, queries of no sample get zeros.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if query.device.type == "cpu":
-        out: Tensor = _cpu_attention(
-            query, key, value, [call.cu_q for call in calls], [call.cu_k for call in calls],
-            [call.cu_q if call.key_index is None else call.key_index for call in calls],
-            [call.key_index is not None for call in calls],
-            [bound for call in calls for bound in (call.start, call.stop, call.start, call.stop)],
-            [call.causal for call in calls], window, prefix_in_window, scale,
-        )[0]  # fmt: skip
-        return out
-    outputs = []
-    for call in calls:
-        at = slice(call.start, call.stop)
-        keys = (key[at], value[at]) if call.key_index is None else (
-            key.index_select(0, call.key_index), value.index_select(0, call.key_index))  # fmt: skip
-        outputs.append(varlen_attention(
-            query[at], *keys, call.cu_q, call.cu_k, call.max_q, call.max_k, causal=call.causal, scale=scale,
-            window=window if call.causal else NO_WINDOW, prefix_in_window=prefix_in_window,
-        ))  # fmt: skip
-    return torch.cat(outputs)
+    assert query.device.type == "cpu" or window == NO_WINDOW or prefix_in_window, "the kernel's window hides the prefix"
+    out: Tensor = _attention(
+        query, key, value, [call.cu_q for call in calls], [call.cu_k for call in calls],
+        [call.cu_q if call.key_index is None else call.key_index for call in calls],
+        [call.key_index is not None for call in calls],
+        [bound for call in calls for bound in (call.start, call.stop)],
+        [longest for call in calls for longest in (call.max_q, call.max_k)],
+        [call.causal for call in calls], window, prefix_in_window,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+    )[0]  # fmt: skip
+    return out
 
 
-# The CPU operator ------------------------------------------------------------------------------------------------------
+# The operator ----------------------------------------------------------------------------------------------------------
+
+
+class _Call(NamedTuple):
+    """A call as the operator does it.
+
+    Attributes:
+        at: its slice of the row.
+        lse: its slice of the flat sums, as many for each query as there are heads, in the kernel's own order.
+        columns: of its keys; None where they are the queries' own.
+        cu_q, cu_k, max_q, max_k, causal: as in `AttentionCall`.
+    """
+
+    at: slice
+    lse: slice
+    columns: Tensor | None
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+    causal: bool
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Of the row's keys or values the call's: a view, or a copy of some columns."""
+        return x[self.at] if self.columns is None else x.index_select(0, self.columns)
+
+
+class _How(NamedTuple):
+    """As in `attention_calls`."""
+
+    window: int
+    prefix_in_window: bool
+    scale: float
+
+
+def _calls(
+    heads: int, cu_q: Sequence[Tensor], cu_k: Sequence[Tensor], key_index: Sequence[Tensor], gathered: Sequence[bool],
+    bounds: Sequence[int], longest: Sequence[int], causal: Sequence[bool],
+) -> Iterator[_Call]:  # fmt: skip
+    """The operator's arguments, call by call."""
+    for n, is_causal in enumerate(causal):
+        start, stop = bounds[2 * n], bounds[2 * n + 1]
+        yield _Call(
+            slice(start, stop), slice(heads * start, heads * stop), key_index[n] if gathered[n] else None,
+            cu_q[n], cu_k[n], longest[2 * n], longest[2 * n + 1], is_causal,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("mmprefix::varlen_attention", mutates_args=(), device_types=("cpu", "cuda"))
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: list[Tensor],
+    cu_k: list[Tensor],
+    key_index: list[Tensor],
+    gathered: list[bool],
+    bounds: list[int],
+    longest: list[int],
+    causal: list[bool],
+    window: int,
+    prefix_in_window: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    heads = query.shape[1]
+    out = query.new_empty((query.shape[0], heads, value.shape[2]))
+    lse = query.new_empty(query.shape[0] * heads, dtype=torch.promote_types(query.dtype, torch.float32))
+    forward = _cpu_forward if query.device.type == "cpu" else _cuda_forward
+    for call in _calls(heads, cu_q, cu_k, key_index, gathered, bounds, longest, causal):
+        forward(
+            call, query[call.at], call.keys(key), call.keys(value), out[call.at], lse[call.lse],
+            _How(window, prefix_in_window, scale),
+        )  # fmt: skip
+    return out, lse
+
+
+@_attention.register_fake
+def _(query, key, value, *rest):  # type: ignore[no-untyped-def]
+    lse = query.new_empty(query.shape[0] * query.shape[1], dtype=torch.promote_types(query.dtype, torch.float32))
+    return query.new_empty((query.shape[0], query.shape[1], value.shape[2])), lse
+
+
+@torch.library.custom_op("mmprefix::varlen_attention_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def _attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: list[Tensor],
+    cu_k: list[Tensor],
+    key_index: list[Tensor],
+    gathered: list[bool],
+    bounds: list[int],
+    longest: list[int],
+    causal: list[bool],
+    window: int,
+    prefix_in_window: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_query, d_key, d_value = (x.new_empty(x.shape) for x in (query, key, value))
+    backward = _cpu_backward if query.device.type == "cpu" else _cuda_backward
+    later: list[tuple[Tensor, Tensor, Tensor]] = []
+    own: list[tuple[int, int]] = []
+    for call in _calls(query.shape[1], cu_q, cu_k, key_index, gathered, bounds, longest, causal):
+        if call.columns is None:
+            to_key, to_value = d_key[call.at], d_value[call.at]
+            own.append((call.at.start, call.at.stop))
+        else:
+            to_key, to_value = (x.new_empty((len(call.columns), *x.shape[1:])) for x in (key, value))
+            later.append((call.columns, to_key, to_value))
+        backward(
+            call, grad[call.at], query[call.at], call.keys(key), call.keys(value), out[call.at], lse[call.lse],
+            d_query[call.at], to_key, to_value, _How(window, prefix_in_window, scale),
+        )  # fmt: skip
+    for total in (d_key, d_value):
+        for rest in _between(own, len(total)):
+            total[rest].zero_()
+    for columns, more_key, more_value in later:  # columns that a slice has written, too
+        d_key.index_add_(0, columns, more_key)
+        d_value.index_add_(0, columns, more_value)
+    return d_query, d_key, d_value
+
+
+@_attention_backward.register_fake
+def _(grad, query, key, value, *rest):  # type: ignore[no-untyped-def]
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
+
+def _keep_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    query, key, value, cu_q, cu_k, key_index, *ctx.how = inputs
+    ctx.num_calls = len(cu_q)
+    ctx.save_for_backward(query, key, value, *output, *cu_q, *cu_k, *key_index)
+
+
+def _backward(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
+    query, key, value, out, lse, *indices = ctx.saved_tensors
+    n = ctx.num_calls
+    lists = indices[:n], indices[n : 2 * n], indices[2 * n :]
+    gradients = _attention_backward(grad.contiguous(), query, key, value, out, lse, *lists, *ctx.how)
+    return (*gradients, *([None] * n for _ in range(3)), *(None,) * len(ctx.how))
+
+
+_attention.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def _between(covered: Sequence[tuple[int, int]], length: int) -> tuple[slice, ...]:
+    """What ascending intervals leave free of so many rows."""
+    edges = [0, *(edge for interval in covered for edge in interval), length]
+    return tuple(slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b)
+
+
+# On CUDA ---------------------------------------------------------------------------------------------------------------
+
+# The kernel takes fewer key heads than query heads in all releases. `varlen_attn` itself is two custom operators of
+# Python for each call, and chooses among backends whose windows and alignments differ from release to release.
+_cuda_kernel = torch.ops.aten._flash_attention_forward.default
+_cuda_kernel_backward = torch.ops.aten._flash_attention_backward.default
+
+
+def _cuda_window(call: _Call, how: _How) -> dict[str, int]:
+    if not call.causal:
+        return {"window_size_left": -1, "window_size_right": -1}
+    return {"window_size_left": -1 if how.window == NO_WINDOW else how.window - 1, "window_size_right": 0}
+
+
+def _is_causal(call: _Call, how: _How) -> bool:
+    """To the kernel, a window is another thing than being causal."""
+    return call.causal and how.window == NO_WINDOW
+
+
+def _cuda_forward(
+    call: _Call, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, how: _How
+) -> None:  # fmt: skip
+    """Writes ``out [Q, H, D]`` and ``lse [H * Q]``."""
+    found, found_lse, *_ = _cuda_kernel(
+        query, key, value, call.cu_q, call.cu_k, call.max_q, call.max_k, 0.0, _is_causal(call, how), False,
+        scale=how.scale, **_cuda_window(call, how),
+    )  # fmt: skip
+    out.copy_(found)
+    lse.copy_(found_lse.flatten())
+
+
+def _cuda_backward(
+    call: _Call, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    d_query: Tensor, d_key: Tensor, d_value: Tensor, how: _How,
+) -> None:  # fmt: skip
+    """Writes the gradients of the call's own queries, keys and values."""
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device), query.new_empty(0)
+    found = _cuda_kernel_backward(
+        grad, query, key, value, out, lse.view(query.shape[1], len(query)), call.cu_q, call.cu_k, call.max_q, call.max_k,
+        0.0, _is_causal(call, how), *no_dropout, scale=how.scale, **_cuda_window(call, how),
+    )  # fmt: skip
+    for to, gradient in zip((d_query, d_key, d_value), found, strict=True):
+        to.copy_(gradient)
+
+
+# On the CPU ------------------------------------------------------------------------------------------------------------
 
 _CHUNK = 128
 """Queries of a causal call that the kernel takes at a time: it computes all pairs, hidden ones, too, so that longer
@@ -248,21 +386,10 @@ def _pieces(starts_q: tuple[int, ...], starts_k: tuple[int, ...], causal: bool, 
     return _Pieces(tuple(pieces), _between(covered_q, queries), _between(covered_k, keys))
 
 
-def _between(covered: Sequence[tuple[int, int]], length: int) -> tuple[slice, ...]:
-    """What ascending intervals leave free of so many rows."""
-    edges = [0, *(edge for interval in covered for edge in interval), length]
-    return tuple(slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b)
-
-
-def _zero(x: Tensor, first: int, parts: Iterable[slice]) -> None:
-    for part in parts:
-        x[first + part.start : first + part.stop].zero_()
-
-
 # One view for each tensor of each piece: with some ten operations in its place, Python took as long as the kernel.
 
 
-def _queries_of(x: Tensor, piece: _Piece, first: int, heads: int) -> Tensor:
+def _queries_of(x: Tensor, piece: _Piece, heads: int) -> Tensor:
     """A view of a piece's queries in ``[Q, H, D]``, contiguous, by the heads that they share keys with.
 
     ``[n, G, L * (H / G), D]`` where all heads share one or none do, so that a view can have it, otherwise
@@ -270,7 +397,7 @@ def _queries_of(x: Tensor, piece: _Piece, first: int, heads: int) -> Tensor:
     """
     _, all_heads, size = x.shape
     row, groups = all_heads * size, all_heads // heads
-    offset, step = x.storage_offset() + (first + piece.query) * row, piece.query_step * row
+    offset, step = x.storage_offset() + piece.query * row, piece.query_step * row
     if heads == 1:
         return x.as_strided((piece.n, 1, piece.rows * groups, size), (step, row, size, 1), offset)
     if groups == 1:
@@ -279,17 +406,17 @@ def _queries_of(x: Tensor, piece: _Piece, first: int, heads: int) -> Tensor:
     return x.as_strided(shape, (step, groups * size, row, size, 1), offset)
 
 
-def _fold(x: Tensor, piece: _Piece, first: int, heads: int) -> Tensor:
+def _fold(x: Tensor, piece: _Piece, heads: int) -> Tensor:
     """A piece's queries of ``[Q, H, D]`` -> ``[n, G, L * (H / G), D]``: heads that share keys become one's queries."""
-    view = _queries_of(x, piece, first, heads)
+    view = _queries_of(x, piece, heads)
     return view if view.dim() == 4 else view.flatten(2, 3)
 
 
-def _keys_of(x: Tensor, piece: _Piece, first: int) -> Tensor:
+def _keys_of(x: Tensor, piece: _Piece) -> Tensor:
     """A view of a piece's keys or values in ``[K, G, D]``, contiguous: ``[n, G, L, D]``."""
     _, heads, size = x.shape
     row = heads * size
-    offset = x.storage_offset() + (first + piece.key) * row
+    offset = x.storage_offset() + piece.key * row
     return x.as_strided((piece.n, heads, piece.seen, size), (piece.key_step * row, size, row, 1), offset)
 
 
@@ -309,13 +436,15 @@ def _make_bias(
 _remembered_bias = lru_cache(maxsize=32)(_make_bias)
 
 
-def _bias(piece: _Piece, groups: int, window: int, prefix_in_window: bool, dtype: torch.dtype) -> Tensor | None:
+def _bias(piece: _Piece, groups: int, how: _How, dtype: torch.dtype) -> Tensor | None:
     """Additive mask of a causal piece, ``[1, 1, groups * L, seen]``; None where all is seen."""
-    length = piece.rows
-    if length == 1 and not (prefix_in_window and window != NO_WINDOW) and (window == NO_WINDOW or piece.start < window):
+    window, prefix_in_window = how.window, how.prefix_in_window
+    if piece.rows == 1 and not (prefix_in_window and window != NO_WINDOW) and (
+        window == NO_WINDOW or piece.start < window
+    ):  # fmt: skip
         return None  # a last query sees all
-    make = _remembered_bias if groups * length * piece.seen <= _SMALL else _make_bias
-    return make(length, piece.seen, piece.prefix, groups, window, prefix_in_window, dtype)
+    make = _remembered_bias if groups * piece.rows * piece.seen <= _SMALL else _make_bias
+    return make(piece.rows, piece.seen, piece.prefix, groups, window, prefix_in_window, dtype)
 
 
 def _spread(n: int, heads: int, rows: int) -> int:
@@ -331,188 +460,78 @@ def _to_size(x: Tensor, size: int) -> Tensor:
     return x.contiguous() if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
 
 
-class _Call(NamedTuple):
-    """A call as the operators do it.
-
-    Attributes:
-        query: row of the first query.
-        keys, values: where its own are: the row's, or copies of some columns of it.
-        key: row of the first key in them.
-        columns: which were copied; None if none were.
-        causal: as in `AttentionCall`.
-        pieces: of queries and keys, counted from the first.
-    """
-
-    query: int
-    keys: Tensor
-    values: Tensor
-    key: int
-    columns: Tensor | None
-    causal: bool
-    pieces: _Pieces
+_cpu_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_cpu_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def _calls(
-    key: Tensor, value: Tensor, cu_q: Sequence[Tensor], cu_k: Sequence[Tensor], key_index: Sequence[Tensor],
-    gathered: Sequence[bool], bounds: Sequence[int], causal: Sequence[bool],
-) -> Iterator[_Call]:  # fmt: skip
-    """The operators' arguments, call by call."""
-    for number, is_causal in enumerate(causal):
-        first_q, last_q, first_k, last_k = bounds[4 * number : 4 * number + 4]
-        columns, keys, values = None, key, value
-        if gathered[number]:
-            columns = key_index[number]
-            keys, values = key.index_select(0, columns), value.index_select(0, columns)
-            first_k, last_k = 0, len(columns)
-        pieces = _pieces(
-            tuple(cu_q[number].tolist()), tuple(cu_k[number].tolist()), is_causal, last_q - first_q, last_k - first_k
-        )
-        yield _Call(first_q, keys, values, first_k, columns, is_causal, pieces)
+def _pieces_of(call: _Call, query: Tensor, key: Tensor) -> _Pieces:
+    return _pieces(tuple(call.cu_q.tolist()), tuple(call.cu_k.tolist()), call.causal, len(query), len(key))
 
 
-_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
-
-@torch.library.custom_op("mmprefix::varlen_attention", mutates_args=(), device_types="cpu")
-def _cpu_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_q: list[Tensor],
-    cu_k: list[Tensor],
-    key_index: list[Tensor],
-    gathered: list[bool],
-    bounds: list[int],
-    causal: list[bool],
-    window: int,
-    prefix_in_window: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _cpu_forward(
+    call: _Call, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, how: _How
+) -> None:  # fmt: skip
+    """Writes ``out [Q, H, D]`` and ``lse [H * Q]``, of each piece in the kernel's own shape, one after the other."""
     heads, size = key.shape[1], value.shape[2]
-    groups = query.shape[1] // heads
-    out = query.new_empty((query.shape[0], query.shape[1], size))
-    # Of each piece in the kernel's own shape, one after the other.
-    lse = query.new_empty(query.shape[0] * query.shape[1], dtype=torch.promote_types(query.dtype, torch.float32))
-    kernel_size = max(query.shape[2], size)
+    groups, kernel_size = query.shape[1] // heads, max(query.shape[2], size)
     query, key, value = (_to_size(x, kernel_size) for x in (query, key, value))
-    done = 0
-    for call in _calls(key, value, cu_q, cu_k, key_index, gathered, bounds, causal):
-        for piece in call.pieces.pieces:
-            q = _fold(query, piece, call.query, heads)
-            o, piece_lse = _kernel(
-                q, _keys_of(call.keys, piece, call.key), _keys_of(call.values, piece, call.key),
-                attn_mask=_bias(piece, groups, window, prefix_in_window, q.dtype) if call.causal else None, scale=scale,
-            )  # fmt: skip
-            place = _queries_of(out, piece, call.query, heads)
-            place.copy_((o if kernel_size == size else o[..., :size]).view(place.shape))
-            done = _put_lse(lse, done, piece_lse)
-        _zero(out, call.query, call.pieces.other_queries)
-    return out, lse
+    done = lse.storage_offset()
+    pieces, other_queries, _ = _pieces_of(call, query, key)
+    for piece in pieces:
+        q = _fold(query, piece, heads)
+        o, piece_lse = _cpu_kernel(
+            q, _keys_of(key, piece), _keys_of(value, piece),
+            attn_mask=_bias(piece, groups, how, q.dtype) if call.causal else None, scale=how.scale,
+        )  # fmt: skip
+        place = _queries_of(out, piece, heads)
+        place.copy_((o if kernel_size == size else o[..., :size]).view(place.shape))
+        n, _, rows = piece_lse.shape
+        lse.as_strided(piece_lse.shape, (heads * rows, rows, 1), done).copy_(piece_lse)
+        done += n * heads * rows
+    for rest in other_queries:
+        out[rest].zero_()
 
 
-def _put_lse(lse: Tensor, done: int, piece: Tensor) -> int:
-    n, heads, rows = piece.shape
-    lse.as_strided(piece.shape, (heads * rows, rows, 1), done).copy_(piece)
-    return done + n * heads * rows
-
-
-@_cpu_attention.register_fake
-def _(query, key, value, cu_q, cu_k, key_index, gathered, bounds, causal, window, prefix_in_window, scale):  # type: ignore[no-untyped-def]
-    lse = query.new_empty(query.shape[0] * query.shape[1], dtype=torch.promote_types(query.dtype, torch.float32))
-    return query.new_empty((query.shape[0], query.shape[1], value.shape[2])), lse
-
-
-@torch.library.custom_op("mmprefix::varlen_attention_backward", mutates_args=(), device_types="cpu")
-def _cpu_attention_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_q: list[Tensor],
-    cu_k: list[Tensor],
-    key_index: list[Tensor],
-    gathered: list[bool],
-    bounds: list[int],
-    causal: list[bool],
-    window: int,
-    prefix_in_window: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    heads, size = key.shape[1], value.shape[2]
-    groups = query.shape[1] // heads
-    d_query, d_key, d_value = (x.new_empty(x.shape) for x in (query, key, value))
-    query_size, kernel_size = query.shape[2], max(query.shape[2], size)
+def _cpu_backward(
+    call: _Call, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    d_query: Tensor, d_key: Tensor, d_value: Tensor, how: _How,
+) -> None:  # fmt: skip
+    """Writes the gradients of the call's own queries, keys and values."""
+    heads = key.shape[1]
+    groups, query_size, kernel_size = query.shape[1] // heads, query.shape[2], max(query.shape[2], value.shape[2])
     query, key, value, out, grad = (_to_size(x, kernel_size) for x in (query, key, value, out, grad))
-    later: list[tuple[Tensor, Tensor, Tensor]] = []
-    done = 0
-    for call in _calls(key, value, cu_q, cu_k, key_index, gathered, bounds, causal):
-        if call.columns is None:
-            own_d_key, own_d_value = d_key, d_value
-        else:
-            own_d_key, own_d_value = (x.new_empty((len(call.columns), *x.shape[1:])) for x in (d_key, d_value))
-            later.append((call.columns, own_d_key, own_d_value))
-        for piece in call.pieces.pieces:
-            q, o, g = (_fold(x, piece, call.query, heads) for x in (query, out, grad))
-            k, v = _keys_of(call.keys, piece, call.key), _keys_of(call.values, piece, call.key)
-            n, rows = piece.n, q.shape[2]
-            piece_lse = lse.as_strided((n, heads, rows), (heads * rows, rows, 1), lse.storage_offset() + done)
-            done += n * heads * rows
-            bias = _bias(piece, groups, window, prefix_in_window, q.dtype) if call.causal else None
-            parts = _spread(n, heads, rows)
-            if parts > 1:
-                q, o, g = (x.reshape(n, heads * parts, rows // parts, kernel_size) for x in (q, o, g))
-                k, v = (x.unsqueeze(2).expand(-1, -1, parts, -1, -1).flatten(1, 2) for x in (k, v))
-                piece_lse = piece_lse.view(n, heads * parts, rows // parts)
-                if bias is not None:
-                    bias = bias.reshape(1, 1, parts, rows // parts, -1).expand(-1, heads, -1, -1, -1).flatten(1, 2)
-            dq, dk, dv = _kernel_backward(g, q, k, v, o, piece_lse, 0.0, False, attn_mask=bias, scale=scale)
-            dq = dq if kernel_size == query_size else dq[..., :query_size]
-            place = _queries_of(d_query, piece, call.query, heads)
-            if parts > 1 and heads == 1:
-                place = place.view(dq.shape)
-            elif parts > 1:
-                dq = dq.reshape(n, heads, rows, query_size)
-            place.copy_(dq.view(place.shape))
-            for total, d in ((own_d_key, dk), (own_d_value, dv)):
-                d = d if d.shape[-1] == total.shape[-1] else d[..., : total.shape[-1]]
-                seen = _keys_of(total, piece, call.key)
-                for number, part in enumerate(d.unflatten(1, (heads, parts)).unbind(2) if parts > 1 else (d,)):
-                    if piece.is_first and not number:
-                        seen.copy_(part)
-                    else:
-                        seen += part
-        _zero(d_query, call.query, call.pieces.other_queries)
-        for total in (own_d_key, own_d_value):
-            _zero(total, call.key, call.pieces.other_keys)
-    own = sorted((bounds[4 * i + 2], bounds[4 * i + 3]) for i, is_gathered in enumerate(gathered) if not is_gathered)
-    for total in (d_key, d_value):
-        _zero(total, 0, _between(own, len(total)))
-    for columns, more_key, more_value in later:  # columns that a slice has written, too
-        d_key.index_add_(0, columns, more_key)
-        d_value.index_add_(0, columns, more_value)
-    return d_query, d_key, d_value
-
-
-@_cpu_attention_backward.register_fake
-def _(grad, query, key, value, *rest):  # type: ignore[no-untyped-def]
-    return tuple(x.new_empty(x.shape) for x in (query, key, value))
-
-
-def _keep_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    query, key, value, cu_q, cu_k, key_index, *ctx.how = inputs
-    ctx.num_calls = len(cu_q)
-    ctx.save_for_backward(query, key, value, *output, *cu_q, *cu_k, *key_index)
-
-
-def _backward(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
-    query, key, value, out, lse, *indices = ctx.saved_tensors
-    n = ctx.num_calls
-    lists = indices[:n], indices[n : 2 * n], indices[2 * n :]
-    gradients = _cpu_attention_backward(grad.contiguous(), query, key, value, out, lse, *lists, *ctx.how)
-    return (*gradients, *([None] * n for _ in range(3)), *(None,) * 6)
-
-
-_cpu_attention.register_autograd(_backward, setup_context=_keep_for_backward)
+    done = lse.storage_offset()
+    pieces, other_queries, other_keys = _pieces_of(call, query, key)
+    for piece in pieces:
+        q, o, g = (_fold(x, piece, heads) for x in (query, out, grad))
+        k, v = _keys_of(key, piece), _keys_of(value, piece)
+        n, rows = piece.n, q.shape[2]
+        piece_lse = lse.as_strided((n, heads, rows), (heads * rows, rows, 1), done)
+        done += n * heads * rows
+        bias = _bias(piece, groups, how, q.dtype) if call.causal else None
+        parts = _spread(n, heads, rows)
+        if parts > 1:
+            q, o, g = (x.reshape(n, heads * parts, rows // parts, kernel_size) for x in (q, o, g))
+            k, v = (x.unsqueeze(2).expand(-1, -1, parts, -1, -1).flatten(1, 2) for x in (k, v))
+            piece_lse = piece_lse.view(n, heads * parts, rows // parts)
+            if bias is not None:
+                bias = bias.reshape(1, 1, parts, rows // parts, -1).expand(-1, heads, -1, -1, -1).flatten(1, 2)
+        dq, dk, dv = _cpu_kernel_backward(g, q, k, v, o, piece_lse, 0.0, False, attn_mask=bias, scale=how.scale)
+        dq = dq if kernel_size == query_size else dq[..., :query_size]
+        place = _queries_of(d_query, piece, heads)
+        if parts > 1 and heads == 1:
+            place = place.view(dq.shape)
+        elif parts > 1:
+            dq = dq.reshape(n, heads, rows, query_size)
+        place.copy_(dq.view(place.shape))
+        for total, d in ((d_key, dk), (d_value, dv)):
+            d = d if d.shape[-1] == total.shape[-1] else d[..., : total.shape[-1]]
+            seen = _keys_of(total, piece)
+            for number, part in enumerate(d.unflatten(1, (heads, parts)).unbind(2) if parts > 1 else (d,)):
+                if piece.is_first and not number:
+                    seen.copy_(part)
+                else:
+                    seen += part
+    for total, others in ((d_query, other_queries), (d_key, other_keys), (d_value, other_keys)):
+        for rest in others:
+            total[rest].zero_()
