@@ -1,17 +1,28 @@
 """The matrix: every architecture through the six properties, forward and gradient; and what the probe does with it."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, LlamaConfig, LlamaForCausalLM, MambaConfig
 
-from mmprefix import probe
+from mmprefix import probe, varlen
 from mmprefix.attention import prefix_plan
 from mmprefix.decoder import install, is_installed, uninstall
 from mmprefix.errors import InputError
 from mmprefix.masks import dense_mask
-from mmprefix.probe import PREFIX, TARGET, ProbeReport, Property, check_prefix_lm, lay_out, probe_decoder, tiny_copy
+from mmprefix.probe import (
+    PREFIX,
+    TARGET,
+    ProbeReport,
+    Property,
+    check_prefix_lm,
+    lay_out,
+    mask_free_refusal,
+    probe_decoder,
+    tiny_copy,
+)
 from tests.architectures import (
     ARCHITECTURES,
     CANNOT_PACK,
@@ -233,6 +244,44 @@ def test_check_on_the_decoder_itself():
     bert = install(tiny_copy(BertConfig()))
     with pytest.raises(InputError, match="BertLMHeadModel can't be a prefix LM: target token 5 leaks into"):
         check_prefix_lm(bert)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "cohere", "mixtral"])
+def test_kernels_in_half_precision_are_taken(name, dtype):
+    with torch.inference_mode():  # nor does it matter what surrounds it
+        assert mask_free_refusal(config_of(name), "sdpa", torch.device("cpu"), dtype) is None
+
+
+def _forgets_that_it_is_causal(backward):
+    return lambda call, *rest: backward(call._replace(causal=False), *rest)
+
+
+def _forgets_the_sum_of_its_queries(backward):
+    return lambda call, grad, query, key, value, out, lse, *rest: backward(
+        call, grad, query, key, value, out, lse.roll(1) if call.causal else lse, *rest
+    )
+
+
+@pytest.mark.parametrize(
+    ("which", "wrong", "message"),
+    [
+        ("_cpu_forward", _forgets_that_it_is_causal, "gives other values"),
+        ("_cpu_backward", _forgets_that_it_is_causal, "gives other gradients"),
+        ("_cpu_backward", _forgets_the_sum_of_its_queries, "gives other gradients"),
+    ],
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_kernels_that_are_wrong_in_half_precision_are_refused(name, which, wrong, message, monkeypatch):
+    monkeypatch.setattr(varlen, which, wrong(getattr(varlen, which)))
+    refusal = mask_free_refusal(config_of(name), "sdpa", torch.device("cpu"), torch.bfloat16)
+    assert re.search(message, refusal or "")
+
+
+def test_kernels_that_are_not_there_are_named(monkeypatch):
+    monkeypatch.setattr(varlen, "_cpu_forward", lambda *_: torch.ops.aten.no_such_kernel())
+    refusal = mask_free_refusal(config_of("llama"), "sdpa", torch.device("cpu"), torch.bfloat16)
+    assert "no_such_kernel" in (refusal or "")
 
 
 def test_layout_is_the_plan_it_says():

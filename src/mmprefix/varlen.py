@@ -12,8 +12,8 @@ node of a compiled graph, whatever the number of calls and samples. Apart, each 
 row, mostly zeros, and added up, and the keys that it gathers kept for the backward pass.
 
 On CUDA in half precision a call is one of the flash kernel behind `torch.nn.attention.varlen`. On the CPU it is one of
-PyTorch's flash kernel there for each run of samples of equal shape, with grouped query heads folded into queries. Keys
-are repeated on neither.
+PyTorch's flash kernel there for each run of samples of equal shape, or for a chunk of their queries where they are
+causal, with grouped query heads folded into queries.
 
 This module knows no samples and no rule: `packing` makes the calls, `attention` has them run.
 
@@ -99,7 +99,11 @@ def attention_calls(
             they are prefix, and always seen. On CUDA, a window that hides something needs it.
 
     Returns:
-        float ``[T, H, D]`` (the head size of the values). On the CPU, queries of no sample get zeros.
+        float ``[T, H, D]`` (the head size of the values). On the CPU, queries of no sample get zeros, and keys of none
+        no gradient; on CUDA all must be some sample's.
+
+    Raises:
+        ValueError: calls that don't make up the row; on the CPU also blocks that reach beyond their call.
     """
     assert query.device.type == "cpu" or window == NO_WINDOW or prefix_in_window, "the kernel's window hides the prefix"
     out: Tensor = _attention(
@@ -107,11 +111,17 @@ def attention_calls(
         [call.cu_q if call.key_index is None else call.key_index for call in calls],
         [call.key_index is not None for call in calls],
         [bound for call in calls for bound in (call.start, call.stop)],
-        [longest for call in calls for longest in (call.max_q, call.max_k)],
-        [call.causal for call in calls], window, prefix_in_window,
+        _longest(calls, query.device), [call.causal for call in calls], window, prefix_in_window,
         query.shape[-1] ** -0.5 if scale is None else scale,
     )[0]  # fmt: skip
     return out
+
+
+def _longest(calls: Sequence[AttentionCall], device: torch.device) -> list[int]:
+    """Bounds of each call's queries and keys. On the CPU they change nothing, and each would be a reason to compile anew."""
+    if device.type == "cpu":
+        return [0] * (2 * len(calls))
+    return [bound for call in calls for bound in (call.max_q, call.max_k)]
 
 
 # The operator ----------------------------------------------------------------------------------------------------------
@@ -122,7 +132,7 @@ class _Call(NamedTuple):
 
     Attributes:
         at: its slice of the row.
-        lse: its slice of the flat sums, as many for each query as there are heads, in the kernel's own order.
+        lse: its slice of the row's logsumexp, flat, one for each query and head, in the kernel's own order.
         columns: of its keys; None where they are the queries' own.
         cu_q, cu_k, max_q, max_k, causal: as in `AttentionCall`.
     """
@@ -150,10 +160,12 @@ class _How(NamedTuple):
 
 
 def _calls(
-    heads: int, cu_q: Sequence[Tensor], cu_k: Sequence[Tensor], key_index: Sequence[Tensor], gathered: Sequence[bool],
-    bounds: Sequence[int], longest: Sequence[int], causal: Sequence[bool],
+    rows: int, heads: int, cu_q: Sequence[Tensor], cu_k: Sequence[Tensor], key_index: Sequence[Tensor],
+    gathered: Sequence[bool], bounds: Sequence[int], longest: Sequence[int], causal: Sequence[bool],
 ) -> Iterator[_Call]:  # fmt: skip
-    """The operator's arguments, call by call."""
+    """The operator's arguments, call by call: what no call writes would stay as memory was."""
+    if [0, *bounds[1::2]] != [*bounds[::2], rows]:
+        raise ValueError(f"expected calls over {rows} rows in order, got {bounds}")
     for n, is_causal in enumerate(causal):
         start, stop = bounds[2 * n], bounds[2 * n + 1]
         yield _Call(
@@ -182,7 +194,7 @@ def _attention(
     out = query.new_empty((query.shape[0], heads, value.shape[2]))
     lse = query.new_empty(query.shape[0] * heads, dtype=torch.promote_types(query.dtype, torch.float32))
     forward = _cpu_forward if query.device.type == "cpu" else _cuda_forward
-    for call in _calls(heads, cu_q, cu_k, key_index, gathered, bounds, longest, causal):
+    for call in _calls(len(query), heads, cu_q, cu_k, key_index, gathered, bounds, longest, causal):
         forward(
             call, query[call.at], call.keys(key), call.keys(value), out[call.at], lse[call.lse],
             _How(window, prefix_in_window, scale),
@@ -216,26 +228,25 @@ def _attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_query, d_key, d_value = (x.new_empty(x.shape) for x in (query, key, value))
+    own = [(bounds[2 * n], bounds[2 * n + 1]) for n, is_gathered in enumerate(gathered) if not is_gathered]
+    for total in (d_key, d_value):
+        for rest in _between(own, len(total)):
+            total[rest].zero_()
     backward = _cpu_backward if query.device.type == "cpu" else _cuda_backward
-    later: list[tuple[Tensor, Tensor, Tensor]] = []
-    own: list[tuple[int, int]] = []
-    for call in _calls(query.shape[1], cu_q, cu_k, key_index, gathered, bounds, longest, causal):
+    calls = list(_calls(len(query), query.shape[1], cu_q, cu_k, key_index, gathered, bounds, longest, causal))
+    # First those that write their own keys' gradients, then those that add to any.
+    for call in sorted(calls, key=lambda call: call.columns is not None):
         if call.columns is None:
             to_key, to_value = d_key[call.at], d_value[call.at]
-            own.append((call.at.start, call.at.stop))
         else:
             to_key, to_value = (x.new_empty((len(call.columns), *x.shape[1:])) for x in (key, value))
-            later.append((call.columns, to_key, to_value))
         backward(
             call, grad[call.at], query[call.at], call.keys(key), call.keys(value), out[call.at], lse[call.lse],
             d_query[call.at], to_key, to_value, _How(window, prefix_in_window, scale),
         )  # fmt: skip
-    for total in (d_key, d_value):
-        for rest in _between(own, len(total)):
-            total[rest].zero_()
-    for columns, more_key, more_value in later:  # columns that a slice has written, too
-        d_key.index_add_(0, columns, more_key)
-        d_value.index_add_(0, columns, more_value)
+        if call.columns is not None:
+            d_key.index_add_(0, call.columns, to_key)
+            d_value.index_add_(0, call.columns, to_value)
     return d_query, d_key, d_value
 
 
@@ -254,7 +265,7 @@ def _backward(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
     query, key, value, out, lse, *indices = ctx.saved_tensors
     n = ctx.num_calls
     lists = indices[:n], indices[n : 2 * n], indices[2 * n :]
-    gradients = _attention_backward(grad.contiguous(), query, key, value, out, lse, *lists, *ctx.how)
+    gradients = _attention_backward(grad, query, key, value, out, lse, *lists, *ctx.how)
     return (*gradients, *([None] * n for _ in range(3)), *(None,) * len(ctx.how))
 
 
@@ -271,8 +282,6 @@ def _between(covered: Sequence[tuple[int, int]], length: int) -> tuple[slice, ..
 
 # The kernel takes fewer key heads than query heads in all releases. `varlen_attn` itself is two custom operators of
 # Python for each call, and chooses among backends whose windows and alignments differ from release to release.
-_cuda_kernel = torch.ops.aten._flash_attention_forward.default
-_cuda_kernel_backward = torch.ops.aten._flash_attention_backward.default
 
 
 def _cuda_window(call: _Call, how: _How) -> dict[str, int]:
@@ -290,7 +299,7 @@ def _cuda_forward(
     call: _Call, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, how: _How
 ) -> None:  # fmt: skip
     """Writes ``out [Q, H, D]`` and ``lse [H * Q]``."""
-    found, found_lse, *_ = _cuda_kernel(
+    found, found_lse, *_ = torch.ops.aten._flash_attention_forward(
         query, key, value, call.cu_q, call.cu_k, call.max_q, call.max_k, 0.0, _is_causal(call, how), False,
         scale=how.scale, **_cuda_window(call, how),
     )  # fmt: skip
@@ -304,7 +313,7 @@ def _cuda_backward(
 ) -> None:  # fmt: skip
     """Writes the gradients of the call's own queries, keys and values."""
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device), query.new_empty(0)
-    found = _cuda_kernel_backward(
+    found = torch.ops.aten._flash_attention_backward(
         grad, query, key, value, out, lse.view(query.shape[1], len(query)), call.cu_q, call.cu_k, call.max_q, call.max_k,
         0.0, _is_causal(call, how), *no_dropout, scale=how.scale, **_cuda_window(call, how),
     )  # fmt: skip
@@ -367,12 +376,17 @@ def _pieces(starts_q: tuple[int, ...], starts_k: tuple[int, ...], causal: bool, 
         causal: whether queries are cut into chunks.
         queries, keys: how many the call has.
     """
+    # The views below don't look where they reach, and the kernel divides by the number of keys.
+    if starts_q[-1] > queries or starts_k[-1] > keys:
+        raise ValueError(f"expected at most {queries} queries and {keys} keys, got {starts_q} and {starts_k}")
     shapes = zip((b - a for a, b in pairwise(starts_q)), (b - a for a, b in pairwise(starts_k)), strict=True)
     pieces, covered_q, covered_k = [], [], []
     first = 0
     for (lq, lk), run in groupby(shapes):
         n = len(list(run))
         if lq:
+            if lk < (lq if causal else 1):
+                raise ValueError(f"expected keys for {lq} queries, got {lk}")
             step = _CHUNK if causal else lq
             for start in reversed(range(0, lq, step)):  # the last chunk sees all keys, and so comes first
                 stop = min(start + step, lq)
@@ -527,7 +541,9 @@ def _cpu_backward(
         for total, d in ((d_key, dk), (d_value, dv)):
             d = d if d.shape[-1] == total.shape[-1] else d[..., : total.shape[-1]]
             seen = _keys_of(total, piece)
-            for number, part in enumerate(d.unflatten(1, (heads, parts)).unbind(2) if parts > 1 else (d,)):
+            split = d.unflatten(1, (heads, parts)) if parts > 1 else d.unsqueeze(2)
+            # Half precision would round each sum, and `sum` adds up in float32; otherwise it is the slower way.
+            for number, part in enumerate((split.sum(2),) if parts > 2 and d.dtype.itemsize < 4 else split.unbind(2)):
                 if piece.is_first and not number:
                     seen.copy_(part)
                 else:
