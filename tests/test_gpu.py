@@ -8,7 +8,9 @@ import torch
 from mmprefix.attention import only_mask_free
 from mmprefix.decoding import answers
 from mmprefix.packing import map_tensors
+from mmprefix.probe import mask_free_refusal
 from mmprefix.training.layers import compile_layers
+from tests.architectures import config_of
 from tests.test_decoding import NEW, SAMPLING, alone, ending, prompts_for
 from tests.test_mask_free import batch_of, model_of, ragged_batches
 
@@ -48,6 +50,12 @@ def test_packed_loss_and_gradients_in_bfloat16_match_exact_ones(name, visibility
     rounding = float((of_rows - expected).norm() / expected.norm())
     assert rounding < 0.2, "the dense mask must be near, or nothing is compared"
     assert float((found - expected).norm() / expected.norm()) <= 1.5 * rounding + 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "cohere", "mixtral"])
+def test_the_kernel_is_taken(name, dtype):
+    assert mask_free_refusal(config_of(name), "sdpa", torch.device("cuda"), dtype) is None
 
 
 @pytest.mark.parametrize("visibility", ["full", "nested"])
