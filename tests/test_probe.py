@@ -253,11 +253,11 @@ def test_kernels_in_half_precision_are_taken(name, dtype):
         assert mask_free_refusal(config_of(name), "sdpa", torch.device("cpu"), dtype) is None
 
 
-def _forgets_that_it_is_causal(backward):
-    return lambda call, *rest: backward(call._replace(causal=False), *rest)
+def _forgets_that_it_is_causal(function):
+    return lambda call, *rest: function(call._replace(causal=False), *rest)
 
 
-def _forgets_the_sum_of_its_queries(backward):
+def _takes_the_logsumexp_of_others(backward):
     return lambda call, grad, query, key, value, out, lse, *rest: backward(
         call, grad, query, key, value, out, lse.roll(1) if call.causal else lse, *rest
     )
@@ -268,7 +268,7 @@ def _forgets_the_sum_of_its_queries(backward):
     [
         ("_cpu_forward", _forgets_that_it_is_causal, "gives other values"),
         ("_cpu_backward", _forgets_that_it_is_causal, "gives other gradients"),
-        ("_cpu_backward", _forgets_the_sum_of_its_queries, "gives other gradients"),
+        ("_cpu_backward", _takes_the_logsumexp_of_others, "gives other gradients"),
     ],
 )
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])

@@ -237,7 +237,7 @@ def flash_backward(grad, query, key, value, out, lse, *rest, scale, window_size_
 
 @pytest.fixture
 def _as_on_cuda(monkeypatch):
-    """The CPU goes the way of CUDA, with `flash` as the kernel."""
+    """The CPU goes the way of CUDA, with `flash_forward` and `flash_backward` as the kernel."""
     bounds = varlen._longest
     monkeypatch.setattr(varlen, "_longest", lambda calls, device: bounds(calls, torch.device("cuda")))
     monkeypatch.setattr(varlen, "_cpu_forward", varlen._cuda_forward)

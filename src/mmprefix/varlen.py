@@ -400,7 +400,7 @@ def _pieces(starts_q: tuple[int, ...], starts_k: tuple[int, ...], causal: bool, 
     return _Pieces(tuple(pieces), _between(covered_q, queries), _between(covered_k, keys))
 
 
-# One view for each tensor of each piece: with some ten operations in its place, Python took as long as the kernel.
+# One view for each tensor of each piece: with some ten operations in its place, short blocks wait for Python.
 
 
 def _queries_of(x: Tensor, piece: _Piece, heads: int) -> Tensor:
