@@ -1,6 +1,7 @@
 """Modules of the last layer that run at label positions only: which they are, and that nothing else changes."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -10,14 +11,15 @@ from torch import nn
 from mmprefix.accounting import ModelFlops
 from mmprefix.attention import prefix_plan
 from mmprefix.decoder import install, uninstall
-from mmprefix.last_layer import find_label_only, last_layer, release_last_layer
+from mmprefix.last_layer import _WithRows, find_label_only, last_layer, release_last_layer
 from mmprefix.modeling import MMPrefixForConditionalGeneration
 from mmprefix.packing import collate
 from mmprefix.probe import tiny_copy
 from mmprefix.sequence import PromptLayout, TokenSequence
+from mmprefix.training.layers import checkpoint_activations
 from tests.architectures import attention_of, config_of
 from tests.conftest import TINY_DECODER, make_model
-from tests.test_mask_free import batch_of, gradients
+from tests.test_mask_free import batch_of, gradients, model_of, ragged_batches
 
 LLAMA = ["self_attn.q_proj", "self_attn.o_proj", "mlp"]
 
@@ -173,3 +175,29 @@ def test_what_is_spared_is_not_counted(photos):
     everything = {"vision", "connector", "decoder"}
     assert flops.step(apart, everything) - flops.step(packed, everything) == 3 * spared > 0
     assert ModelFlops.of(make_model({**TINY_DECODER, "model_type": "gemma2"})[0].config).label_only == 0
+
+
+def test_recomputation_runs_with_the_rows_of_its_own_pass(photos):
+    """In backward, after another batch's forward pass, and in another thread, as autograd has one for CUDA."""
+    model, processor = model_of("llama", "full")
+    model.train()
+    assert model.config.label_only
+    first, second = ragged_batches(processor, photos, 2, bucket=32)
+    assert first.plan.label_rows.numel() != second.plan.label_rows.numel()
+
+    def both():
+        losses = [model.target_loss(batch)[0] for batch in (first, second)]
+        with ThreadPoolExecutor(1) as elsewhere:
+            elsewhere.submit(losses[0].backward).result()
+        losses[1].backward()
+
+    both()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    checkpoint_activations(model, True)
+    both()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, msg=name)
+    release_last_layer(model.decoder)
+    assert not isinstance(last_layer(model.decoder)._gradient_checkpointing_func, _WithRows)
+    copy.deepcopy(model)

@@ -12,6 +12,8 @@ Which modules those are is found by looking (`find_label_only`), not from a list
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +34,8 @@ class _Current(threading.local):
 
 
 _current = _Current()
+_CHECKPOINT = "_gradient_checkpointing_func"
+"""Where transformers keeps a layer's checkpoint function."""
 
 
 def layers_of_decoder(decoder: PreTrainedModel) -> nn.ModuleList | None:
@@ -72,6 +76,9 @@ def release_last_layer(decoder: nn.Module) -> None:
             for key in [key for key, hook in hooks.items() if hook in ours]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+        recomputing = getattr(module, _CHECKPOINT, None)
+        if isinstance(recomputing, _WithRows):
+            setattr(module, _CHECKPOINT, recomputing.checkpoint)
 
 
 def _restrict(module: nn.Module) -> list[Any]:
@@ -81,7 +88,34 @@ def _restrict(module: nn.Module) -> list[Any]:
 # Hooks are plain functions without a state of their own, so that models can be copied and pickled.
 
 
+class _WithRows:
+    """A layer's checkpoint function, under which a recomputation finds the rows of its own forward pass.
+
+    Newer transformers (5.23) recompute a layer inside of its hooks: nobody notes rows for it again. By then the last ones may
+    be another batch's, and on CUDA backward runs in a thread of its own, which has none.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.checkpoint(partial(_with_rows, _current.rows, _current.length, function), *args, **kwargs)
+
+
+def _with_rows(rows: Tensor | None, length: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    before = _current.rows, _current.length
+    _current.rows, _current.length = rows, length
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _current.rows, _current.length = before
+
+
 def _note_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # Here, and not once: whoever switches checkpointing on sets the function anew.
+    recomputing = getattr(module, _CHECKPOINT, None)
+    if recomputing is not None and not isinstance(recomputing, _WithRows):
+        setattr(module, _CHECKPOINT, _WithRows(recomputing))
     # From an argument and not from the plan that is set: recomputation under gradient checkpointing has none.
     mask = next((value for value in (*args, *kwargs.values()) if isinstance(value, MaskFree)), None)
     if mask is None or mask.plan.label_positions is None:
