@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compares ``python -m mmprefix estimate`` with the measured peak of a real training step, on the CPU.
 
-    python benchmarks/estimate.py                  four configurations
+    python benchmarks/estimate.py                  five configurations
     python benchmarks/estimate.py --smoke          the two smallest
     python benchmarks/estimate.py --json FILE      writes the rows there, too
 
@@ -75,6 +75,10 @@ CASES: dict[str, dict[str, Any]] = {
             "connector": ConnectorArgs("pixel_shuffle"),
         },
         "record": Record(64, 32, targets=5), "batch_size": 8, "accumulate": 2,
+    },
+    "ViT + llama, elementwise": {
+        "model": {"vision": SMALL_VIT, "decoder": DecoderArgs(config=LLAMA), "gradient_checkpointing": "elementwise"},
+        "record": Record(64, 32), "batch_size": 16,
     },
 }  # fmt: skip
 SMOKE = 2

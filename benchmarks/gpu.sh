@@ -44,7 +44,7 @@ measure() {
 
 full=(--sizes 3b --dtypes bfloat16)
 # Cases with several targets take longest: transformers computes 80 rows of them in each step.
-measure 225 train_step train_step "${full[@]}" --vocabs 257152 --cases questions single captions --repeats 3 --compile
+measure 225 train_step train_step "${full[@]}" --vocabs 257152 --cases questions single captions --repeats 3 --compile --recompute elementwise
 measure 60 decode decode "${full[@]}" --vocabs 257152 --repeats 3
 # FlexAttention is compiled for each shape and rule, which takes most of the time.
 measure 25 attention attention --lengths 2048 --repeats 5 --no-flex

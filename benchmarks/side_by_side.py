@@ -102,7 +102,7 @@ def parse_arguments(
         description: the script's docstring.
         cases: all of its cases; by default they all run.
         vocabs: default sizes of the vocabulary.
-        images, compiles, compiles_peer: whether it takes `--images`, `--compile` and `--compile-peer`, too.
+        images, compiles, compiles_peer: whether it takes `--images`, `--compile` and `--recompute`, `--compile-peer`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a model of a few thousand weights: does the script work?")
@@ -117,6 +117,7 @@ def parse_arguments(
         parser.add_argument("--images", nargs="+", type=int, help="images of a step; default: the size's")
     if compiles:
         parser.add_argument("--compile", action="store_true", help="ours with compiled layers")
+        parser.add_argument("--recompute", choices=["elementwise"], help="ours with this model.gradient_checkpointing")
     if compiles_peer:
         parser.add_argument("--compile-peer", action="store_true", help="transformers' layers, too")
     options = parser.parse_args()

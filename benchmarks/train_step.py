@@ -5,6 +5,7 @@
     python benchmarks/train_step.py --cases captions --vocabs 257152
     python benchmarks/train_step.py --sizes 3b --dtypes bfloat16 --vocabs 257152      one GPU of 141 GB
     python benchmarks/train_step.py --compile                          ours with compiled layers, as model.compile has it
+    python benchmarks/train_step.py --compile --recompute elementwise      ... which keep what products and attention give
     python benchmarks/train_step.py --smoke                            seconds: checks that the benchmark works
     python benchmarks/train_step.py --json rows.json
 
@@ -16,8 +17,9 @@ Cases:
 
 transformers gets what its API takes: a row for each pair of image and target, the image repeated, padded on the right.
 At size 3b it takes at most `Size.peer_rows` rows at a time, and accumulates gradients over them. On a GPU with liger-kernel
-installed, transformers with Liger's kernels is the second peer. With `--compile`, ours without a compiler is one more, and
-with `--compile-peer` transformers with its layers compiled in the same way. Compiled code has seen a batch of another shape.
+installed, transformers with Liger's kernels is the second peer. With `--compile`, ours without a compiler is one more, or with
+`--recompute` ours that keeps all activations; with `--compile-peer` transformers with its layers compiled in the same way.
+Compiled code has seen a batch of another shape.
 
 Before any time is taken, the losses must be equal and the gradients equally long. Under `nested`, where transformers
 has no such mask, ours are compared with our own on each question alone.
@@ -72,7 +74,7 @@ from mmprefix.masks import PrefixVisibility
 from mmprefix.modeling import MMPrefixForConditionalGeneration
 from mmprefix.packing import PackedBatch, collate, map_tensors
 from mmprefix.sequence import IGNORE_INDEX, TokenSequence
-from mmprefix.training.layers import compile_layers
+from mmprefix.training.layers import checkpoint_activations, compile_layers
 
 QUESTIONS_PER_IMAGE = (5, 6, 5, 6, 5)
 """5.4 on average, as VQAv2 has them."""
@@ -331,8 +333,8 @@ def timed_step(
 
 def measure(
     case: str, pair: tuple[PaliGemmaForConditionalGeneration, MMPrefixForConditionalGeneration], liger: Liger | None,
-    optimizers: Mapping[nn.Module, torch.optim.Optimizer], size: Size, vocab: int, dtype: str, device: torch.device,
-    repeats: int, compiled: bool, peer_compiled: bool,
+    keeping: MMPrefixForConditionalGeneration | None, optimizers: Mapping[nn.Module, torch.optim.Optimizer],
+    size: Size, vocab: int, dtype: str, device: torch.device, repeats: int, compiled: bool, peer_compiled: bool,
 ) -> Iterator[tuple[str, str, list[float], list[float]]]:  # fmt: skip
     """Checks, measures, and yields ``(peer, metric, peer's values, ours)``."""
     theirs, ours = pair
@@ -355,18 +357,21 @@ def measure(
         sides["transformers, compiled"] = theirs, their
     if liger is not None:
         sides["transformers + Liger"] = liger.model, partial(in_parts, liger.loss, inputs)
-    if compiled:
+    if keeping is not None:
+        sides["mmprefix, all kept"] = keeping, partial(our_mean_loss, keeping, batch)
+    elif compiled:
         sides["mmprefix, not compiled"] = ours, partial(uncompiled, our)
     sides["mmprefix"] = ours, our
     if compiled:  # for one shape only, it would be compiled for that one
         fewer = samples[: -(-len(samples) // 2)]
         other = our_batch(fewer, pixel_values[: fewer[-1].image + 1], size, vocab, visibility)
-        our_mean_loss(ours, other).backward()
-        ours.zero_grad(set_to_none=True)
+        for model in (ours,) if keeping is None else (ours, keeping):
+            our_mean_loss(model, other).backward()
+            model.zero_grad(set_to_none=True)
 
     memory, found = {}, {}
     for name, (model, loss) in sides.items():
-        if name == "mmprefix" and compiled:  # what compiling takes is none of the pass's
+        if compiled and name in ("mmprefix", "mmprefix, all kept"):  # what compiling takes is none of the pass's
             loss().backward()
             model.zero_grad(set_to_none=True)
         first, _ = peak_memory(model, loss, device, accumulates=False)
@@ -421,8 +426,14 @@ def main() -> None:
                 }
                 if liger is not None:
                     optimizers[liger.model] = optimizers[pair[0]]  # the same parameters
+                keeping = None
+                if options.recompute:
+                    keeping = copy.deepcopy(pair[1], {id(p): p for p in pair[1].parameters()})
+                    optimizers[keeping] = optimizers[pair[1]]
+                    checkpoint_activations(pair[1], options.recompute)
                 if options.compile:
-                    compile_layers(pair[1])
+                    for model in (pair[1],) if keeping is None else (pair[1], keeping):
+                        compile_layers(model)
                 if options.compile_peer:
                     compile_theirs(pair[0])
                 for case in options.cases:
@@ -430,6 +441,7 @@ def main() -> None:
                         case,
                         pair,
                         liger,
+                        keeping,
                         optimizers,
                         size,
                         vocab,
@@ -445,7 +457,7 @@ def main() -> None:
                         ))  # fmt: skip
                         print_row(rows[-1])
                         write_json(options.json, rows)
-                del pair, liger, optimizers
+                del pair, liger, keeping, optimizers
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from train_step import CASES, our_batch, our_mean_loss, timed_step
 
 from mmprefix.accounting import ModelFlops, measured_peak_flops, trained_parts
 from mmprefix.interop.paligemma import convert_paligemma
-from mmprefix.training.layers import compile_layers
+from mmprefix.training.layers import checkpoint_activations, compile_layers
 
 
 def main() -> None:
@@ -59,6 +59,7 @@ def main() -> None:
                 flops_of, trained = ModelFlops.of(model.config), trained_parts(model)
                 # At a rate of 0 all of its work is done.
                 optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+                checkpoint_activations(model, options.recompute or False)
                 if options.compile:
                     compile_layers(model)
                 for images in options.images or [size.images]:

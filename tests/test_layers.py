@@ -1,16 +1,32 @@
 """What is done to each layer: recomputing some of them, compiling them one by one."""
 
+import copy
 import os
+import pickle
+from collections import Counter
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
-from torch import multiprocessing
+from torch import multiprocessing, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmprefix.accounting import Layout, MemoryEstimate, Precision, Record, meta_model
 from mmprefix.errors import InputError
-from mmprefix.training.layers import checkpoint_activations, compile_layers, layers_by_part, recomputed_shares
+from mmprefix.probe import tiny_copy
+from mmprefix.training.layers import (
+    ELEMENTWISE,
+    _recomputed,
+    checkpoint_activations,
+    compile_layers,
+    layers_by_part,
+    recomputed_shares,
+)
+from tests.architectures import config_of
 from tests.conftest import TINY_DECODER, make_batch, make_model
-from tests.test_mask_free import model_of, ragged_batches
+from tests.test_mask_free import batch_of, model_of, ragged_batches
 
 FOUR = {**TINY_DECODER, "num_hidden_layers": 4}
 
@@ -19,7 +35,7 @@ FOUR = {**TINY_DECODER, "num_hidden_layers": 4}
     ("which", "vision", "decoder"),
     [
         (False, [1] * 6, [1] * 4), (True, [2] * 6, [2] * 4), ("selective", [2, 1] * 3, [2, 1] * 2),
-        (3, [2, 1, 1] * 2, [2, 1, 1, 2]), (1, [2] * 6, [2] * 4),
+        (3, [2, 1, 1] * 2, [2, 1, 1, 2]), (1, [2] * 6, [2] * 4), ("elementwise", [2] * 6, [2] * 3 + [1]),
     ],
 )  # fmt: skip
 def test_layers_that_are_recomputed_and_gradients_as_without(which, vision, decoder, photos):
@@ -48,6 +64,8 @@ def test_layers_that_are_recomputed_and_gradients_as_without(which, vision, deco
         if name in expected:
             assert torch.equal(parameter.grad, expected[name]), name
     shares = recomputed_shares(model, which)
+    if which == "elementwise":  # no product
+        vision = decoder = [1]
     assert shares == {
         name: sum(n == 2 for n in of) / len(of) for name, of in (("vision", vision), ("decoder", decoder))
     }
@@ -62,17 +80,116 @@ def test_memory_lies_between():
         estimate = MemoryEstimate(model, Record(64, 16), Precision.from_name("32-true"), Layout())
         return estimate.step_peak(16)["activations"]
 
-    all_kept, third, half, none_kept = (peak(which) for which in (False, 3, "selective", True))
+    all_kept, third, half, none_kept, products = map(peak, (False, 3, "selective", True, "elementwise"))
     assert none_kept < half < third < all_kept
     assert (half - none_kept) / (all_kept - none_kept) == pytest.approx(0.5, abs=0.15)
+    assert none_kept < products < 0.75 * all_kept
+
+
+class Executed(TorchDispatchMode):
+    """Counts what costs much, as far as it reaches a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.name().split(".")[0]
+        if "attention" in name or name.split("::")[1] in (
+            "mm",
+            "addmm",
+            "bmm",
+            "baddbmm",
+            "convolution",
+            "_grouped_mm",
+        ):
+            self.calls[name] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma2", "gpt2", "cohere"])
+def test_products_and_attention_are_not_computed_again(name, photos):
+    """A pass runs as many of them as without, and has the same gradients, bit by bit, in a copy, too."""
+    model, processor = model_of(name, "full")
+    model.train()
+    batch = batch_of(processor, photos, packed=model.config.mask_free)
+
+    def step(model):
+        model.zero_grad()
+        with Executed() as executed:
+            model.target_loss(batch)[0].backward()
+        return executed.calls, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, gradients = step(model)
+    assert sum(n for name, n in expected.items() if "attention" in name) >= 2 or name == "gemma2", (
+        "by products, with a mask"
+    )
+    whole, model = copy.deepcopy(model), copy.deepcopy(model)
+    checkpoint_activations(model, "elementwise")
+    for recomputing in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        found, again = step(recomputing)
+        assert found == expected
+        assert gradients.keys() == again.keys()
+        assert all(torch.equal(again[name], gradient) for name, gradient in gradients.items())
+    checkpoint_activations(whole, True)
+    assert sum(step(whole)[0].values()) > sum(expected.values()), "checks nothing: recomputed layers run theirs again"
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "opt", "jamba", "qwen3_next", "falcon_h1"])
+def test_every_kind_of_layer_can_recompute_what_is_elementwise(name):
+    """Experts, latent attention, dropout (opt), recurrent layers, of several classes."""
+    decoder = tiny_copy(config_of(name)).train()
+    embeds = torch.randn(
+        2, 6, decoder.get_input_embeddings().weight.shape[1], generator=torch.Generator().manual_seed(0)
+    )
+
+    def step():
+        decoder.zero_grad()
+        torch.manual_seed(0)
+        with Executed() as executed:
+            decoder(inputs_embeds=embeds, use_cache=False).logits.square().sum().backward()
+        return executed.calls, [p.grad for p in decoder.parameters() if p.grad is not None]
+
+    expected, gradients = step()
+    number = 0
+    for layer in decoder.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = partial(_recomputed, layer.forward, ELEMENTWISE)
+            number += 1
+    assert number == decoder.config.num_hidden_layers
+    found, again = step()
+    assert found == expected
+    assert all(map(torch.equal, again, gradients))
+
+
+def test_a_decoder_that_changes_its_products_is_refused():
+    model, _ = make_model({**tiny_copy(config_of("gpt_oss")).config.to_dict(), "vocab_size": 260})
+    with pytest.raises(InputError, match="got elementwise: a gpt_oss changes in place what matrix products give"):
+        checkpoint_activations(model, "elementwise")
+
+
+def test_nothing_is_recomputed_where_nothing_learns(photos):
+    """What `checkpoint` reads first, the random state, can't be read while a CUDA graph is captured."""
+    model, processor = make_model()
+    checkpoint_activations(model, "elementwise")
+    batch = make_batch(processor, photos)
+    with torch.no_grad(), mock.patch("mmprefix.training.layers.checkpoint", side_effect=AssertionError):
+        model.target_loss(batch)
+    with pytest.raises(AssertionError), mock.patch("mmprefix.training.layers.checkpoint", side_effect=AssertionError):
+        model.target_loss(batch)
 
 
 def test_what_can_not_be_recomputed_in_part_is_refused():
     model, _ = make_model()
-    with pytest.raises(
-        InputError, match="model.gradient_checkpointing: expected false, true, selective or a number, got -1"
-    ):
+    with pytest.raises(InputError, match="expected false, true, selective, elementwise or a number, got -1"):
         checkpoint_activations(model, -1)
+    with mock.patch("mmprefix.training.layers.GradientCheckpointingLayer", nn.Embedding):
+        model.decoder.set_input_embeddings(nn.Identity())  # of the class that is looked for, none is left
+        for which in ("selective", "elementwise", 3):
+            with pytest.raises(
+                InputError, match=f"expected true or false, got {which}: a llama can't recompute some of"
+            ):
+                checkpoint_activations(model, which)
 
 
 def _compiled_and_sharded(rank, port, photos):
@@ -121,7 +238,7 @@ def test_layers_are_compiled_one_by_one_and_not_again(photos):
     multiprocessing.spawn(_compiled_and_sharded, (29643, photos), nprocs=1)
 
 
-@pytest.mark.parametrize("which", [False, "selective"])
+@pytest.mark.parametrize("which", [False, "selective", "elementwise"])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_compiled_layers_are_not_compiled_for_new_lengths(name, which, photos):
     model, processor = model_of(name, "full")

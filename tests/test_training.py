@@ -573,12 +573,13 @@ def test_gradient_checkpointing_does_not_change_the_training(fit):
     model = {**MODEL, "vision": {"name": "test_vit", "image_size": 32}, "decoder": {"config": TINY_DECODER}}
     folders = [
         fit(f"gc{flag}", config={"model": {**model, "gradient_checkpointing": flag}}, trainer__max_epochs=1)[2]
-        for flag in (False, True)
+        for flag in (False, True, "elementwise")
     ]
-    assert_same(weights(folders[0]), weights(folders[1]), atol=1e-5, rtol=1e-4)
+    for folder in folders[1:]:
+        assert_same(weights(folders[0]), weights(folder), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("checkpointing", ["false", "selective"])
+@pytest.mark.parametrize("checkpointing", ["false", "selective", "elementwise"])
 def test_compiled_layers_do_not_change_the_training(fit, monkeypatch, checkpointing):
     """Compiled once, in spite of the validation and the test inside of `fit`; whose code runs uncompiled."""
     compiled = []

@@ -212,7 +212,8 @@ class MMPrefixModule(pl.LightningModule):
             train_connector: learning rate and freezing of the connector.
             train_decoder: learning rate and freezing of the decoder.
             gradient_checkpointing: recompute activations in the backward pass, to save memory: `true`, of every layer;
-                `selective`, of every second; a number n, of every n-th.
+                `selective`, of every second; a number n, of every n-th. `elementwise`: of every layer, but for its matrix
+                products and attention.
             compile: compile each layer with `torch.compile`, for training.
             attention: `auto`: without a mask, over samples packed into one row, where decoder, device and precision
                 allow it, which is said in one line at the start. `dense`: a row for each sample and a mask.
