@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import forks
 from tests.test_cli import ENVIRONMENT
 from tests.test_resume import ROOT, lines_of, write_config
 
@@ -48,9 +49,9 @@ def run_each(folder, num_processes, runs, callbacks=(), timeout=900):
             **os.environ, **ENVIRONMENT, **({key: str(value) for key, value in torchrun.items()} if num_processes > 1 else {}),
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src"), ENVIRONMENT.get("PYTHONPATH", "")]),
         }  # fmt: skip
-        processes.append(subprocess.Popen(
-            [sys.executable, "-m", "tests.several", str(plan)], env=environment, cwd=folder, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        processes.append(forks.Process(
+            ["tests.several", plan], env=environment, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            rank=rank,
         ))  # fmt: skip
     found = []
     try:

@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import sys
 
 import yaml
 
 from mmprefix.data.shards import write_shard
 from mmprefix.training.agreement import difference, identity
+from tests import forks
 from tests.conftest import colour_record
 from tests.test_cli import ENVIRONMENT
 from tests.test_resume import CONFIG
@@ -44,8 +44,8 @@ def test_two_processes_with_other_settings_end_with_one_line(tmp_path):
             "--data.batch_size",
             str(1 + rank),
         ]
-        processes.append(subprocess.Popen(
-            [sys.executable, "-m", "mmprefix", "fit", *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        processes.append(forks.Process(
+            ["mmprefix", "fit", *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True, rank=rank,
             env={**os.environ, **ENVIRONMENT, **{name: str(value) for name, value in torchrun.items()}},
         ))  # fmt: skip
     errors = [process.communicate(timeout=300)[1] for process in processes]

@@ -9,7 +9,7 @@ from mmprefix.attention import only_mask_free
 from mmprefix.decoding import answers
 from mmprefix.packing import map_tensors
 from mmprefix.probe import mask_free_refusal
-from mmprefix.training.layers import compile_layers
+from mmprefix.training.layers import checkpoint_activations, compile_layers
 from tests.architectures import config_of
 from tests.test_decoding import NEW, SAMPLING, alone, ending, prompts_for
 from tests.test_mask_free import batch_of, model_of, ragged_batches
@@ -90,6 +90,24 @@ def test_compiled_step_matches_and_is_not_compiled_again(how, photos):
     with torch.compiler.set_stance("fail_on_recompile"):
         for batch in [*batches, *map(on_gpu, ragged_batches(processor, photos, 12, bucket=32))]:
             model.target_loss(batch)[0].backward()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("which", [True, "selective", "elementwise"])
+def test_recomputed_layers_have_the_same_gradients(which, compiled, photos):
+    """CUDA's backward, which recomputes, runs in another thread than forward."""
+    model, processor = model_of("llama", "nested")
+    model.cuda().to(torch.bfloat16).train()
+    batches = [on_gpu(batch) for batch in ragged_batches(processor, photos, 3, bucket=32)]
+    expected = [gradient_of(model, batch)[1] for batch in batches]
+    checkpoint_activations(model, which)
+    torch._dynamo.reset()
+    if compiled:
+        compile_layers(model)
+    for batch, gradient in zip(batches, expected, strict=True):
+        _, found = gradient_of(model, batch)
+        assert float((found - gradient).norm() / gradient.norm()) < (0.1 if compiled else 1e-2)
     torch._dynamo.reset()
 
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +16,7 @@ from mmprefix.data.loading import EpochBatchSampler
 from mmprefix.data.shards import write_shard
 from mmprefix.errors import InputError
 from mmprefix.packing import first_fit
+from tests import forks
 from tests.conftest import colour_record
 from tests.test_cli import ENVIRONMENT
 
@@ -222,20 +221,9 @@ def fit(tmp_path, name, every, *arguments, callbacks=(), status=0):
     ``callbacks``: class path and arguments of further ones.
     """
     path = write_config(tmp_path, name, every, callbacks)
-    command = [
-        sys.executable,
-        "-m",
-        "mmprefix",
-        "fit",
-        "--config",
-        path,
-        "--trainer.default_root_dir",
-        tmp_path / f"{name}-run",
-    ]
+    command = ["mmprefix", "fit", "--config", path, "--trainer.default_root_dir", tmp_path / f"{name}-run", *arguments]
     environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT), ENVIRONMENT.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [*map(str, command), *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400
-    )
+    done = forks.run(command, env=environment, cwd=tmp_path, text=True, timeout=400)
     (tmp_path / f"{name}.out").write_text(done.stdout)
     (tmp_path / f"{name}.err").write_text(done.stderr)
     assert done.returncode == status, done.stderr

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -35,6 +33,7 @@ from mmprefix.metrics.intervals import sums_intervals
 from mmprefix.metrics.ngrams import CaptionCorpus
 from mmprefix.metrics.rules import ScoringRules
 from mmprefix.packing import Reference
+from tests import forks
 from tests.conftest import colour_record
 from tests.test_captions import needs_official
 from tests.test_cli import ENVIRONMENT
@@ -324,10 +323,10 @@ def mmprefix(folder, command, name, *arguments, echo=False, kill_at=0):
     }}]  # fmt: skip
     overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks if echo else []}}))
     run_folder = folder / f"{name}-run"
-    done = subprocess.run(
-        [sys.executable, "-m", "mmprefix", command, "--config", str(folder / "config.yaml"), "--config", str(overlay),
-         "--trainer.default_root_dir", str(run_folder), *arguments],
-        env=environment, cwd=folder, capture_output=True, text=True, timeout=600,
+    done = forks.run(
+        ["mmprefix", command, "--config", folder / "config.yaml", "--config", overlay, "--trainer.default_root_dir", run_folder,
+         *arguments],
+        env=environment, cwd=folder, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == (-signal.SIGKILL if kill_at else 0), done.stderr
     return done.stdout + done.stderr, run_folder
