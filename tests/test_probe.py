@@ -293,6 +293,15 @@ def test_layout_is_the_plan_it_says():
     assert visible[4] == [1, 1, 0, 1, 1, 0, 0]
 
 
+@pytest.mark.parametrize("what", ["gradient", "logits"])
+def test_what_is_not_a_number_fails(what, monkeypatch):
+    """`max` passes over a NaN that does not come first."""
+    original = getattr(probe._Subject, what)
+    monkeypatch.setattr(probe._Subject, what, lambda *args: original(*args) * torch.nan)
+    report = probe_decoder(tiny_copy(config_of("llama")))
+    assert [number for number in range(1, 8) if not report[number].holds] == [1, 2, 3, 4, 5, 7], "6 looks at answers"
+
+
 def test_gradient_checkpointing_recomputes_under_the_same_mask():
     """Recomputation runs outside of the plan; gpt_neo's own buffer must be as it was."""
     for name in ("llama", "gpt_neo", "gemma3_text"):

@@ -26,6 +26,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -489,6 +490,11 @@ def _deviation(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
+def _worst(*deviations: float) -> float:
+    """The largest; NaN if there is one, over which `max` passes in silence unless it comes first."""
+    return math.nan if any(map(math.isnan, deviations)) else max(deviations)
+
+
 def _target_is_hidden(s: _Subject) -> Property:
     plan = lay_out([[("prefix", PREFIX), ("target", TARGET)]] * (TARGET + 1))
     rows = s.random(1, PREFIX + TARGET).repeat(TARGET + 1, 1, 1)
@@ -575,10 +581,10 @@ def _padding_is_inert(s: _Subject) -> Property:
             gradients = s.gradient(rows, plan, counted)
             single = s.gradient(rows[1:, real], alone)[0]
             inert = gradients[1, padding].abs().max().item() / gradients.abs().max().item()
-            gradient = max(gradient, inert, _deviation(gradients[1, real], single))
             deviations += [inert, _deviation(gradients[1, real], single)]
-        forward = max(forward, *deviations[:2])
-        if not max(deviations) <= TOLERANCE:
+            gradient = _worst(gradient, *deviations[2:])
+        forward = _worst(forward, *deviations[:2])
+        if not _worst(*deviations) <= TOLERANCE:
             failures.append(f"padding on the {side} changes tokens")
     return Property(3, forward, gradient if s.gradients else None, tuple(failures))
 
@@ -615,16 +621,13 @@ def _together_equals_alone(s: _Subject) -> Property:
 
     outputs = deviations(logits_of, prefix_adds_up=False)
     gradients = deviations(gradients_of, prefix_adds_up=True) if s.gradients else {}
-    failures = [
-        f"{name}: differs by {max(outputs[name], gradients.get(name, 0.0)):.0e}"
-        for name in outputs
-        if not max(outputs[name], gradients.get(name, 0.0)) <= TOLERANCE
-    ]
+    both = {name: _worst(output, gradients.get(name, 0.0)) for name, output in outputs.items()}
+    failures = [f"{name}: differs by {off:.0e}" for name, off in both.items() if not off <= TOLERANCE]
     if s.gradients and not any(failure.startswith("packed") for failure in failures):
         far = _far_packed(s, a)
         if not far <= FAR_TOLERANCE:
             failures.append(f"packed: {far:.0f} times the error of bfloat16 in a row of {FAR_COLUMNS}")
-    return Property(4, max(outputs.values()), max(gradients.values(), default=None), tuple(failures))
+    return Property(4, _worst(*outputs.values()), _worst(*gradients.values()) if gradients else None, tuple(failures))
 
 
 @torch.no_grad()
@@ -667,11 +670,11 @@ def _causal_is_native(s: _Subject, windowed: bool) -> Property:
         plan = lay_out([[("prefix", prefix), ("target", length - prefix)]], visibility)  # type: ignore[arg-type]
         with torch.no_grad():
             deviations = [_deviation(s.logits(row, plan), native)]
-        forward = max(forward, deviations[0])
+        forward = _worst(forward, deviations[0])
         if native_gradient is not None:
             deviations.append(_deviation(s.gradient(row, plan), native_gradient))
-            gradient = max(gradient, deviations[1])
-        if not max(deviations) <= TOLERANCE:
+            gradient = _worst(gradient, deviations[1])
+        if not _worst(*deviations) <= TOLERANCE:
             failures.append(f"a {visibility} prefix of {prefix} differs from the decoder without a plan")
     return Property(5, forward, gradient if s.gradients else None, tuple(failures))
 
@@ -708,8 +711,8 @@ def _cache_equals_full(s: _Subject) -> Property:
             full = full[prompt.numel() - 1 : -1]
             deviations.append(_deviation(cached[row], full))
             equal &= torch.equal(full.argmax(-1), generated)
-        if not (max(deviations) <= TOLERANCE and equal):
-            failures.append(f"{cache}: logits differ by {max(deviations):.0e}")
+        if not (_worst(*deviations) <= TOLERANCE and equal):
+            failures.append(f"{cache}: logits differ by {_worst(*deviations):.0e}")
         else:
             worst = max(worst, *deviations)
     return Property(6, worst, None, tuple(failures))
@@ -732,45 +735,43 @@ def _packed_row(visibility: PrefixVisibility) -> PrefixPlan:
     return replace(batch.plan, label_positions=None)
 
 
+def _off_without_a_mask(s: _Subject, plan: PrefixPlan, measure: Callable[[Tensor, Tensor], float]) -> dict[str, float]:
+    """How far a random packed row without a mask is from the same row with one, in values and, where they are taken, gradients.
+
+    Raises:
+        MaskFreeError: attention needs a mask.
+    """
+    counted = (plan.segment != PADDING_SEGMENT).float()
+    row = s.random(1, plan.segment.shape[1])
+    real = counted.to(row.device).unsqueeze(-1)
+    ways = plan, replace(plan, calls=())
+    with only_mask_free():
+        off = {"values": measure(*(s.logits(row, way).detach() * real for way in ways))}
+        if s.gradients:
+            off["gradients"] = measure(*(s.gradient(row, way, counted) * real for way in ways))
+    return off
+
+
 def _needs_no_mask(s: _Subject) -> Property:
-    forward, gradient, failures = 0.0, 0.0, []
-    for visibility in ("full", "nested", "causal"):
-        plan = _packed_row(visibility)  # type: ignore[arg-type]
-        dense = replace(plan, calls=())
-        counted = (plan.segment != PADDING_SEGMENT).float()
-        row = s.random(1, plan.segment.shape[1])
-        weight = counted.to(row.device).unsqueeze(-1)
+    largest: dict[str, float] = {"values": 0.0}
+    failures = []
+    for visibility in get_args(PrefixVisibility):
         try:
-            with only_mask_free(), torch.no_grad():
-                deviations = [_deviation(s.logits(row, plan) * weight, s.logits(row, dense) * weight)]
-                forward = max(forward, deviations[0])
-            if s.gradients:
-                with only_mask_free():
-                    found = s.gradient(row, plan, counted)
-                deviations.append(_deviation(found, s.gradient(row, dense, counted)))
-                gradient = max(gradient, deviations[1])
+            off = _off_without_a_mask(s, _packed_row(visibility), _deviation)
         except MaskFreeError as error:
             return Property(7, 0.0, None, (str(error),))
         except Exception as error:  # attention of an architecture's own, which expects a tensor
             reason = " ".join(str(error).split())[:60]
             return Property(7, 0.0, None, (f"attention of its own ({type(error).__name__}: {reason})",))
-        if not max(deviations) <= TOLERANCE:
-            failures.append(f"{visibility}: differs by {max(deviations):.0e}")
-    return Property(7, forward, gradient if s.gradients else None, tuple(failures))
+        largest = {what: _worst(value, largest.get(what, 0.0)) for what, value in off.items()}
+        if not _worst(*off.values()) <= TOLERANCE:
+            failures.append(f"{visibility}: differs by {_worst(*off.values()):.0e}")
+    return Property(7, largest["values"], largest.get("gradients"), tuple(failures))
 
 
 def _off_in_half(subject: _Subject, plan: PrefixPlan) -> str | None:
-    """What differs in a random packed row without a mask from the same with one, by more than half precision does."""
-    counted = (plan.segment != PADDING_SEGMENT).float()
-    row = subject.random(1, plan.segment.shape[1])
-    real = counted.to(row.device).unsqueeze(-1)
-    with only_mask_free():
-        found, expected = (
-            (subject.logits(row, p).detach() * real, subject.gradient(row, p, counted) * real)
-            for p in (plan, replace(plan, calls=()))
-        )
-    for what, a, b in zip(("values", "gradients"), found, expected, strict=True):
-        off = float((a - b).norm() / b.norm())
+    """What differs without a mask by more than half precision does, in the length of the whole."""
+    for what, off in _off_without_a_mask(subject, plan, lambda a, b: float((a - b).norm() / b.norm())).items():
         if not off < HALF_TOLERANCE:  # also true of NaN
             return f"other {what} (off by {off:.0e})"
     return None

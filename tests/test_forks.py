@@ -1,0 +1,86 @@
+"""Forked processes behave as those that `subprocess` starts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests import forks
+
+PROGRAM = """
+import atexit, os, sys, time
+how, *words = sys.argv[1:]
+atexit.register(lambda: print("left", file=sys.stderr))
+print(how, words, os.getcwd(), os.environ.get("WORD"), __name__)
+if how == "text":
+    sys.exit("a text")
+if how == "wait":
+    sys.stdout.flush()
+    time.sleep(60)
+if how == "raise":
+    raise ValueError("by itself")
+sys.exit(int(how))
+"""
+
+
+@pytest.fixture
+def environment(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    return {**os.environ, "PYTHONPATH": str(tmp_path), "WORD": "of its own"}
+
+
+@pytest.mark.parametrize("how", ["0", "3", "text", "raise"])
+def test_a_forked_process_ends_as_one_that_was_started(how, environment, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    settings = {"env": environment, "cwd": tmp_path / "elsewhere", "text": True, "timeout": 60}
+    expected = subprocess.run([sys.executable, "-m", "program", how, "a b"], capture_output=True, **settings)
+    found = forks.run(["program", how, "a b"], **settings)
+    assert found.returncode == expected.returncode
+    assert found.stdout == expected.stdout
+    assert found.stderr.splitlines()[-2:] == expected.stderr.splitlines()[-2:]
+    assert found.stderr.splitlines()[-1] == "left"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_signals_reach_it(number, environment, tmp_path):
+    codes = []
+    for start, command in ((subprocess.Popen, [sys.executable, "-m"]), (forks.Process, [])):
+        process = start([*command, "program", "wait"], env=environment, cwd=tmp_path, stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+        assert process.stdout.readline().startswith("wait")
+        assert process.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.1)
+        os.killpg(process.pid, number)
+        assert process.communicate(timeout=60)[0] == ""
+        codes.append(process.returncode)
+    assert codes == [-number, -number]
+
+
+def test_a_run_that_takes_too_long_is_killed(environment, tmp_path):
+    start = time.monotonic()
+    with pytest.raises(subprocess.TimeoutExpired):
+        forks.run(["program", "wait"], env=environment, cwd=tmp_path, timeout=1)
+    assert time.monotonic() - start < 30
+
+
+def test_output_goes_where_it_is_sent(environment, tmp_path, capfd):
+    both = forks.Process(["program", "0"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    out, err = both.communicate(60)
+    assert (out.splitlines()[-1], err) == ("left", None)
+    assert forks.Process(["program", "0"], env=environment, stderr=subprocess.DEVNULL).wait(60) == 0
+    out, err = capfd.readouterr()
+    assert out.startswith("0 [] ")
+    assert not err
+
+
+def test_ranks_seed_their_hashes_differently(environment, tmp_path):
+    (tmp_path / "hashes.py").write_text("print(hash('a text'))")
+    hashes = []
+    for rank in (0, 1, 1):
+        process = forks.Process(["hashes"], env=environment, stdout=subprocess.PIPE, text=True, rank=rank)
+        hashes.append(process.communicate(60)[0])
+    assert hashes[0] != hashes[1] == hashes[2]
