@@ -4,6 +4,7 @@
     python benchmarks/utilization.py                                   tiny, float32, on a CPU
     python benchmarks/utilization.py --sizes 3b --dtypes bfloat16 --images 4 16 32       one GPU
     python benchmarks/utilization.py --compile                         with compiled layers, as model.compile has it
+    python benchmarks/utilization.py --compile --recompute elementwise      ... which keep what products and attention give
     python benchmarks/utilization.py --smoke                           seconds: checks that the benchmark works
     python benchmarks/utilization.py --json rows.json
 

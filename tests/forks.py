@@ -1,14 +1,16 @@
 """``python -m MODULE`` as a fork of a process that has imported everything: on a busy core that takes ten times as long as a
 tiny run.
 
-What differs from a process of its own: hashes of strings are seeded once for each starter (ranks get different ones, as they
-would), modules read the environment when the starter imported them, and ``sys.stdout`` is never a terminal. What concerns
-start-up itself starts Python in earnest (`tests.test_cli`, `tests.test_scripts`).
+What differs from a process of its own: hashes of strings are seeded, and addresses laid out, once for each starter (there are
+two, by turns, so that a run and its resumption, or two ranks, still differ); what reads the environment when Python starts or
+a module is imported saw the starter's; ``sys.stdout`` is never a terminal. What concerns these starts Python in earnest
+(in `tests.test_cli`, `tests.test_scripts`).
 """
 
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import os
 import runpy
@@ -28,6 +30,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 _LENGTH = struct.Struct("!q")
+_SECONDS_TO_IMPORT = 300
 
 
 # In the tests' process
@@ -49,23 +52,29 @@ class _Starter:
         )  # fmt: skip
         theirs.close()
         self._socket = ours
+        self._socket.settimeout(_SECONDS_TO_IMPORT)
         atexit.register(self.close)
 
     def start(self, request: dict[str, Any], files: Sequence[int]) -> tuple[int, socket.socket]:
         """Process id, and a socket that its exit status will come through."""
         ours, theirs = socket.socketpair()
+        ours.settimeout(_SECONDS_TO_IMPORT)
         message = json.dumps(request).encode()
-        socket.send_fds(self._socket, [_LENGTH.pack(len(message))], [theirs.fileno(), *files])
+        with theirs:
+            socket.send_fds(self._socket, [_LENGTH.pack(len(message))], [theirs.fileno(), *files])
         self._socket.sendall(message)
-        theirs.close()
         return _number(ours), ours
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
 
     def close(self) -> None:
         self._socket.close()
         self._process.wait(60)
 
 
-_starters: dict[tuple[int, int], _Starter] = {}
+_starters: dict[int, _Starter] = {}
+_turns = itertools.count()
 _starting = threading.Lock()
 
 
@@ -74,9 +83,9 @@ class Process:
 
     def __init__(
         self, command: Sequence[Any], *, env: dict[str, str], cwd: Any = None, stdout: int | None = None,
-        stderr: int | None = None, text: bool = False, start_new_session: bool = False, rank: int = 0,
+        stderr: int | None = None, text: bool = False, start_new_session: bool = False,
     ) -> None:  # fmt: skip
-        """``command``: a module and its arguments. ``rank``: those that are one do not share a starter with others."""
+        """``command``: a module and its arguments."""
         self.args = [str(word) for word in command]
         self._text = text
         self.returncode: int | None = None
@@ -99,13 +108,15 @@ class Process:
         request = {
             "command": self.args, "env": env, "cwd": os.fspath(cwd or os.getcwd()), "session": start_new_session,
         }  # fmt: skip
-        which = os.getpid(), min(rank, 1)
-        with _starting:
-            if which not in _starters:
-                _starters[which] = _Starter()
-            self.pid, self._ended = _starters[which].start(request, files)
-        for descriptor in close:
-            os.close(descriptor)
+        try:
+            with _starting:
+                which = next(_turns) % 2
+                if which not in _starters or not _starters[which].is_alive():
+                    _starters[which] = _Starter()
+                self.pid, self._ended = _starters[which].start(request, files)
+        finally:
+            for descriptor in close:
+                os.close(descriptor)
 
     def poll(self) -> int | None:
         try:
@@ -146,7 +157,8 @@ class Process:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
@@ -186,17 +198,25 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
 
 def serve(control: socket.socket) -> dict[str, Any]:
     """Forks for each request; returns it in the child, and ends with the tests' process."""
+    children: dict[int, tuple[int, socket.socket]] = {}
+    starter = os.getpid()
+    try:
+        return _serve(control, children)
+    finally:
+        if os.getpid() == starter:
+            for pid, _ in children.values():
+                os.kill(pid, signal.SIGKILL)
+
+
+def _serve(control: socket.socket, children: dict[int, tuple[int, socket.socket]]) -> dict[str, Any]:
     selector = selectors.DefaultSelector()
     selector.register(control, selectors.EVENT_READ)
-    children: dict[int, tuple[int, socket.socket]] = {}
     while True:
         for key, _ in selector.select():
             if key.fileobj is control:
                 head, descriptors, _, _ = socket.recv_fds(control, _LENGTH.size, 3)
                 if not head:
-                    for pid, _ in children.values():
-                        os.kill(pid, signal.SIGKILL)
-                    os._exit(0)
+                    raise SystemExit(0)
                 request = json.loads(_exactly(control, _LENGTH.unpack(head)[0]))
                 connection = socket.socket(fileno=descriptors[0])
                 pid = os.fork()
@@ -216,7 +236,8 @@ def serve(control: socket.socket) -> dict[str, Any]:
                 children[ended] = pid, connection
                 selector.register(ended, selectors.EVENT_READ)
                 selector.register(connection, selectors.EVENT_READ)
-                connection.sendall(_LENGTH.pack(pid))
+                with suppress(OSError):  # who asked is gone, which the selector says next
+                    connection.sendall(_LENGTH.pack(pid))
             elif key.fileobj in children:
                 ended = key.fd
                 pid, connection = children.pop(ended)
@@ -228,7 +249,9 @@ def serve(control: socket.socket) -> dict[str, Any]:
                     connection.sendall(_LENGTH.pack(os.waitstatus_to_exitcode(status)))
                 connection.close()
                 os.close(ended)
-            else:  # who started it is gone
+            elif (
+                isinstance(key.fileobj, socket.socket) and key.fileobj.fileno() >= 0
+            ):  # open yet: who started it is gone
                 selector.unregister(key.fileobj)
                 for pid, connection in children.values():
                     if connection is key.fileobj:
@@ -242,6 +265,8 @@ def become(request: dict[str, Any]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    if "numpy" in sys.modules:  # torch's generator and Python's are seeded anew by themselves, or by whoever needs it
+        sys.modules["numpy"].random.seed()
     paths = [path for path in request["env"].get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[0] = request["cwd"]
     sys.path[1:1] = [path for path in paths if path not in sys.path]

@@ -51,7 +51,6 @@ def run_each(folder, num_processes, runs, callbacks=(), timeout=900):
         }  # fmt: skip
         processes.append(forks.Process(
             ["tests.several", plan], env=environment, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            rank=rank,
         ))  # fmt: skip
     found = []
     try:

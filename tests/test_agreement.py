@@ -45,7 +45,7 @@ def test_two_processes_with_other_settings_end_with_one_line(tmp_path):
             str(1 + rank),
         ]
         processes.append(forks.Process(
-            ["mmprefix", "fit", *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True, rank=rank,
+            ["mmprefix", "fit", *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
             env={**os.environ, **ENVIRONMENT, **{name: str(value) for name, value in torchrun.items()}},
         ))  # fmt: skip
     errors = [process.communicate(timeout=300)[1] for process in processes]

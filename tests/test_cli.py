@@ -21,6 +21,7 @@ from mmprefix.data.shards import write_shard
 from mmprefix.errors import out_of_memory
 from mmprefix.training import checkpoints
 from mmprefix.training.preemption import EXIT_PREEMPTED
+from tests import forks
 from tests.conftest import colour_record
 from tests.test_training import MODEL, metric_rows
 
@@ -28,10 +29,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def mmprefix(*arguments, timeout=240, **kwargs):
-    return subprocess.run(
-        [sys.executable, "-m", "mmprefix", *map(str, arguments)],
-        capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT, **kwargs,
-    )  # fmt: skip
+    return forks.run(["mmprefix", *arguments], text=True, timeout=timeout, env=ENVIRONMENT, **kwargs)
 
 
 @pytest.fixture

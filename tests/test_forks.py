@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -77,10 +78,48 @@ def test_output_goes_where_it_is_sent(environment, tmp_path, capfd):
     assert not err
 
 
-def test_ranks_seed_their_hashes_differently(environment, tmp_path):
-    (tmp_path / "hashes.py").write_text("print(hash('a text'))")
-    hashes = []
-    for rank in (0, 1, 1):
-        process = forks.Process(["hashes"], env=environment, stdout=subprocess.PIPE, text=True, rank=rank)
-        hashes.append(process.communicate(60)[0])
-    assert hashes[0] != hashes[1] == hashes[2]
+def test_what_python_draws_when_it_starts_differs_by_turns(environment, tmp_path):
+    """Of hashes, two in a row; of generators, all."""
+    (tmp_path / "drawn.py").write_text(
+        "import random, numpy\nprint(hash('a text'), random.random(), numpy.random.rand())"
+    )
+    drawn = []
+    for _ in range(4):
+        drawn.append(forks.run(["drawn"], env=environment, text=True, timeout=60).stdout.split())
+    hashes, *generators = zip(*drawn, strict=True)
+    assert hashes[0] != hashes[1] != hashes[2] != hashes[3]
+    assert all(len(set(values)) == 4 for values in generators)
+
+
+def test_a_starter_ends_its_children_and_is_replaced(environment, tmp_path):
+    processes = [
+        forks.Process(["program", "wait"], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    for process in processes:
+        assert process.stdout.readline().startswith("wait")
+    starters = list(forks._starters.values())
+    for starter in starters:
+        starter._socket.shutdown(socket.SHUT_RDWR)  # as at the end of the tests' process
+        starter._process.wait(60)
+    for process in processes:
+        assert process.stdout.read() == "", "it has ended, and nobody holds its output open"
+        process.stdout.close()
+    assert forks.run(["program", "0"], env=environment, timeout=60).returncode == 0
+    assert forks.run(["program", "0"], env=environment, timeout=60).returncode == 0
+    assert not set(starters) & set(forks._starters.values())
+
+
+def test_a_child_that_ends_while_nobody_listens_harms_no_other(environment, tmp_path):
+    """Its end and that of its connection come at once."""
+    for process in (forks.Process(["program", "wait"], env=environment, stdout=subprocess.PIPE) for _ in range(2)):
+        assert process.stdout.readline().startswith(b"wait")
+        for each in forks._starters.values():
+            os.kill(each._process.pid, signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGKILL)
+        time.sleep(0.2)
+        process._ended.close()
+        for each in forks._starters.values():
+            os.kill(each._process.pid, signal.SIGCONT)
+        process.stdout.close()
+    assert [forks.run(["program", "0"], env=environment, timeout=60).returncode for _ in range(2)] == [0, 0]
+    assert all(starter.is_alive() for starter in forks._starters.values())

@@ -95,7 +95,7 @@ def test_compiled_step_matches_and_is_not_compiled_again(how, photos):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("which", [True, "selective", "elementwise"])
-def test_recomputed_layers_have_the_same_gradients(which, compiled, photos):
+def test_recomputed_layers_match(which, compiled, photos):
     """CUDA's backward, which recomputes, runs in another thread than forward."""
     model, processor = model_of("llama", "nested")
     model.cuda().to(torch.bfloat16).train()

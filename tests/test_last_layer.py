@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 
 from mmprefix.accounting import ModelFlops
@@ -177,7 +179,8 @@ def test_what_is_spared_is_not_counted(photos):
     assert ModelFlops.of(make_model({**TINY_DECODER, "model_type": "gemma2"})[0].config).label_only == 0
 
 
-def test_recomputation_runs_with_the_rows_of_its_own_pass(photos):
+@pytest.mark.parametrize("which", [True, "elementwise"])
+def test_recomputation_runs_with_the_rows_of_its_own_pass(which, photos):
     """In backward, after another batch's forward pass, and in another thread, as autograd has one for CUDA."""
     model, processor = model_of("llama", "full")
     model.train()
@@ -194,10 +197,27 @@ def test_recomputation_runs_with_the_rows_of_its_own_pass(photos):
     both()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    checkpoint_activations(model, True)
+    checkpoint_activations(model, which)
     both()
     for name, gradient in expected.items():
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, msg=name)
     release_last_layer(model.decoder)
-    assert not isinstance(last_layer(model.decoder)._gradient_checkpointing_func, _WithRows)
-    copy.deepcopy(model)
+    assert not isinstance(getattr(last_layer(model.decoder), "_gradient_checkpointing_func", None), _WithRows)
+
+
+@pytest.mark.parametrize("which", [True, "selective", "elementwise"])
+def test_a_compiled_model_recomputes_in_one_graph(which, photos):
+    if which != "elementwise" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("recomputes outside of the graph, with hooks inside")
+    model, processor = model_of("llama", "full")
+    model.train()
+    batches = list(ragged_batches(processor, photos, 2, bucket=32))
+    expected = [gradients(model, model.target_loss(batch)[0]) for batch in batches]
+    checkpoint_activations(model, which)
+    torch._dynamo.reset()
+    model.compile(backend="aot_eager", fullgraph=True)
+    for batch, uncompiled in zip(batches, expected, strict=True):
+        found = gradients(model, model.target_loss(batch)[0])
+        for parameter, gradient in uncompiled.items():
+            torch.testing.assert_close(found[parameter], gradient, atol=1e-5, rtol=1e-4)
+    torch._dynamo.reset()

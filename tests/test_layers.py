@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import multiprocessing, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmprefix.accounting import Layout, MemoryEstimate, Precision, Record, meta_model
@@ -18,12 +19,14 @@ from mmprefix.errors import InputError
 from mmprefix.probe import tiny_copy
 from mmprefix.training.layers import (
     ELEMENTWISE,
+    _policy,
     _recomputed,
     checkpoint_activations,
     compile_layers,
     layers_by_part,
     recomputed_shares,
 )
+from mmprefix.vision import VisionArgs
 from tests.architectures import config_of
 from tests.conftest import TINY_DECODER, make_batch, make_model
 from tests.test_mask_free import batch_of, model_of, ragged_batches
@@ -35,7 +38,7 @@ FOUR = {**TINY_DECODER, "num_hidden_layers": 4}
     ("which", "vision", "decoder"),
     [
         (False, [1] * 6, [1] * 4), (True, [2] * 6, [2] * 4), ("selective", [2, 1] * 3, [2, 1] * 2),
-        (3, [2, 1, 1] * 2, [2, 1, 1, 2]), (1, [2] * 6, [2] * 4), ("elementwise", [2] * 6, [2] * 3 + [1]),
+        (3, [2, 1, 1] * 2, [2, 1, 1, 2]), (1, [2] * 6, [2] * 4), ("elementwise", [2] * 6, [2] * 4),
     ],
 )  # fmt: skip
 def test_layers_that_are_recomputed_and_gradients_as_without(which, vision, decoder, photos):
@@ -86,6 +89,9 @@ def test_memory_lies_between():
     assert none_kept < products < 0.75 * all_kept
 
 
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_grouped_mm", "grouped_mm_fallback")
+
+
 class Executed(TorchDispatchMode):
     """Counts what costs much, as far as it reaches a kernel."""
 
@@ -95,14 +101,7 @@ class Executed(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         name = operator.name().split(".")[0]
-        if "attention" in name or name.split("::")[1] in (
-            "mm",
-            "addmm",
-            "bmm",
-            "baddbmm",
-            "convolution",
-            "_grouped_mm",
-        ):
+        if "attention" in name or name.split("::")[1] in PRODUCTS:
             self.calls[name] += 1
         return operator(*args, **(kwargs or {}))
 
@@ -164,8 +163,76 @@ def test_every_kind_of_layer_can_recompute_what_is_elementwise(name):
 
 def test_a_decoder_that_changes_its_products_is_refused():
     model, _ = make_model({**tiny_copy(config_of("gpt_oss")).config.to_dict(), "vocab_size": 260})
-    with pytest.raises(InputError, match="got elementwise: a gpt_oss changes in place what matrix products give"):
+    with pytest.raises(
+        InputError, match="got elementwise: model.decoder.config: gpt_oss changes in place what would be"
+    ):
         checkpoint_activations(model, "elementwise")
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "resnet18"])
+def test_an_encoder_that_changes_its_products_is_refused(name, photos):
+    """One without a norm between (squeeze-excite), and one of batches, which must not count its statistics twice."""
+    model, processor = make_model(vision=VisionArgs(name, image_size=64, pretrained=False))
+    with pytest.raises(
+        InputError, match=f"got elementwise: model.vision.name: {name} changes in place what would be kept"
+    ):
+        checkpoint_activations(model.train(), "elementwise")
+    model.target_loss(make_batch(processor, photos))[0].backward()
+
+
+def test_an_encoder_without_repeated_layers_says_so():
+    model, _ = make_model(vision=VisionArgs("regnety_002", image_size=64, pretrained=False))
+    for which in ("selective", "elementwise"):
+        with pytest.warns(match="gradient_checkpointing: regnety_002 has no repeated layers; it keeps all"):
+            checkpoint_activations(copy.deepcopy(model), which)
+
+
+def test_attention_that_draws_its_dropout_is_computed_again():
+    """On CUDA, its kernels do: skipped, they would leave other numbers to what is drawn after them."""
+    kept = {True: CheckpointPolicy.MUST_SAVE, False: CheckpointPolicy.PREFER_RECOMPUTE}
+    for name, before in (("flash", 3), ("efficient", 5), ("cudnn", 5)):
+        operator = getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention").default
+        for dropout in (0.0, 0.1):
+            assert _policy(None, operator, *[None] * before, dropout) == kept[not dropout]
+            assert _policy(None, operator, *[None] * 3, dropout_p=dropout) == kept[not dropout]
+        assert _policy(None, operator, *[None] * before) == kept[True]
+    import transformers.integrations.moe  # noqa: F401  (the operator that compiled experts use)
+
+    assert _policy(None, torch.ops.transformers.grouped_mm_fallback.default) == kept[True]
+    assert _policy(None, torch.ops.aten.gelu.default) == kept[False]
+
+
+def test_a_cache_is_not_written_twice():
+    decoder = tiny_copy(config_of("llama")).train()
+    ids = torch.arange(12).reshape(2, 6)
+
+    def gradients():
+        decoder.zero_grad()
+        decoder(ids).logits.square().sum().backward()
+        return [p.grad for p in decoder.parameters()]
+
+    expected = gradients()
+    for layer in decoder.model.layers:
+        layer.forward = partial(_recomputed, layer.forward, ELEMENTWISE)
+    assert all(map(torch.equal, gradients(), expected))
+
+
+@pytest.mark.parametrize("which", [True, "elementwise"])
+def test_recomputed_layers_under_autocast(which, photos):
+    model, processor = make_model()
+    model.train()
+    batch = make_batch(processor, photos)
+
+    def gradients():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.target_loss(batch)[0]
+        loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    expected = gradients()
+    checkpoint_activations(model, which)
+    assert all(map(torch.equal, gradients(), expected))
 
 
 def test_nothing_is_recomputed_where_nothing_learns(photos):

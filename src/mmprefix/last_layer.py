@@ -99,7 +99,14 @@ class _WithRows:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.checkpoint(partial(_with_rows, _current.rows, _current.length, function), *args, **kwargs)
+        return self.checkpoint(with_rows_of_this_pass(function), *args, **kwargs)
+
+
+def with_rows_of_this_pass(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a checkpoint is to compute twice, of a layer that may be the last: the second time with the rows of now."""
+    if torch.compiler.is_compiling():  # both are in one graph
+        return function
+    return partial(_with_rows, _current.rows, _current.length, function)
 
 
 def _with_rows(rows: Tensor | None, length: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmprefix.errors import InputError
-from mmprefix.last_layer import last_layer
+from mmprefix.last_layer import last_layer, with_rows_of_this_pass
 from mmprefix.modeling import MMPrefixForConditionalGeneration
 from mmprefix.probe import tiny_copy
+from mmprefix.vision import VisionEncoder, VisionSpec
 
 Recomputing = bool | Literal["selective", "elementwise"] | int
 """What is computed again in backward: nothing (False), all layers (True), every second (`selective`), every n-th; or, in
@@ -81,11 +83,12 @@ def checkpoint_activations(model: MMPrefixForConditionalGeneration, which: Recom
 
     By layers, as torchtitan does it: of each part the first layer and every n-th after it keep their inputs only.
     `elementwise`: every layer keeps its input and what matrix products, convolutions and attention give, and computes
-    the rest again: activation functions, norms, rotations, sums. In a decoder with gated feed-forwards that halves what
-    is kept, and costs no product.
+    the rest again: activation functions, norms, rotations, sums. It costs no product. Where all of a decoder with gated
+    feed-forwards learns, it halves what is kept. A frozen layer keeps less anyway, and one with adapters, uncompiled, more.
 
     Raises:
-        InputError: some layers only, of a decoder that recomputes as a whole.
+        InputError: some layers only, of a decoder that recomputes as a whole; `elementwise`, where what would be kept is
+            changed in place.
     """
     every = recomputed_every(which)
     if not every and which != "elementwise":
@@ -97,16 +100,22 @@ def checkpoint_activations(model: MMPrefixForConditionalGeneration, which: Recom
             f"model.gradient_checkpointing: expected true or false, got {which}: a {decoder.config.model_type} can't "
             "recompute some of its layers, or a part of each"
         )
+    blocks = _repeated(vision)
+    if every != 1 and not blocks:
+        name = model.config.vision_spec.name
+        warnings.warn(f"model.gradient_checkpointing: {name} has no repeated layers; it keeps all", stacklevel=2)
     if which == "elementwise":
-        if _changes_products(decoder.config):
-            raise InputError(
-                f"model.gradient_checkpointing: expected true, false, selective or a number, got {which}: a "
-                f"{decoder.config.model_type} changes in place what matrix products give, which can't be kept"
-            )
-        apart = _restricted(model)
-        for layer in (*_repeated(vision), *layers):
-            if layer is not apart:  # it keeps little, and gets its rows from a hook
-                layer.forward = partial(_recomputed, layer.forward, ELEMENTWISE)
+        for part, changes in (
+            (f"decoder.config: {decoder.config.model_type}", _decoder_changes_products(decoder.config)),
+            (f"vision.name: {model.config.vision_spec.name}", _encoder_changes_products(model.config.vision_spec)),
+        ):
+            if changes:
+                raise InputError(
+                    "model.gradient_checkpointing: expected true, false, selective or a number, got elementwise: "
+                    f"model.{part} changes in place what would be kept"
+                )
+        for layer in (*blocks, *layers):
+            layer.forward = partial(_recomputed, layer.forward, ELEMENTWISE)
         return
     # Since transformers 5.2x by another name; the older one warns.
     enable = getattr(decoder, "activation_checkpointing_enable", None) or decoder.gradient_checkpointing_enable
@@ -116,46 +125,83 @@ def checkpoint_activations(model: MMPrefixForConditionalGeneration, which: Recom
         return
     for i, layer in enumerate(layers):
         layer.gradient_checkpointing = i % every == 0
-    for block in _repeated(vision)[::every]:
+    for block in blocks[::every]:
         block.forward = partial(_recomputed, block.forward, {})
 
 
-def _changes_products(config: PreTrainedConfig) -> bool:
-    """Whether a tiny copy of the decoder changes in place what is kept of it: experts that add their bias so (gpt_oss)."""
+def _decoder_changes_products(config: PreTrainedConfig) -> bool:
+    """Whether a decoder changes what would be kept of it, as experts do that add their bias in place (gpt_oss).
+
+    Found on a tiny copy; one that can't be made or run is found in training, if it is so.
+    """
+
+    def run() -> Tensor:
+        decoder = tiny_copy(config, config._attn_implementation)
+        for layer in decoder.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.forward = partial(_recomputed, layer.forward, ELEMENTWISE)
+        width = decoder.get_input_embeddings().weight.shape[1]
+        output: Tensor = decoder(inputs_embeds=torch.ones(1, 3, width), use_cache=False).logits
+        return output
+
+    return _finds_a_change(run)
+
+
+def _encoder_changes_products(spec: VisionSpec) -> bool:
+    """The same of an encoder, whose convolutions may lead to activations in place; on the meta device."""
+
+    def run() -> Tensor:
+        with torch.device("meta"):
+            encoder = VisionEncoder(spec)
+            for block in _repeated(encoder):
+                block.forward = partial(_recomputed, block.forward, ELEMENTWISE)
+            output: Tensor = encoder(torch.empty(2, 3, *spec.image_size))
+        return output
+
+    return _finds_a_change(run)
+
+
+# The caller may want no gradients.
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _finds_a_change(run: Callable[[], Tensor]) -> bool:
     try:
-        decoder = tiny_copy(config)
-    except (ValueError, RuntimeError, TypeError):  # found in training, if it is so
-        return False
-    for layer in decoder.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = partial(_recomputed, layer.forward, ELEMENTWISE)
-    width = decoder.get_input_embeddings().weight.shape[1]
-    output = decoder(inputs_embeds=torch.ones(1, 3, width), use_cache=False)
-    try:
-        output.logits.sum().backward()
-    except RuntimeError as error:
-        if "has been mutated" in str(error):
-            return True
-        raise
+        run().sum().backward()
+    except (RuntimeError, ValueError, TypeError) as error:
+        return "has been mutated" in str(error)  # by torch.utils.checkpoint
     return False
 
 
 def _recomputed(forward: Callable[..., Any], how: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """A layer's own forward, as transformers' layers do it: hooks (of FSDP) stay outside. In a partial, which is copied and
-    pickled with its module, as the bound method in it."""
+    pickled with its module, as the bound method in it.
+
+    Passes that share an autocast context and its cache of cast weights would cast less than their recomputations do, which
+    torch 2.14 refuses: a context for each, as Lightning has it.
+    """
     # Without gradients nothing is kept, and the random state, which `checkpoint` reads, can't be read in a CUDA graph.
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **how, **kwargs)
+    # A cache would be written twice.
+    kwargs |= {name: value for name, value in (("use_cache", False), ("past_key_values", None)) if name in kwargs}
+    return checkpoint(with_rows_of_this_pass(forward), *args, use_reentrant=False, **how, **kwargs)
 
 
-_KEPT = frozenset(
-    "mm addmm bmm baddbmm linear convolution _grouped_mm _scaled_mm _scaled_grouped_mm "
-    "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
-    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
-    "_scaled_dot_product_fused_attention_overrideable".split()
+_ATTENTION = frozenset(
+    f"aten::_scaled_dot_product_{name}"
+    for name in (
+        "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention",
+        "fused_attention_overrideable",
+    )
+)  # fmt: skip
+_KEPT = _ATTENTION | frozenset(
+    "aten::mm aten::addmm aten::bmm aten::baddbmm aten::linear aten::convolution aten::_grouped_mm aten::_scaled_mm "
+    "aten::_scaled_grouped_mm transformers::grouped_mm_fallback "
+    # Statistics of a batch would be counted twice.
+    "aten::native_batch_norm aten::_native_batch_norm_legit aten::_batch_norm_with_update aten::cudnn_batch_norm "
+    "aten::miopen_batch_norm".split()
 )
-"""ATen's operators that do the work of a layer."""
+"""Operators that do the work of a layer."""
 
 
 def products_are_kept() -> Any:
@@ -167,12 +213,25 @@ ELEMENTWISE: Mapping[str, Any] = {"context_fn": products_are_kept}
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    namespace, name = operator.name().split("::") if hasattr(operator, "_schema") else ("", "")
-    kept = namespace == "mmprefix" or (namespace == "aten" and name.split(".")[0] in _KEPT)
+    name = operator.name().split(".")[0] if isinstance(operator, torch._ops.OpOverload) else ""
+    kept = name in _KEPT or name.startswith("mmprefix::")
+    # Skipped, it would not draw its dropout, and all that is drawn after it in the layer would be another.
+    if kept and name in _ATTENTION and _argument(operator, "dropout_p", args, kwargs):
+        kept = False
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def _argument(operator: torch._ops.OpOverload, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    position, argument = next((n, a) for n, a in enumerate(operator._schema.arguments) if a.name == name)
+    return kwargs.get(name, args[position] if position < len(args) else argument.default_value)
+
+
 # Compiling
+
+
+def _is_no_hint(record: logging.LogRecord) -> bool:
+    """Not the one about operations in place under selective checkpointing: they are looked for."""
+    return "context_fn is passed" not in record.getMessage()
 
 
 def compile_layers(model: MMPrefixForConditionalGeneration, backend: str = "inductor") -> None:
@@ -185,10 +244,7 @@ def compile_layers(model: MMPrefixForConditionalGeneration, backend: str = "indu
     A last layer of which `last_layer` runs a part at label positions only stays as it is: that part is small, and its rows
     reach it beside its arguments, where a compiler would guard each of their numbers.
     """
-    # A hint for whoever passes it about in-place operations, which backward would find changed; values are tested here.
-    logging.getLogger("torch._higher_order_ops.wrap").addFilter(
-        lambda record: "context_fn is passed" not in record.getMessage()
-    )
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_no_hint)
     apart = _restricted(model)
     for layer in layers_of(model):
         if layer is not apart:
