@@ -103,7 +103,7 @@ class _WithRows:
 
 
 def with_rows_of_this_pass(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What a checkpoint is to compute twice, of a layer that may be the last: the second time with the rows of now."""
+    """A layer's forward for a checkpoint to compute twice: in backward, too, with the rows that are noted now."""
     if torch.compiler.is_compiling():  # both are in one graph
         return function
     return partial(_with_rows, _current.rows, _current.length, function)
