@@ -95,6 +95,7 @@ def parse_arguments(
     images: bool = False,
     compiles: bool = False,
     compiles_peer: bool = False,
+    simulates: bool = False,
 ) -> argparse.Namespace:
     """The options that all of these benchmarks take.
 
@@ -103,6 +104,7 @@ def parse_arguments(
         cases: all of its cases; by default they all run.
         vocabs: default sizes of the vocabulary.
         images, compiles, compiles_peer: whether it takes `--images`, `--compile` and `--recompute`, `--compile-peer`.
+        simulates: whether defaults are a GPU's without one.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a model of a few thousand weights: does the script work?")
@@ -122,7 +124,7 @@ def parse_arguments(
         parser.add_argument("--compile-peer", action="store_true", help="transformers' layers, too")
     options = parser.parse_args()
     options.device = torch.device(options.device)
-    on_gpu = options.device.type == "cuda"
+    on_gpu = simulates or options.device.type == "cuda"
     options.sizes = options.sizes or ["3b" if on_gpu else "tiny"]
     options.dtypes = options.dtypes or ["bfloat16" if on_gpu else "float32"]
     if options.smoke:
