@@ -7,8 +7,8 @@
     python benchmarks/memory.py --json rows.json
 
 Cases: those of train_step.py, packed into one row. Our own code runs forward and backward, uncompiled, on tensors that have
-shapes but no data (`accounting.LiveBytes`), beside gradients of an earlier micro-batch. What operations hold inside themselves
-is counted for the loss only, as the CPU's. Rows compare `model.gradient_checkpointing: elementwise` with all kept.
+shapes but no data (`accounting.MemoryEstimate`), beside gradients of an earlier micro-batch. What operations hold inside
+themselves is counted for the loss only, as the CPU's. Rows compare `model.gradient_checkpointing: elementwise` with all kept.
 
 Metric:
     peak_memory_simulated       above weights, gradients and optimizer state: train_step.py's peak_memory
@@ -19,7 +19,6 @@ from __future__ import annotations
 import torch
 from estimate import configured
 from side_by_side import (
-    DTYPES,
     SIZES,
     Row,
     Size,
@@ -30,17 +29,18 @@ from side_by_side import (
     random_images,
     write_json,
 )
-from torch._subclasses.fake_tensor import FakeTensorMode
-from train_step import CASES, our_batch, our_mean_loss
+from train_step import CASES, our_batch
 
-from mmprefix.accounting import LiveBytes
+from mmprefix.accounting import MemoryEstimate, Precision, Record
 from mmprefix.decoder import DecoderArgs
-from mmprefix.packing import map_tensors
 from mmprefix.training.layers import Recomputing
 from mmprefix.vision import VisionArgs
 
+PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-true"}
+"""The trainer's names of them."""
 
-def simulated_peak(case: str, size: Size, vocab: int, dtype: torch.dtype, recompute: Recomputing) -> float:
+
+def simulated_peak(case: str, size: Size, vocab: int, dtype: str, recompute: Recomputing) -> float:
     """Bytes above weights, gradients and optimizer state."""
     vision = size.vision
     kwargs = {
@@ -52,23 +52,13 @@ def simulated_peak(case: str, size: Size, vocab: int, dtype: torch.dtype, recomp
         "vit_base_patch16_siglip_gap_224", pretrained=False, image_size=vision["image_size"], kwargs=kwargs
     )
     decoder = DecoderArgs(config={**size.text, "model_type": "gemma", "vocab_size": vocab})
-    model = configured({"vision": encoder, "decoder": decoder, "gradient_checkpointing": recompute}).to(dtype)
+    model = configured({"vision": encoder, "decoder": decoder, "gradient_checkpointing": recompute})
     samples = CASES[case].samples(size.images, vocab)
     pixels = random_images(size.images, size, torch.device("cpu"))
     batch = our_batch(samples, pixels, size, vocab, CASES[case].visibility)
-    fakes, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
-    with fakes:
-        model.to_empty(device="cpu")
-        model.tie_weights()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with fakes, live:
-        for parameter in trained:
-            parameter.grad = torch.empty_like(parameter)
-            live.recount(parameter.grad, "gradients", 1.0)
-        live.at_peak = {}
-        loss = our_mean_loss(model, map_tensors(batch, lambda t: torch.empty(t.shape, dtype=t.dtype)))
-        loss.backward()
-    return live.peak - sum(parameter.numel() * parameter.itemsize for parameter in trained)
+    # The record is that of batches which the estimate makes up itself.
+    estimate = MemoryEstimate(model, Record(1, 1), Precision.from_name(PRECISIONS[dtype]), accumulates=True)
+    return sum(estimate.peak_of(batch).values()) - estimate.gradients
 
 
 def main() -> None:
@@ -81,8 +71,7 @@ def main() -> None:
             for vocab in options.vocabs:
                 for case in options.cases:
                     kept, recomputed = (
-                        simulated_peak(case, SIZES[name], vocab, DTYPES[dtype], which)
-                        for which in (False, "elementwise")
+                        simulated_peak(case, SIZES[name], vocab, dtype, which) for which in (False, "elementwise")
                     )
                     rows.append(compare(
                         [kept], [recomputed], metric="peak_memory_simulated", peer="mmprefix, all kept", case=case,

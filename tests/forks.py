@@ -87,7 +87,6 @@ class Process:
     ) -> None:  # fmt: skip
         """``command``: a module and its arguments."""
         self.args = [str(word) for word in command]
-        self._text = text
         self.returncode: int | None = None
         files, close = [], []
         for target, number in ((stdout, 1), (stderr, 2)):

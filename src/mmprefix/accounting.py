@@ -502,10 +502,11 @@ class MemoryEstimate:
     def step_peak(self, batch_size: int) -> dict[str, float]:
         """Bytes by kind (`activations`, `logits`, `gradients`) at the peak of a step, beside what always stays."""
         if batch_size not in self._peaks:
-            self._peaks[batch_size] = self._simulate(typical_batch(self._model, self.record, batch_size))
+            self._peaks[batch_size] = self.peak_of(typical_batch(self._model, self.record, batch_size))
         return self._peaks[batch_size]
 
-    def _simulate(self, batch: PackedBatch) -> dict[str, float]:
+    def peak_of(self, batch: PackedBatch) -> dict[str, float]:
+        """`step_peak` of a step with this batch, of which shapes and dtypes are read, and its plan's numbers."""
         model = self._model
         vocabulary = _matrix_shape(model.get_output_embeddings())[0]
         logits = (batch.labels.numel(), vocabulary)
