@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
+import torch.distributed
 
 from mmprefix.data.shards import write_shard
 from mmprefix.training.watchdog import Beat, Watchdog, lost_process, silent, slowest, within
@@ -97,6 +98,32 @@ def is_alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_who_stands_still_has_its_say_before_the_others_end(monkeypatch, capfd):
+    """On a busy node its look at the beats comes later, and the first to end takes all with it."""
+    store, ends = torch.distributed.HashStore(), []
+    ranks = [Watchdog(seconds / 60, interval_seconds=0.05) for seconds in (0.3, 1.5)]
+    for rank, watchdog in enumerate(ranks):
+        watchdog._own, watchdog._store, watchdog._ranks = beat(rank, 3 - rank), store, 2
+        watchdog._beat()
+
+        def end(rank=rank, watchdog=watchdog):
+            ends.append((rank, capfd.readouterr().err))
+            watchdog._ended.set()
+
+        monkeypatch.setattr(watchdog, "_exit", end)
+    threads = [threading.Thread(target=watchdog._watch) for watchdog in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    (_, text), (_, rest) = sorted(ends, key=lambda end: -len(end[1]))
+    assert ends[0][1] == text, "all was told by the first end"
+    assert not rest
+    (line,) = [line for line in text.splitlines() if line.startswith("error: no step for")]
+    assert "rank 1 (node, process 101) has not moved on since step 2" in line
+    assert "error: where rank 1 (node, process 101) is:\n" in text
 
 
 class CutOff:

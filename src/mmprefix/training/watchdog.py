@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ _LOST = re.compile(
     re.IGNORECASE,
 )
 _NOTE = "lost process: "
+_TOLD = "mmprefix/told"
 _ENDED = "another process has ended; see what it says"
 _NO_STORE = "rank 0, which keeps the job's store, cannot be reached"
 
@@ -180,8 +181,20 @@ class Watchdog(pl.Callback):
             self._say(f"where {self._own} is:")
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         sys.stderr.flush()
-        time.sleep(self.interval)  # until all have said what they know: who started them may end them with the first
+        self._wait_for([rank for rank, beat in now.items() if beat not in gone])
         self._exit()
+
+    def _wait_for(self, ranks: Sequence[int]) -> None:
+        """Until all have said what they know: who started them may end them with the first."""
+        end = time.monotonic() + self.patience
+        try:
+            within(self.patience, lambda: self._store.set(f"{_TOLD}/{self._own.rank}", ""))
+            while not within(self.patience, lambda: self._store.check([f"{_TOLD}/{rank}" for rank in ranks])):
+                self._beat()  # whose look comes later must not take this one for gone
+                if self._ended.wait(self.interval / 4) or time.monotonic() > end:
+                    return
+        except (RuntimeError, OSError):
+            pass  # the store has ended with rank 0, which waited for this one, too
 
     def _exit(self) -> None:
         if hasattr(self._launcher, "kill"):  # Lightning's own: one that was stopped would outlast its parent
