@@ -134,6 +134,14 @@ def test_products_and_attention_are_not_computed_again(name, photos):
     assert sum(step(whole)[0].values()) > sum(expected.values()), "checks nothing: recomputed layers run theirs again"
 
 
+@pytest.mark.parametrize("name", ["jamba", "qwen3_next", "falcon_h1"])
+def test_layers_of_several_classes_are_found(name):
+    """They are compiled and sharded one by one: jamba's recurrent layers and those with attention are two classes."""
+    model, _ = make_model()
+    model.decoder = tiny_copy(config_of(name))
+    assert layers_by_part(model)["decoder"] == list(model.decoder.model.layers)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "opt", "jamba", "qwen3_next", "falcon_h1"])
 def test_every_kind_of_layer_can_recompute_what_is_elementwise(name):
     """Experts, latent attention, dropout (opt), recurrent layers, of several classes."""

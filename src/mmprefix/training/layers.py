@@ -41,11 +41,13 @@ def _restricted(model: MMPrefixForConditionalGeneration) -> nn.Module | None:
 
 
 def _repeated(part: nn.Module) -> list[nn.Module]:
-    """Members of the outermost lists of layers of one class: blocks, stages, decoder layers."""
+    """Members of the outermost lists of layers: blocks, stages, decoder layers, which a hybrid has of several classes."""
     found: list[nn.Module] = []
     for module in part.children():
         members = list(module.children())
-        listed = isinstance(module, nn.ModuleList | nn.Sequential) and len({type(m) for m in members}) == 1
+        listed = isinstance(module, nn.ModuleList | nn.Sequential) and (
+            len({type(m) for m in members}) == 1 or all(isinstance(m, GradientCheckpointingLayer) for m in members)
+        )
         if not listed or not any(True for _ in members[0].children()):
             found += _repeated(module)
         elif len(members) > 1:
