@@ -190,6 +190,18 @@ def test_operators_keep_the_contract_of_custom_operators():
     torch.library.opcheck(torch.ops.mmprefix.varlen_attention, (query, key, value, *arguments[3:]))
 
 
+@pytest.mark.parametrize("learns", [(True, True, True), (True, False, False), (False, False, True)])
+def test_compiled_and_not_are_the_same_bits(learns):
+    """Two ways to the same operators."""
+    tensors = [t.detach().requires_grad_(is_learnt) for t, is_learnt in zip(row(), learns, strict=True)]
+    found = []
+    for function in (attention_calls, torch.compile(attention_calls, fullgraph=True, backend="aot_eager")):
+        out = function(*tensors, CALLS)
+        inputs = [t for t in tensors if t.requires_grad]
+        found.append((out.detach(), *torch.autograd.grad(out, inputs, torch.linspace(-1, 1, 8).expand_as(out))))
+    assert all(map(torch.equal, *found))
+
+
 def flash_scores(query, key, value, cu_q, cu_k, max_q, max_k, dropout, is_causal, scale, left, right):
     """Of each sample as the kernel on CUDA documents them: its slices, its keys and values repeated, its scores."""
     assert dropout == 0
@@ -309,8 +321,11 @@ def test_the_kernel_on_cuda_takes_what_it_is_given(dtype, window):
         own = [query[call.at], call.keys(key), call.keys(key)]
         assert own[1].shape == (20, 2, 64)
         varlen._cuda_forward(call, *own, query.clone()[call.at], lse[call.lse], how)
-        d_own = [torch.empty_like(x) for x in own]
-        varlen._cuda_backward(call, query[call.at], *own, query[call.at], lse[call.lse], *d_own, how)
+        d_query = torch.empty_like(own[0])
+        saved = (query[call.at], *own, query[call.at], lse[call.lse])
+        for to in (None, tuple(torch.empty_like(x) for x in own[1:])):
+            gradients = varlen._cuda_backward(call, *saved, d_query, to, how)
+            assert [x.shape for x in gradients] == [x.shape for x in own[1:]]
 
 
 def test_what_no_kernel_takes_is_said_in_words():
