@@ -382,7 +382,9 @@ def measure(
     if visibility == "full":
         expected = found["transformers"]
     else:
-        expected = float(our_loss_alone(ours, samples, pixel_values, size, vocab, visibility)), gradient_norm(ours)
+        # Compiled, a question alone would be shapes of its own.
+        alone = uncompiled(partial(our_loss_alone, ours, samples, pixel_values, size, vocab, visibility))
+        expected = float(alone), gradient_norm(ours)
         ours.zero_grad(set_to_none=True)
     for name in sides:
         reference = expected if name.startswith("mmprefix") else found["transformers"]

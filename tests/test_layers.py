@@ -136,10 +136,20 @@ def test_products_and_attention_are_not_computed_again(name, photos):
 
 @pytest.mark.parametrize("name", ["jamba", "qwen3_next", "falcon_h1"])
 def test_layers_of_several_classes_are_found(name):
-    """They are compiled and sharded one by one: jamba's recurrent layers and those with attention are two classes."""
+    """They are sharded one by one: jamba's recurrent layers and those with attention are two classes."""
     model, _ = make_model()
     model.decoder = tiny_copy(config_of(name))
     assert layers_by_part(model)["decoder"] == list(model.decoder.model.layers)
+
+
+def test_layers_of_several_classes_are_not_compiled():
+    """The loop over tokens of jamba's recurrent ones, unrolled, is minutes of compilation."""
+    model, _ = make_model()
+    model.decoder = tiny_copy(config_of("jamba"))
+    with pytest.warns(UserWarning, match="model.compile: layers of several classes, as a jamba has, stay uncompiled"):
+        compile_layers(model, backend="eager")
+    for part, is_compiled in (("vision", True), ("decoder", False)):
+        assert all((layer._compiled_call_impl is not None) == is_compiled for layer in layers_by_part(model)[part])
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "opt", "jamba", "qwen3_next", "falcon_h1"])

@@ -434,7 +434,7 @@ def _pack(
                 queries, key_lengths = [*queries, padding], [*key_lengths, padding + more]
             calls.append(AttentionCall(
                 start, stop, keys, _cumulative(queries, bucket), _cumulative(key_lengths, bucket),
-                _round_up(max(queries), _ROUND_MAX), _round_up(max(key_lengths), _ROUND_MAX),
+                bound_of(max(queries)), bound_of(max(key_lengths)),
                 causal=level == len(by_level) - 1 or visibility == "causal",
             ))  # fmt: skip
         start = stop
@@ -446,6 +446,11 @@ def _cumulative(lengths: Sequence[int], bucket: int) -> Tensor:
     sums = np.cumsum([0, *lengths], dtype=np.int32)
     missing = -len(sums) % min(bucket, 16)
     return torch.from_numpy(np.concatenate([sums, np.full(missing, sums[-1])]))
+
+
+def bound_of(length: int) -> int:
+    """`AttentionCall.max_q` or ``max_k`` of a call whose longest block has so many tokens."""
+    return _round_up(length, _ROUND_MAX)
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -245,9 +245,20 @@ def compile_layers(model: MMPrefixForConditionalGeneration, backend: str = "indu
 
     A last layer of which `last_layer` runs a part at label positions only stays as it is: that part is small, and its rows
     reach it beside its arguments, where a compiler would guard each of their numbers.
+
+    Layers of several classes are a hybrid's: they stay as they are, too, with a warning. Of the recurrent ones a compiler
+    unrolls the loop over tokens.
     """
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_no_hint)
+    parts = layers_by_part(model)
+    if len({type(layer) for layer in parts["decoder"]}) > 1:
+        kind = model.decoder.config.model_type
+        warnings.warn(f"model.compile: layers of several classes, as a {kind} has, stay uncompiled", stacklevel=2)
+        del parts["decoder"]
     apart = _restricted(model)
-    for layer in layers_of(model):
-        if layer is not apart:
-            layer.compile(backend=backend)
+    layers = [layer for part in parts.values() for layer in part if layer is not apart]
+    # Where layers recompute, all share one function's limit, past which they run uncompiled.
+    limit = 8 * max(1, len({type(layer) for layer in layers}))
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+    for layer in layers:
+        layer.compile(backend=backend)

@@ -49,7 +49,7 @@ from mmprefix.masks import PrefixVisibility
 from mmprefix.metrics.ptb import Tokenizer
 from mmprefix.metrics.rules import ScoringRules
 from mmprefix.modeling import MMPrefixForConditionalGeneration
-from mmprefix.packing import EvaluationBatch, PackedBatch, Reference, collate, map_tensors
+from mmprefix.packing import EvaluationBatch, PackedBatch, Reference, bound_of, collate, map_tensors
 from mmprefix.probe import mask_free_refusal, probe
 from mmprefix.processing import (
     IMAGE_TOKEN,
@@ -457,8 +457,9 @@ class MMPrefixModule(pl.LightningModule):
         windows = windows_of(config).values()
         longest = getattr(getattr(self.trainer, "datamodule", None), "longest_target", None)
         hides = windows and self.model.config.prefix_visibility != "causal"
-        if hides and (longest is None or min(windows) < longest):
-            return f"its window of {min(windows)} is shorter than targets may be ({longest or 'without limit'})"
+        bound = None if longest is None else bound_of(longest)
+        if hides and (bound is None or min(windows) < bound):
+            return f"its window of {min(windows)} is shorter than targets may be ({bound or 'without limit'})"
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         if size > MAX_HEAD_SIZE or size % 8:
             return f"the CUDA kernel takes no heads of {size}"
