@@ -48,6 +48,10 @@ def weights(tmp_path, name):
     return read_checkpoint(newest_checkpoint(tmp_path / f"{name}-run"))["state_dict"]
 
 
+def saved_of(tmp_path, name):
+    return sorted(path.name for path in (tmp_path / f"{name}-run" / "checkpoints").glob("step=*"))
+
+
 def metrics(tmp_path, name):
     with (tmp_path / f"{name}-run" / "metrics.csv").open() as file:
         return [
@@ -77,6 +81,7 @@ def go_on(tmp_path, name, arguments, **when):
 def assert_nothing_happened(tmp_path, name, lines, expected="whole"):
     whole = fit_lines(tmp_path, expected)
     assert [(line["epoch"], line["step"], line["rank"], line["ids"]) for line in lines] == whole
+    assert saved_of(tmp_path, name) == saved_of(tmp_path, expected), "what the run went on from goes in its turn"
     found, wanted = weights(tmp_path, name), weights(tmp_path, expected)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)

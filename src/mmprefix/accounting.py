@@ -20,16 +20,18 @@ from __future__ import annotations
 import copy
 import time
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig
 
 from mmprefix.adapters import LoraArgs, add_lora
 from mmprefix.errors import InputError
@@ -117,7 +119,10 @@ class ModelFlops:
         pixels = torch.empty(1, 3, height, width, dtype=torch.bfloat16, device="meta")
         vision = _flops(lambda: model.vision(pixels))
         vision_pairs = _flops(lambda: model.vision(pixels), weights=False)
-        features = model.vision(pixels)
+        with (
+            torch.no_grad()
+        ):  # the connector may do nothing but look at them in another shape, for which `_flops` has no gradients
+            features = model.vision(pixels)
         connector = _flops(lambda: model.connector(features))
         # A pass over T tokens costs token * T + pair * T^2: two lengths tell the two apart, whatever the layers are.
         # Long enough for the quadratic part to be exact in integers, short enough to cost nothing.
@@ -259,6 +264,33 @@ def measured_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float
 # Memory
 
 
+_GROUPED_MM = {torch.ops.aten._grouped_mm.default}
+
+
+def _grouped_mm(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """As the operator; in float32, too, of tensors without data, whose shapes torch 2.14 gives in half precision only."""
+    if not isinstance(a, FakeTensor) or a.dtype != torch.float32:
+        return torch.ops.aten._grouped_mm.default(a, b, *args, **kwargs)
+    return torch.ops.aten._grouped_mm.default(a.bfloat16(), b.bfloat16(), *args, **kwargs).float()
+
+
+@contextmanager
+def counted_without_values(config: PreTrainedConfig) -> Iterator[None]:
+    """Where a decoder runs on tensors without data.
+
+    Raises:
+        InputError: what it does depends on values.
+    """
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        message = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"model.decoder: expected a decoder whose shapes don't depend on values, a {config.model_type}'s can't be "
+            f"counted: {message}"
+        ) from error
+
+
 class LiveBytes(TorchDispatchMode):
     """Adds up the storages that operations make inside the block, until they are freed; remembers the peak.
 
@@ -288,7 +320,7 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 self.count(tensor, "before", 0.0)  # known already, unless it is older than the block
-        outputs = func(*args, **(kwargs or {}))
+        outputs = _grouped_mm(*args, **(kwargs or {})) if func in _GROUPED_MM else func(*args, **(kwargs or {}))
         for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor):
                 self.count(tensor, self.kind_of(tensor))
@@ -529,11 +561,12 @@ class MemoryEstimate:
             batch = map_tensors(batch, lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
             # As Lightning does it: without a cache, each product's cast weight is freed where backward has no use for it.
             enabled = self.autocast is not None
-            with torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=enabled, cache_enabled=False):
-                loss, _ = model.target_loss(batch, self.normalization)
-            if not self.accumulates:
-                model.zero_grad()
-            loss.backward()
+            with counted_without_values(model.decoder.config):
+                with torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=enabled, cache_enabled=False):
+                    loss, _ = model.target_loss(batch, self.normalization)
+                if not self.accumulates:
+                    model.zero_grad()
+                loss.backward()
         for hook in hooks:
             hook.remove()
         model.zero_grad()

@@ -8,11 +8,15 @@ everything back. Whether an architecture obeys is found out in `probe`.
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 from weakref import WeakSet
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -25,7 +29,7 @@ from mmprefix.attention import (
     select_label_positions,
     unregister_masks,
 )
-from mmprefix.errors import InputError
+from mmprefix.errors import InputError, out_of_memory
 from mmprefix.four_bit import loading_options, save_whole
 from mmprefix.last_layer import release_last_layer
 from mmprefix.loss import LogitTransform
@@ -68,8 +72,8 @@ def decoder_config(args: DecoderArgs) -> PreTrainedConfig:
     """The transformers config of the decoder.
 
     Raises:
-        InputError: neither or both of name and config, an unknown model type, no causal LM, or one that needs code of
-            its own.
+        InputError: neither or both of name and config, an unknown model type, no causal LM, one that needs code of
+            its own, or settings that its config refuses.
     """
     if (args.name is None) == (args.config is None):
         raise InputError("model.decoder: expected exactly one of `name` and `config`, got " + (
@@ -82,8 +86,9 @@ def decoder_config(args: DecoderArgs) -> PreTrainedConfig:
         _check_causal(str(model_type), "model.decoder.config")
         try:
             config = AutoConfig.for_model(model_type, **settings)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ZeroDivisionError, StrictDataclassError) as error:
             raise InputError(f"model.decoder.config: {_one_line(error)}") from error
+        _check_settings(config, settings)
     else:
         config = _config_of(str(args.name), args.trust_remote_code)
         where = f"model.decoder.name={args.name}"
@@ -98,6 +103,31 @@ def decoder_config(args: DecoderArgs) -> PreTrainedConfig:
             _check_causal(config.model_type, where)
     _check_kind(config, "model.decoder.config" if args.config is not None else f"model.decoder.name={args.name}")
     return config
+
+
+_FOLDED = ("rope_theta", "rope_scaling", "partial_rotary_factor", "attn_implementation")
+"""Settings that transformers takes in and keeps under another name."""
+
+
+def _check_settings(config: PreTrainedConfig, settings: Mapping[str, Any]) -> None:
+    """What transformers takes in silence: a key that nobody reads, no layer, and heads that can't share keys."""
+    defaults = type(config)()
+    for key in settings:
+        if key not in _FOLDED and not hasattr(defaults, key):
+            close = get_close_matches(key, defaults.to_dict(), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            warnings.warn(f"model.decoder.config: a {config.model_type} has no setting {key}{hint}", stacklevel=3)
+    if getattr(config, "num_hidden_layers", 1) < 1:
+        raise InputError(
+            f"model.decoder.config: expected num_hidden_layers of at least 1, got {config.num_hidden_layers}"
+        )
+    heads, shared = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        default = "" if "num_key_value_heads" in settings else f", the default of {config.model_type}"
+        raise InputError(
+            f"model.decoder.config: expected num_key_value_heads that divide the {heads} of num_attention_heads, got "
+            f"{shared}{default}"
+        )
 
 
 def _config_of(name: str, trust_remote_code: bool) -> PreTrainedConfig:
@@ -153,8 +183,12 @@ def build_decoder(
         return model
     try:
         return AutoModelForCausalLM.from_config(config, **kwargs)
-    except ValueError as error:  # an implementation that the architecture does not have, sizes that don't divide
-        raise InputError(f"model.decoder: {config.model_type}: {_one_line(error)}") from error
+    # An implementation that the architecture does not have, sizes that don't divide; wrong values raise what they like.
+    except Exception as error:
+        if out_of_memory(error) is not None:
+            raise
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise InputError(f"model.decoder: {config.model_type}: cannot be built: {kind}{_one_line(error)}") from error
 
 
 def load_exactly(model_class: Any, source: str | os.PathLike[str], where: str, **kwargs: Any) -> Any:

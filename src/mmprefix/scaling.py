@@ -18,7 +18,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mmprefix.accounting import Layout, ModelFlops, Record, trained_parts, typical_batch
+from mmprefix.accounting import (
+    Layout,
+    ModelFlops,
+    Record,
+    counted_without_values,
+    trained_parts,
+    typical_batch,
+)
 from mmprefix.errors import InputError
 from mmprefix.modeling import MMPrefixForConditionalGeneration
 from mmprefix.training.layers import layers_of
@@ -310,8 +317,13 @@ def computed_flops(
         batch_size: records.
         trained: which of `accounting.PARTS` learn.
         recomputes: shares of layers under activation checkpointing, see `accounting.ModelFlops.recomputed`.
+
+    Raises:
+        InputError: see `accounting.counted_without_values`.
     """
-    flops, batch = ModelFlops.of(model.config), typical_batch(model, record, batch_size)
+    with counted_without_values(model.decoder.config):
+        flops = ModelFlops.of(model.config)
+    batch = typical_batch(model, record, batch_size)
     return flops.step(batch, trained) + flops.recomputed(batch, trained, recomputes)
 
 

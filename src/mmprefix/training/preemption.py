@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from mmprefix.training.checkpoints import FILE_NAME, FOLDER
-from mmprefix.training.saving import AtomicCheckpointIO
+from mmprefix.training.saving import AtomicCheckpointIO, NewestAndBest
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_PREEMPTED = 75
@@ -102,16 +102,18 @@ class Preemption(Checkpoint):  # so that it comes after all other callbacks
         return known
 
     def _stop(self, trainer: pl.Trainer) -> None:
-        folder = next(
-            (c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath),
-            Path(trainer.default_root_dir) / FOLDER,
-        )
+        saves = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+        folder = saves[0].dirpath if saves else Path(trainer.default_root_dir) / FOLDER
+        assert folder is not None
         path = Path(folder) / f"{FILE_NAME.format(step=trainer.global_step)}.ckpt"
         io = _io(trainer)
         io.wait()
         trainer.strategy.barrier("checkpoints on their way")
         if not trainer.strategy.broadcast(path.exists()):  # it may have been due anyway
-            trainer.save_checkpoint(path)
+            if saves and isinstance(saves[0], NewestAndBest):
+                saves[0].save_now(trainer)
+            else:
+                trainer.save_checkpoint(path)
             io.wait()
         # The others go when the last is done.
         trainer.strategy.barrier("preemption")

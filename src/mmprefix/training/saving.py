@@ -74,10 +74,10 @@ class CheckpointArgs:
         for name, value in numbers.items():
             if value is not None and value < 1:
                 raise InputError(f"checkpoints.{name}: expected at least 1, got {value}")
-        return [_NewestAndBest(self, run_folder / FOLDER)]
+        return [NewestAndBest(self, run_folder / FOLDER)]
 
 
-class _NewestAndBest(ModelCheckpoint):
+class NewestAndBest(ModelCheckpoint):
     """Saves every so many steps and at the end of each epoch, also of those that are not validated; keeps the newest.
 
     The best by a metric are kept, too, in the same folder: most were saved anyway, and none is written twice. What validation
@@ -145,6 +145,15 @@ class _NewestAndBest(ModelCheckpoint):
         awaited, self._awaited = self._awaited, None
         if awaited is not None and awaited == self._last_global_step_saved:
             self._keep(trainer, f"{FILE_NAME.format(step=awaited)}.ckpt")
+
+    def save_now(self, trainer: pl.Trainer) -> None:
+        """One that isn't due. It is counted as any: the run that goes on from it knows what to delete."""
+        self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
+        """Lightning never removes the one that the run was resumed from: each resumption would leave one for ever."""
+        assert self.dirpath is not None
+        return previous != current and Path(self.dirpath).absolute() in Path(previous).absolute().parents
 
     def _value(self, trainer: pl.Trainer, metric: str) -> float | None:
         """The first process's value, so that all decide alike; None while a sanity check may not have come to it."""
