@@ -18,6 +18,7 @@ from mmprefix.accounting import (
     ModelFlops,
     Precision,
     Record,
+    counted_without_values,
     measured_peak_flops,
     meta_model,
 )
@@ -25,7 +26,8 @@ from mmprefix.cli import run
 from mmprefix.errors import InputError
 from mmprefix.loss import target_cross_entropy
 from mmprefix.packing import map_tensors
-from mmprefix.vision import VisionArgs
+from mmprefix.vision import ConnectorArgs, VisionArgs
+from tests.architectures import config_of
 from tests.conftest import TINY_DECODER, TINY_VISION, make_batch, make_model
 
 
@@ -65,6 +67,30 @@ def test_mixture_counts_active_experts_only():
     sizes = {**TINY_DECODER, "model_type": "mixtral", "num_local_experts": 8}
     one, two = (flops_of({**sizes, "num_experts_per_tok": n})[0].token for n in (1, 2))
     assert two - one == 2 * 2 * 3 * 64 * 96, "a gated expert has three matrices, in two layers"
+
+
+def test_connector_that_does_nothing_costs_nothing():
+    """All of an image in one token, before its projection: a view, on which there is nothing to count."""
+    whole = ConnectorArgs("pixel_shuffle", factor=2)
+    flops, model = flops_of(TINY_DECODER, vision=TINY_VISION, connector=whole)
+    assert model.num_image_tokens == 1
+    assert flops.connector == 2 * sum(p.numel() for p in model.connector.parameters() if p.ndim == 2)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_mixture_of_experts_is_estimated_in_any_precision(precision):
+    decoder = {**TINY_DECODER, "model_type": "mixtral", "num_local_experts": 4}
+    model, _ = make_model(decoder)
+    estimate = MemoryEstimate(meta_model(model.config).train(), Record(8, 4), Precision.from_name(precision))
+    assert estimate.total(2) > estimate.total(1) > 3 * estimate.weights
+
+
+def test_decoder_whose_shapes_depend_on_values_is_said_in_a_line():
+    with (
+        pytest.raises(InputError, match="a jamba's can't be counted: Tensor.item"),
+        counted_without_values(config_of("jamba")),
+    ):
+        torch.ones((), device="meta").item()
 
 
 def test_encoder_grows_with_its_image():

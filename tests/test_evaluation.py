@@ -1,10 +1,13 @@
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from mmprefix.errors import InputError
 from mmprefix.evaluation.pictures import Answer, Cell, draw_cells, to_image
 from mmprefix.evaluation.report import accuracy_table, gallery, page_scores, score_tables, write_predictions
 from mmprefix.evaluation.runner import Evaluation, score_predictions
@@ -135,11 +138,30 @@ def test_the_worst_and_the_best_are_shown_with_their_scores(photos):
 def test_what_the_sanity_check_skips_is_counted_once(tmp_path):
     """The records of the sanity check come again in the first validation."""
     report = BadSampleReport(str(tmp_path))
-    batch = SimpleNamespace(bad=[BadSample("s.tar", "k", "truncated")])
-    module = SimpleNamespace(log=lambda *_, **__: None)
+    batch = SimpleNamespace(bad=[BadSample("s.tar", "k", "truncated")], references=["another"])
+    module = SimpleNamespace(log=lambda *_, **__: None, device="cpu")
+    alone = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
     for sanity_checking in (True, False):
-        trainer = SimpleNamespace(sanity_checking=sanity_checking, current_epoch=0)
+        trainer = SimpleNamespace(sanity_checking=sanity_checking, current_epoch=0, strategy=alone)
         report.on_validation_batch_end(trainer, module, None, batch, 0)
         report.on_validation_epoch_end(trainer, module)
     (line,) = (tmp_path / "skipped.jsonl").read_text().splitlines()
     assert json.loads(line) == {"split": "val", "epoch": 0, "shard": "s.tar", "key": "k", "reason": "truncated"}
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_an_evaluation_with_nothing_usable_has_no_score(split, tmp_path):
+    """On all processes, if none of them had anything."""
+    module = SimpleNamespace(log=lambda *_, **__: None, device="cpu")
+    batch = SimpleNamespace(bad=[BadSample("s.tar", "k", "truncated")], references=[])
+    for elsewhere in (1.0, 0.0):
+        strategy = SimpleNamespace(reduce=lambda tensor, reduce_op, n=elsewhere: tensor + torch.tensor([2.0, n]))
+        trainer = SimpleNamespace(sanity_checking=False, current_epoch=0, strategy=strategy)
+        report = BadSampleReport(str(tmp_path))
+        getattr(report, f"on_{split}_batch_end")(trainer, module, None, batch, 0)
+        end = partial(getattr(report, f"on_{split}_epoch_end"), trainer, module)
+        if elsewhere:
+            end()
+        else:
+            with pytest.raises(InputError, match="expected images that can be decoded, all 3 were skipped"):
+                end()

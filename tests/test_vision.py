@@ -73,6 +73,12 @@ def test_specs_are_found_where_no_gradients_are_wanted(mode):
     assert without.unused
 
 
+def test_one_value_for_each_channel_is_enough_to_build():
+    """Batch norm wants more in training, which more than one picture, or frozen statistics, give."""
+    spec = resolve_vision(VisionArgs("resnet10t", image_size=32))
+    assert (spec.grid, spec.num_tokens) == ((1, 1), 1)
+
+
 def test_encoders_without_one_feature_map_are_refused():
     with pytest.raises(InputError, match="CoaT gives list, expected one feature map"):
         resolve_vision(VisionArgs("coat_tiny"))

@@ -121,7 +121,13 @@ class MMPrefixCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds what every run has: loggers, checkpoints, reports, in the run folder."""
         config = self._get(self.config_init, "trainer")
+        for name in ("accumulate_grad_batches", "log_every_n_steps", "check_val_every_n_epoch"):
+            value = getattr(config, name)
+            if value is not None and value < 1:
+                raise InputError(f"trainer.{name}: expected at least 1, got {value}")
         run_folder = Path(config.default_root_dir or "runs/latest")
+        if run_folder.exists() and not run_folder.is_dir():
+            raise InputError(f"trainer.default_root_dir: expected a folder, got the file {run_folder}")
         config.default_root_dir = str(run_folder)
         self.resume_from = self._resolve_checkpoint(run_folder)
         self.model.settings = self.parser.dump(self.config, skip_link_targets=False)
@@ -162,6 +168,17 @@ class MMPrefixCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError) as error:  # Lightning's own checks of its settings
             raise InputError(f"trainer: {error}") from error
+
+    def _set_seed(self) -> None:
+        """Lightning's, which checks it.
+
+        Raises:
+            InputError: none that its generators take.
+        """
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise InputError(f"seed_everything: {error}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would read hyper-parameters from the file, which ours don't have, before we can check it."""
@@ -380,6 +397,13 @@ def run(arguments: list[str]) -> int:
         return 1
     except UnicodeDecodeError as error:
         print(f"error: --config: expected a text file in UTF-8: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except ValueError as error:
+        if (
+            not str(error).strip().startswith("`val_check_interval`")
+        ):  # Lightning's check, once it knows the number of batches
+            raise
+        print(f"error: trainer: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except (RuntimeError, MemoryError) as error:
         reason = lost_process(error) or out_of_memory(error)

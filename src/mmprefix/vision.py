@@ -150,7 +150,8 @@ def resolve_vision(args: VisionArgs) -> VisionSpec:
         height, width = (side, side) if isinstance(side, int) else tuple(side)
     _check_size(args, model, pretrained_cfg, height, width)
     try:
-        features = model.forward_features(torch.empty(1, 3, height, width, device="meta"))
+        # In training, batch norm wants more than one value for each channel: more than one picture, where one gives one.
+        features = model.eval().forward_features(torch.empty(1, 3, height, width, device="meta"))
     except (RuntimeError, AssertionError, ValueError) as error:
         message = " ".join(str(error).split())
         raise InputError(f"model.vision: {args.name} does not take {height}x{width} images: {message}") from error
@@ -336,7 +337,9 @@ def build_connector(args: ConnectorArgs, spec: VisionSpec, decoder_width: int) -
     if args.kind != "pixel_shuffle":
         raise InputError(f"model.connector.kind: expected linear, mlp or pixel_shuffle, got {args.kind!r}")
     grid, f = spec.grid, args.factor
-    if grid is None or f < 1 or grid[0] % f or grid[1] % f:
+    if f < 1:
+        raise InputError(f"model.connector.factor: expected at least 1, got {f}")
+    if grid is None or grid[0] % f or grid[1] % f:
         raise InputError(
             f"model.connector: pixel_shuffle by {f} needs a token grid divisible by {f}, {spec.name} has {grid}"
         )

@@ -109,9 +109,9 @@ class BadSampleReport(pl.Callback):
 
     def __init__(self, folder: str) -> None:
         self.file = Path(folder) / "skipped.jsonl"
-        self._usable = 0
         # By split: validation runs inside a training epoch.
         self._bad: dict[str, list[BadSample]] = {"train": [], "val": [], "test": [], "predict": []}
+        self._usable = dict.fromkeys(self._bad, 0)
 
     def _report(self, trainer: pl.Trainer, split: str) -> None:
         bad, self._bad[split] = self._bad[split], []
@@ -128,6 +128,28 @@ class BadSampleReport(pl.Callback):
                 where = {"split": split, "epoch": trainer.current_epoch, "shard": one.shard, "key": one.key}
                 file.write(json.dumps({**where, "reason": one.reason}, ensure_ascii=False) + "\n")
 
+    def _collect(self, split: str, batch: Any) -> None:
+        self._bad[split].extend(batch.bad)
+        self._usable[split] += len(batch.references)
+
+    def _nothing_usable(self, split: str, number: int) -> InputError:
+        return InputError(f"data.{split}: expected images that can be decoded, all {number} were skipped: {self.file}")
+
+    def _report_all(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
+        """Reports an evaluation.
+
+        Raises:
+            InputError: no process had anything to evaluate; on all of them.
+        """
+        counts = torch.tensor(
+            [len(self._bad[split]), self._usable[split]], dtype=torch.float32, device=pl_module.device
+        )
+        self._report(trainer, split)
+        self._usable[split] = 0
+        bad, usable = (float(n) for n in trainer.strategy.reduce(counts, reduce_op="sum"))
+        if bad and not usable:
+            raise self._nothing_usable(split, int(bad))
+
     def _log(self, pl_module: pl.LightningModule, split: str) -> None:
         pl_module.log(f"{split}/bad_samples", float(len(self._bad[split])), reduce_fx="sum", sync_dist=True)
 
@@ -136,39 +158,39 @@ class BadSampleReport(pl.Callback):
     ) -> None:
         """Collects."""
         self._bad["train"].extend(batch.bad)
-        self._usable += batch.num_samples
+        self._usable["train"] += batch.num_samples
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports; an epoch of which nothing was usable ends the run, before a checkpoint is made of it."""
-        number, usable = len(self._bad["train"]), self._usable
-        self._usable = 0
+        number, usable = len(self._bad["train"]), self._usable["train"]
+        self._usable["train"] = 0
         self._log(pl_module, "train")
         self._report(trainer, "train")
         if number and not usable:
-            raise InputError(f"data.train: expected images that can be decoded, all {number} were skipped: {self.file}")
+            raise self._nothing_usable("train", number)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
         """Collects; the same records come again after the sanity check."""
         if not trainer.sanity_checking:
-            self._bad["val"].extend(batch.bad)
+            self._collect("val", batch)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Reports."""
+        """Reports; with nothing usable, there is no score."""
         self._log(pl_module, "val")
-        self._report(trainer, "val")
+        self._report_all(trainer, pl_module, "val")
 
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
         """Collects."""
-        self._bad["test"].extend(batch.bad)
+        self._collect("test", batch)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Reports."""
+        """Reports; with nothing usable, there is no score."""
         self._log(pl_module, "test")
-        self._report(trainer, "test")
+        self._report_all(trainer, pl_module, "test")
 
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *indices: int
