@@ -165,3 +165,12 @@ def test_an_evaluation_with_nothing_usable_has_no_score(split, tmp_path):
         else:
             with pytest.raises(InputError, match="expected images that can be decoded, all 3 were skipped"):
                 end()
+
+
+def test_samples_that_share_an_id_are_scored_each_and_named():
+    shared = [(Reference("z", f"{n}", "", "what?", ("yes",), (n, 0)), said) for n, said in enumerate(("yes", "no"))]
+    with pytest.warns(
+        UserWarning, match=r"2 samples share an id with another, z \(record 0, sample 0\) the first; each"
+    ):
+        (scored,) = score_predictions(shared, {}, PYTHON, intervals=False).values()
+    assert sorted(scored.items) == ["z (record 0, sample 0)", "z (record 1, sample 0)"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,7 +93,8 @@ def score_predictions(
 ) -> dict[str, Scored]:
     """Scores of each set, by its task.
 
-    Items are known by their sample's id; where several samples of a set share one, by their place, too: each of them counts.
+    Items are known by their sample's id; where several samples of a set share one, by their place, too: each of them counts,
+    and a warning names one: runs can't be compared sample by sample, and the same shard may have come twice.
 
     Args:
         predictions: of the whole split.
@@ -108,6 +110,12 @@ def score_predictions(
         if not all(reference.references for reference, _ in members):
             continue
         names = item_names(members)
+        if renamed := [item for item, (r, _) in zip(names, members, strict=True) if item != r.id]:
+            of_set = f" of {name}" if name else ""
+            warnings.warn(
+                f"{len(renamed)} samples{of_set} share an id with another, {renamed[0]} the first; each is scored",
+                stacklevel=2,
+            )
         said = dict(zip(names, (text for _, text in members), strict=True))
         known = {
             item: AnswerReference(reference.references, reference.image_id, (("kind", reference.kind),))
