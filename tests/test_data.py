@@ -150,6 +150,11 @@ def test_patterns(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="none match"):
         names(str(tmp_path / "empty"))
+    with pytest.raises(InputError, match="data.train: expected each shard once, got .*a-1.tar twice"):
+        names([str(tmp_path), str(tmp_path / "a-1.tar")])
+    for nothing in ("", []):
+        with pytest.raises(InputError, match="data.train: expected the path of shards, got ..$"):
+            names(nothing)
 
 
 def tar_of(path, members):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -58,9 +59,11 @@ def expand_shards(pattern: str | Sequence[str], what: str, *, pipes: bool = Fals
         pipes: whether ``pipe:COMMAND`` may stand among them.
 
     Raises:
-        InputError: a folder or file that is missing, or a pattern without a match.
+        InputError: a folder or file that is missing, a pattern without a match, no pattern, or a shard that comes twice.
     """
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    if not all(patterns) or not patterns:
+        raise InputError(f"{what}: expected the path of shards, got {pattern!r}")
     paths: list[str] = []
     for entry in patterns:
         try:
@@ -88,6 +91,9 @@ def expand_shards(pattern: str | Sequence[str], what: str, *, pipes: bool = Fals
                     f"{what}: expected shards at {expanded}, none match ({folder} holds {tars} .tar files)"
                 )
             paths += matches
+    twice = [path for path, number in Counter(paths).items() if number > 1 and not path.startswith(PIPE)]
+    if twice:
+        raise InputError(f"{what}: expected each shard once, got {twice[0]} twice")
     return paths
 
 
