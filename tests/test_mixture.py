@@ -50,7 +50,7 @@ def test_settings_that_exclude_each_other_are_refused():
     with pytest.raises(InputError, match="expected one of weights, sizes and data.mixture.temperature, got several"):
         quotas_of([1, 2], weights=[1, 1], temperature=2.0)
     with pytest.raises(InputError, match="temperature: expected a number above 0, got 0"):
-        quotas_of([1, 2], temperature=0.0)
+        MixtureArgs(temperature=0.0).check()
     with pytest.raises(InputError, match="expected an epoch of at most 2"):
         quotas_of([1, 10**12], weights=[1, 1], stopping_strategy="all_exhausted")
 

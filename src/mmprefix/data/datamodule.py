@@ -184,6 +184,11 @@ class ShardDataModule(pl.LightningDataModule):
         ):
             if value < least:
                 raise InputError(f"data.{name}: expected at least {least}, got {value}")
+        if max_target_tokens is not None and max_target_tokens < 1:
+            raise InputError(f"data.max_target_tokens: expected at least 1, or null, got {max_target_tokens}")
+        if augmentation is not None:
+            augmentation.check()
+        mixture.check()
         self.processor: SampleProcessor | None = processor  # Any above: the command line checks types of its own
         self.patterns: dict[str, Shards] = {"train": train, "val": val, "test": test, "predict": predict}
         self.builtin = dataset if train is None else None

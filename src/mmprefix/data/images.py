@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Generator, Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from mmprefix.errors import InputError
 from mmprefix.vision import as_levels
 
 
@@ -77,16 +78,31 @@ class RandomAffine:
     """Random rotation, shift, scale and shear of training images; the image's border colour fills the corners.
 
     Attributes:
-        degrees: rotation, uniform in [-degrees, degrees].
-        translate: shift along each axis, uniform in [-translate, translate], as a share of the side.
-        scale: zoom, uniform in [1 - scale, 1 + scale].
-        shear: horizontal shear, uniform in [-shear, shear] degrees.
+        degrees: rotation, uniform in [-degrees, degrees]; at most 180.
+        translate: shift along each axis, uniform in [-translate, translate], as a share of the side; at most 1.
+        scale: zoom, uniform in [1 - scale, 1 + scale]; below 1.
+        shear: horizontal shear, uniform in [-shear, shear] degrees; below 90.
     """
 
     degrees: float = 0.0
     translate: float = 0.0
     scale: float = 0.0
     shear: float = 0.0
+
+    def check(self) -> None:
+        """Refuses what is no such transform.
+
+        Raises:
+            InputError: naming the setting.
+        """
+        for name, value, fits, bound in (
+            ("degrees", self.degrees, self.degrees <= 180, "at most 180"),
+            ("translate", self.translate, self.translate <= 1, "at most 1"),
+            ("scale", self.scale, self.scale < 1, "below 1"),
+            ("shear", self.shear, self.shear < 90, "below 90"),
+        ):
+            if not (fits and value >= 0):
+                raise InputError(f"data.augmentation.{name}: expected at least 0 and {bound}, got {value}")
 
     def __call__(self, image: Image.Image, generator: Generator) -> Image.Image:
         """Same size and mode out; all randomness comes from the generator."""

@@ -57,6 +57,15 @@ class MixtureArgs:
     temperature: float | None = None
     stopping_strategy: StoppingStrategy = "first_exhausted"
 
+    def check(self) -> None:
+        """Refuses what gives no shares.
+
+        Raises:
+            InputError: a temperature that isn't above 0.
+        """
+        if self.temperature is not None and not 0 < self.temperature < np.inf:
+            raise InputError(f"data.mixture.temperature: expected a number above 0, got {self.temperature}")
+
 
 def parse_sets(value: Any, what: str, *, trains: bool) -> tuple[SetArgs, ...]:
     """A split's setting -> its sets.
@@ -150,14 +159,12 @@ def quotas(sets: Sequence[SetArgs], sizes: Sequence[int], mixture: MixtureArgs) 
         mixture: see there.
 
     Raises:
-        InputError: more than one of weights, sizes and a temperature, or a temperature that isn't above 0.
+        InputError: more than one of weights, sizes and a temperature.
     """
     weighted, sized = any(s.weight is not None for s in sets), any(s.size is not None for s in sets)
     temperature = mixture.temperature
     if weighted + sized + (temperature is not None) > 1:
         raise InputError("data.mixture: expected one of weights, sizes and data.mixture.temperature, got several")
-    if temperature is not None and not 0 < temperature < np.inf:
-        raise InputError(f"data.mixture.temperature: expected a number above 0, got {temperature}")
     if temperature is not None:
         largest = max(sizes)  # ratios to it: powers of large numbers would overflow for small temperatures
         shares = [(size / largest) ** (1 / temperature) for size in sizes]
