@@ -246,6 +246,9 @@ def work(cases: list[str], out: Path) -> None:
     if dist.get_rank() == 0:
         out.write_text(json.dumps(rows))
     dist.destroy_process_group()
+    # Not as Python ends: once in a while a thread of torch's still runs then, and takes the process down with it.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -286,11 +286,16 @@ def test_killed_and_interrupted_runs_resume_to_the_same_weights(config, tmp_path
     folder = tmp_path / "broken"
     command = [sys.executable, "-m", "mmprefix", "fit", *settings, "--trainer.default_root_dir", folder]
     process = subprocess.Popen(
-        list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        list(map(str, command)), env={**ENVIRONMENT, "PYTHONFAULTHANDLER": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
     wait_for(folder / "checkpoints" / "step=00000008.ckpt", process)
     process.send_signal(signal_number)
-    output = process.communicate(timeout=60)[0].decode()
+    try:
+        output = process.communicate(timeout=120)[0].decode()
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # says where it stands
+        pytest.fail(f"does not end:\n{process.communicate(timeout=60)[0].decode()}")
     if signal_number != signal.SIGKILL:
         assert process.returncode == (128 + signal.SIGINT if signal_number == signal.SIGINT else EXIT_PREEMPTED), output
         assert "go on with --ckpt_path last" in output
