@@ -69,8 +69,8 @@ def test_mixture_counts_active_experts_only():
     assert two - one == 2 * 2 * 3 * 64 * 96, "a gated expert has three matrices, in two layers"
 
 
-def test_connector_that_does_nothing_costs_nothing():
-    """All of an image in one token, before its projection: a view, on which there is nothing to count."""
+def test_connector_that_begins_with_views_is_counted():
+    """All of an image in one token: before its projection, only the shape changes."""
     whole = ConnectorArgs("pixel_shuffle", factor=2)
     flops, model = flops_of(TINY_DECODER, vision=TINY_VISION, connector=whole)
     assert model.num_image_tokens == 1

@@ -119,9 +119,8 @@ class ModelFlops:
         pixels = torch.empty(1, 3, height, width, dtype=torch.bfloat16, device="meta")
         vision = _flops(lambda: model.vision(pixels))
         vision_pairs = _flops(lambda: model.vision(pixels), weights=False)
-        with (
-            torch.no_grad()
-        ):  # the connector may do nothing but look at them in another shape, for which `_flops` has no gradients
+        # With gradients, a connector that begins with views of them would fail in `_flops`, which has none.
+        with torch.no_grad():
             features = model.vision(pixels)
         connector = _flops(lambda: model.connector(features))
         # A pass over T tokens costs token * T + pair * T^2: two lengths tell the two apart, whatever the layers are.
@@ -264,9 +263,6 @@ def measured_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float
 # Memory
 
 
-_GROUPED_MM = {torch.ops.aten._grouped_mm.default}
-
-
 def _grouped_mm(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """As the operator; in float32, too, of tensors without data, whose shapes torch 2.14 gives in half precision only."""
     if not isinstance(a, FakeTensor) or a.dtype != torch.float32:
@@ -320,7 +316,8 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 self.count(tensor, "before", 0.0)  # known already, unless it is older than the block
-        outputs = _grouped_mm(*args, **(kwargs or {})) if func in _GROUPED_MM else func(*args, **(kwargs or {}))
+        run = _grouped_mm if func is torch.ops.aten._grouped_mm.default else func
+        outputs = run(*args, **(kwargs or {}))
         for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor):
                 self.count(tensor, self.kind_of(tensor))
