@@ -427,35 +427,43 @@ def _pieces(starts_q: tuple[int, ...], starts_k: tuple[int, ...], causal: bool, 
 # One view for each tensor of each piece: with some ten operations in its place, short blocks wait for Python.
 
 
-def _queries_of(x: Tensor, piece: _Piece, heads: int) -> Tensor:
-    """A view of a piece's queries in ``[Q, H, D]``, contiguous, by the heads that they share keys with.
+class _View(NamedTuple):
+    """A piece of any contiguous tensor of one shape, by the arguments of `Tensor.as_strided`."""
 
-    ``[n, G, L * (H / G), D]`` where all heads share one or none do, so that a view can have it, otherwise
-    ``[n, G, L, H / G, D]``.
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """The tensor may itself be a slice."""
+        return x.as_strided(self.shape, self.stride, x.storage_offset() + self.offset)
+
+
+def _view_of_queries(piece: _Piece, heads: int, groups: int, size: int, parts: int = 1) -> _View:
+    """A piece's queries in ``[Q, H, D]``, by the heads that they share keys with.
+
+    ``[n, G, L, D]`` where none share any, ``[n, parts, L * H / parts, D]`` where all do, so that heads become one's
+    queries, which can be cut; otherwise ``[n, G, L, H / G, D]``.
     """
-    _, all_heads, size = x.shape
-    row, groups = all_heads * size, all_heads // heads
-    offset, step = x.storage_offset() + piece.query * row, piece.query_step * row
+    row = heads * groups * size
+    step, offset = piece.query_step * row, piece.query * row
     if heads == 1:
-        return x.as_strided((piece.n, 1, piece.rows * groups, size), (step, row, size, 1), offset)
+        rows = piece.rows * groups // parts
+        return _View((piece.n, parts, rows, size), (step, rows * size, size, 1), offset)
     if groups == 1:
-        return x.as_strided((piece.n, heads, piece.rows, size), (step, size, row, 1), offset)
-    shape = (piece.n, heads, piece.rows, groups, size)
-    return x.as_strided(shape, (step, groups * size, row, size, 1), offset)
+        return _View((piece.n, heads, piece.rows, size), (step, size, row, 1), offset)
+    return _View((piece.n, heads, piece.rows, groups, size), (step, groups * size, row, size, 1), offset)
 
 
-def _fold(x: Tensor, piece: _Piece, heads: int) -> Tensor:
-    """A piece's queries of ``[Q, H, D]`` -> ``[n, G, L * (H / G), D]``: heads that share keys become one's queries."""
-    view = _queries_of(x, piece, heads)
-    return view if view.dim() == 4 else view.flatten(2, 3)
-
-
-def _keys_of(x: Tensor, piece: _Piece) -> Tensor:
-    """A view of a piece's keys or values in ``[K, G, D]``, contiguous: ``[n, G, L, D]``."""
-    _, heads, size = x.shape
+def _view_of_keys(piece: _Piece, heads: int, size: int) -> _View:
+    """A piece's keys or values in ``[K, G, D]``: ``[n, G, L, D]``."""
     row = heads * size
-    offset = x.storage_offset() + piece.key * row
-    return x.as_strided((piece.n, heads, piece.seen, size), (piece.key_step * row, size, row, 1), offset)
+    return _View((piece.n, heads, piece.seen, size), (piece.key_step * row, size, row, 1), piece.key * row)
+
+
+def _fold(x: Tensor, heads: int) -> Tensor:
+    """`_view_of_queries` -> ``[n, heads, L * H / heads, D]``: a copy where a view can't have it."""
+    return x if x.dim() == 4 and x.shape[1] == heads else x.reshape(x.shape[0], heads, -1, x.shape[-1])
 
 
 def _make_bias(
@@ -516,18 +524,32 @@ def _cpu_forward(
     done = lse.storage_offset()
     pieces, other_queries, _ = _pieces_of(call, query, key)
     for piece in pieces:
-        q = _fold(query, piece, heads)
+        keys = _view_of_keys(piece, heads, kernel_size)
         o, piece_lse = _cpu_kernel(
-            q, _keys_of(key, piece), _keys_of(value, piece),
-            attn_mask=_bias(piece, groups, how, q.dtype) if call.causal else None, scale=how.scale,
+            _fold(_view_of_queries(piece, heads, groups, kernel_size).of(query), heads), keys.of(key), keys.of(value),
+            attn_mask=_bias(piece, groups, how, query.dtype) if call.causal else None, scale=how.scale,
         )  # fmt: skip
-        place = _queries_of(out, piece, heads)
+        place = _view_of_queries(piece, heads, groups, size).of(out)
         place.copy_((o if kernel_size == size else o[..., :size]).view(place.shape))
         n, _, rows = piece_lse.shape
         lse.as_strided(piece_lse.shape, (heads * rows, rows, 1), done).copy_(piece_lse)
         done += n * heads * rows
     for rest in other_queries:
         out[rest].zero_()
+
+
+def _add_up(parts: Sequence[Tensor], total: Tensor, is_first: bool) -> None:
+    """Writes the sum of some tensors, or adds it to what is there. Half precision would round each sum: once only."""
+    if len(parts) > 2 and total.dtype.itemsize < 4:
+        parts = (torch.stack(tuple(parts)).sum(0),)  # in float32
+    if is_first and len(parts) > 1:
+        first, second, *parts = parts
+        torch.add(first, second, out=total)
+    elif is_first:
+        first, *parts = parts
+        total.copy_(first)
+    for part in parts:
+        total += part
 
 
 def _cpu_backward(
@@ -542,37 +564,27 @@ def _cpu_backward(
     done = lse.storage_offset()
     pieces, other_queries, other_keys = _pieces_of(call, query, key)
     for piece in pieces:
-        q, o, g = (_fold(x, piece, heads) for x in (query, out, grad))
-        k, v = _keys_of(key, piece), _keys_of(value, piece)
-        n, rows = piece.n, q.shape[2]
-        piece_lse = lse.as_strided((n, heads, rows), (heads * rows, rows, 1), done)
+        n, rows = piece.n, piece.rows * groups
+        parts = _spread(n, heads, rows)
+        queries = _view_of_queries(piece, heads, groups, kernel_size, parts)
+        keys = _view_of_keys(piece, heads, kernel_size)
+        q, o, g = (_fold(queries.of(x), heads * parts) for x in (query, out, grad))
+        k, v = keys.of(key), keys.of(value)
+        piece_lse = lse.as_strided((n, heads * parts, rows // parts), (heads * rows, rows // parts, 1), done)
         done += n * heads * rows
         bias = _bias(piece, groups, how, q.dtype) if call.causal else None
-        parts = _spread(n, heads, rows)
         if parts > 1:
-            q, o, g = (x.reshape(n, heads * parts, rows // parts, kernel_size) for x in (q, o, g))
-            k, v = (x.unsqueeze(2).expand(-1, -1, parts, -1, -1).flatten(1, 2) for x in (k, v))
-            piece_lse = piece_lse.view(n, heads * parts, rows // parts)
+            k, v = (x.expand(-1, parts, -1, -1) if heads == 1 else x.repeat_interleave(parts, 1) for x in (k, v))
             if bias is not None:
-                bias = bias.reshape(1, 1, parts, rows // parts, -1).expand(-1, heads, -1, -1, -1).flatten(1, 2)
+                bias = bias.view(1, parts, rows // parts, -1)
+                bias = bias if heads == 1 else bias.repeat(1, heads, 1, 1)
         dq, dk, dv = _cpu_kernel_backward(g, q, k, v, o, piece_lse, 0.0, False, attn_mask=bias, scale=how.scale)
-        dq = dq if kernel_size == query_size else dq[..., :query_size]
-        place = _queries_of(d_query, piece, heads)
-        if parts > 1 and heads == 1:
-            place = place.view(dq.shape)
-        elif parts > 1:
-            dq = dq.reshape(n, heads, rows, query_size)
-        place.copy_(dq.view(place.shape))
+        place = _view_of_queries(piece, heads, groups, query_size, parts).of(d_query)
+        place.copy_((dq if kernel_size == query_size else dq[..., :query_size]).reshape(place.shape))
         for total, d in ((d_key, dk), (d_value, dv)):
+            seen = _view_of_keys(piece, heads, total.shape[-1]).of(total)
             d = d if d.shape[-1] == total.shape[-1] else d[..., : total.shape[-1]]
-            seen = _keys_of(total, piece)
-            split = d.unflatten(1, (heads, parts)) if parts > 1 else d.unsqueeze(2)
-            # Half precision would round each sum, and `sum` adds up in float32; otherwise it is the slower way.
-            for number, part in enumerate((split.sum(2),) if parts > 2 and d.dtype.itemsize < 4 else split.unbind(2)):
-                if piece.is_first and not number:
-                    seen.copy_(part)
-                else:
-                    seen += part
+            _add_up((d,) if parts == 1 else d.unflatten(1, (heads, parts)).unbind(2), seen, piece.is_first)
     for total, others in ((d_query, other_queries), (d_key, other_keys), (d_value, other_keys)):
         for rest in others:
             total[rest].zero_()
