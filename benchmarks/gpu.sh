@@ -47,7 +47,7 @@ full=(--sizes 3b --dtypes bfloat16)
 measure 225 train_step train_step "${full[@]}" --vocabs 257152 --cases questions single captions --repeats 3 --compile --recompute elementwise
 measure 60 decode decode "${full[@]}" --vocabs 257152 --repeats 3
 # FlexAttention is compiled for each shape and rule, which takes most of the time.
-measure 25 attention attention --lengths 2048 --repeats 5 --no-flex
+measure 30 attention attention --lengths 256 2048 --repeats 5 --no-flex
 measure 50 attention_flex attention --lengths 16384 --shapes 8/1/256 --repeats 3
 measure 75 utilization utilization "${full[@]}" --vocabs 257152 --images 16 32 --cases captions single --repeats 3 --compile
 measure 35 scaling scaling "${full[@]}" --vocabs 32768 257152 --cases tokens targets --repeats 3

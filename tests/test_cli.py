@@ -141,6 +141,37 @@ def test_unknown_keys_are_refused_with_the_nearest(config, capfd, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"data": {"batch_size": "many"}}, "data.batch_size: expected a whole number, got many"),
+        ({"data": {"batch_size": [1, 2]}}, "data.batch_size: expected a whole number, got [1, 2]"),
+        ({"data": {"batch_size": None}}, "data.batch_size: expected a value, got null; without the line it is 32, the default"),
+        ({"data": {"train": 5}}, "data.train: expected text, a list, a mapping or null, got 5"),
+        ({"model": {"prefix_visibility": "all"}}, "model.prefix_visibility: expected full, nested, causal or null, got all"),
+        ({"model": {"train_vision": {"lr": "fast"}}}, "model.train_vision.lr: expected a number or null, got fast"),
+        ({"model": {"decoder": 3}}, "model.decoder: expected a mapping, got 3"),
+        ({"checkpoints": None}, "checkpoints: expected a mapping, got null"),
+        ({"hang_timeout_minutes": -1}, "hang_timeout_minutes: expected a number of at least 0, got -1"),
+        ({"resume": "maybe"}, "resume: expected optional or required, got maybe"),
+        ({"trainer": {"limit_train_batches": 0}}, "trainer.limit_train_batches: expected more than 0, got 0"),
+        (
+            {"model": {"train_vision": {"unfreeze_at_step": -3}}},
+            "model.train_vision.unfreeze_at_step: expected at least 0, got -3",
+        ),
+    ],
+)  # fmt: skip
+def test_values_of_a_wrong_type_are_refused_in_plain_words(content, message, config, capfd, tmp_path):
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump(content))
+    assert error_of(capfd, "fit", "--config", config, "--config", wrong) == (2, f"error: {message}")
+
+
+def test_a_message_that_is_not_understood_stays_as_it_is():
+    text = "Parser key \"x\": Expected a <class 'some.Thing'>. Got value: 3"
+    assert cli._plain(text) == text
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         (["--data.train", "/nowhere/x-*.tar"], "data.train: expected shards at /nowhere/x-*.tar, the folder /nowhere does not exist"),

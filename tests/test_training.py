@@ -153,6 +153,42 @@ def test_a_second_run_keeps_the_first(fit):
     assert (folder / "metrics.csv").is_file()
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trainer__val_check_interval": 5000}, "error: trainer: `val_check_interval` (5000) must be"),
+        ({"data__max_tokens": 1}, "error: data.max_tokens: expected items of at most 1 tokens, got one of "),
+        (
+            {f"model__train_{part}__freeze": True for part in ("vision", "connector", "decoder")},
+            "error: model: expected a part that learns",
+        ),
+    ],
+    ids=["interval", "max_tokens", "frozen"],
+)
+def test_a_run_that_is_refused_leaves_the_folder_as_it_was(settings, message, fit):
+    """Also where only Lightning's loop finds out, after the earlier run was moved away."""
+    status, text, folder = fit(trainer__max_epochs=1, **settings)
+    assert status == 2
+    assert message in text
+    assert not folder.exists()
+    _, _, folder = fit(trainer__max_epochs=1)
+    first = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    status, text, _ = fit(trainer__max_epochs=1, **settings)
+    assert status == 2
+    assert f"{folder} holds the earlier run again" in text
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == first
+    assert not folder.with_name("run.1").exists()
+
+
+def test_a_run_that_fails_after_its_first_step_keeps_what_it_wrote(fit, monkeypatch):
+    _, _, folder = fit(trainer__max_epochs=1)
+    monkeypatch.setattr(MMPrefixModule, "on_train_end", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(trainer__max_epochs=1)
+    assert (folder / "metrics.csv").is_file()
+    assert (folder.with_name("run.1") / "metrics.csv").is_file()
+
+
 def test_same_seed_same_weights_other_seed_others(fit):
     folders = [fit(f"seed{n}", seed_everything=seed, trainer__max_epochs=1)[2] for n, seed in enumerate((0, 0, 1))]
     assert_same(weights(folders[0]), weights(folders[1]))

@@ -7,16 +7,19 @@ renamed first.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeFloat
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -65,6 +68,56 @@ EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
 
+_WORDS = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "dict": "a mapping",
+    "list": "a list", "NoneType": "null", "NonNegativeInt": "a whole number of at least 0",
+    "PositiveInt": "a whole number of at least 1", "NonNegativeFloat": "a number of at least 0",
+    "PositiveFloat": "a number above 0",
+}  # fmt: skip
+_TYPE = re.compile(
+    r"<class '(?:[\w.]+\.)?(?P<name>\w+)'>|(?:typing\.)?Literal\[(?P<choices>[^]]*)\]|(?P<of>dict|list)(?:\[[^\[\]]*\])?"
+)
+_WRONG_VALUE = (
+    re.compile(r'Parser key "(?P<key>[\w.]+)": Expected an? (?P<types>.+?)\. Got value: (?P<value>.*)'),
+    re.compile(
+        r'Parser key "(?P<key>[\w.]+)": Does not validate against any of the Union subtypes Subtypes: '
+        r"\[(?P<types>.+?)\] Errors: .*? Given value type: .*? Given value: (?P<value>.*)"
+    ),
+    re.compile(r'Parser key "(?P<key>[\w.]+)": Not of type (?P<word>\w+): (?P<value>.*) does not conform to .*'),
+)
+
+
+def _plain(text: str) -> str:
+    """The parser's message about a value of the wrong type, without Python's names; any other as it is."""
+    for pattern in _WRONG_VALUE:
+        if (found := pattern.fullmatch(text)) is None:
+            continue
+        parts = found.groupdict()
+        words: list[str] = []
+        if "word" in parts:
+            kinds, rest = [parts["word"]], ""
+        else:
+            kinds, rest = [], _TYPE.sub("", parts["types"])
+            for match in _TYPE.finditer(parts["types"]):
+                if match["choices"] is not None:
+                    words += re.findall(r"[\w.+-]+", match["choices"])
+                else:
+                    kinds.append(match["name"] or match["of"])
+        if rest.strip(" ,") or not set(kinds) <= _WORDS.keys():
+            return text
+        # null last, each once: of one setting, `16` may be a number and a text.
+        words += [_WORDS[kind] for kind in sorted(kinds, key=lambda kind: kind == "NoneType")]
+        *first, last = dict.fromkeys(words)
+        expected = f"{', '.join(first)} or {last}" if first else last
+        return f"{parts['key']}: expected {expected}, got {parts['value']}"
+    return text
+
+
+def _in_config(value: Any) -> str:
+    """As a config file has it."""
+    return json.dumps(value, default=str)
+
+
 class OneLineParser(LightningArgumentParser):
     """Errors in one line, with the nearest valid key, in place of the usage of 200 options."""
 
@@ -74,7 +127,7 @@ class OneLineParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Prints ``error: ...`` and exits with status 2."""
-        text = " ".join(str(message).split())
+        text = _plain(" ".join(str(message).split()))
         unknown = re.search(
             r"unrecognized arguments: -*([\w.]+)|does not accept (?:option|nested key) '([\w.]+)'", text
         )
@@ -94,8 +147,31 @@ class OneLineParser(LightningArgumentParser):
         return sorted(keys)
 
 
+def _refuse_untyped(parser: LightningArgumentParser, settings: Namespace) -> None:
+    """Ends with one line for what the parser takes for every type: null, and anything in place of a group of settings."""
+    actions = [action for action in parser._actions if not action.dest.endswith(".help")]
+    groups = {action.dest[:end] for action in actions for end, sign in enumerate(action.dest) if sign == "."}
+    for group in sorted(groups):
+        if group in settings and not isinstance(settings[group], Namespace):
+            parser.error(f"{group}: expected a mapping, got {_in_config(settings[group])}")
+    for action in actions:
+        takes_null = action.default is None or type(None) in get_args(getattr(action, "_typehint", None))
+        if not takes_null and action.dest in settings and settings[action.dest] is None:
+            default = _in_config(action.default)
+            parser.error(f"{action.dest}: expected a value, got null; without the line it is {default}, the default")
+
+
+_MADE_BEFORE_TRAINING = {"config.yaml", "tensorboard"}
+"""In a run folder. TensorBoard has nothing before the first step that `metrics.csv` hasn't."""
+
+
 class MMPrefixCLI(LightningCLI):
     """fit, validate, test and predict."""
+
+    _began_in: Path | None = None
+    """The folder of a new run, once there is room for it; on rank 0."""
+    _kept: Path | None = None
+    """Where the run is now that was there before."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One seed for everything; the data gets the model's processor."""
@@ -117,6 +193,10 @@ class MMPrefixCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """As Lightning's, but that `--trainer.strategy fsdp2` may have settings beside it."""
         super().parse_arguments(parser, _with_class(args))
+        name = self.config["subcommand"]
+        for action in parser._actions:
+            if isinstance(action.choices, dict):
+                _refuse_untyped(action.choices[name], self.config[name])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds what every run has: loggers, checkpoints, reports, in the run folder."""
@@ -125,6 +205,8 @@ class MMPrefixCLI(LightningCLI):
             value = getattr(config, name)
             if value is not None and value < 1:
                 raise InputError(f"trainer.{name}: expected at least 1, got {value}")
+        if self.subcommand == "fit" and config.limit_train_batches == 0:
+            raise InputError("trainer.limit_train_batches: expected more than 0, got 0")
         run_folder = Path(config.default_root_dir or "runs/latest")
         if run_folder.exists() and not run_folder.is_dir():
             raise InputError(f"trainer.default_root_dir: expected a folder, got the file {run_folder}")
@@ -227,13 +309,28 @@ class MMPrefixCLI(LightningCLI):
             return
         run_folder = Path(self.trainer.default_root_dir)
         if self.resume_from is None:
-            if (kept := set_aside(run_folder)) is not None:
-                print(f"{run_folder} holds an earlier run: kept as {kept}")
+            self._began_in = run_folder
+            self._kept = set_aside(run_folder)
+            if self._kept is not None:
+                print(f"{run_folder} holds an earlier run: kept as {self._kept}")
             return
         remove_leftovers(run_folder)
         drop_rows_after(run_folder / "metrics.csv", self.resume_step)
         for left in set_aside_newer(self.resume_from):
             print(f"a later checkpoint is kept as {left}")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Lightning's, but that a run which fails before its first step leaves the run folder as it was."""
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception:
+            folder = self._began_in
+            if folder and folder.is_dir() and {path.name for path in folder.iterdir()} <= _MADE_BEFORE_TRAINING:
+                shutil.rmtree(folder)
+                if self._kept is not None:
+                    self._kept.rename(folder)
+                    print(f"{folder} holds the earlier run again", flush=True)
+            raise
 
     def after_fit(self) -> None:
         """Scores the test split (validation where there is none) with the last weights, and exports the model."""

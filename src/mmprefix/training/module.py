@@ -259,6 +259,11 @@ class MMPrefixModule(pl.LightningModule):
         self.optimizer_args = optimizer
         self.guard_args, self._guard = guard, Guard()
         self.part_args = dict(zip(PARTS, (train_vision, train_connector, train_decoder), strict=True))
+        for name, part in self.part_args.items():
+            if part.unfreeze_at_step is not None and part.unfreeze_at_step < 0:
+                raise InputError(
+                    f"model.train_{name}.unfreeze_at_step: expected at least 0, got {part.unfreeze_at_step}"
+                )
         self._add_adapters(decoder)
         self.num_beams, self.sampling = num_beams, sampling
         self.settings = ""
