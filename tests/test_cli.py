@@ -166,6 +166,29 @@ def test_values_of_a_wrong_type_are_refused_in_plain_words(content, message, con
     assert error_of(capfd, "fit", "--config", config, "--config", wrong) == (2, f"error: {message}")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "--runn", "x"], "report: unrecognized arguments: --runn; did you mean --run?"),
+        (["report", "--xyz=1"], "report: unrecognized arguments: --xyz"),
+        (["prepare", "folder", "--image", "x"], "prepare: unrecognized arguments: --image; did you mean --images?"),
+        (["estimate", "--deviced", "4"], "estimate: unrecognized arguments: --deviced; did you mean --devices?"),
+        (["inspect", "x", "--splitt", "x"], "inspect: unrecognized arguments: --splitt; did you mean --splits?"),
+        (["inspect", "x", "--data.train", "x"], "inspect: expected --config with settings of fit, got --data.train alone"),
+        (["cache-features", "--ouut", "x"], "cache-features: unrecognized arguments: --ouut; did you mean --out?"),
+    ],
+)  # fmt: skip
+def test_unknown_options_of_other_commands_are_refused_with_the_nearest(arguments, message, capfd):
+    assert main(arguments) == 2
+    assert capfd.readouterr().err == f"error: {message}\n"
+
+
+def test_inspect_names_a_file_in_place_of_a_folder(capfd, tmp_path):
+    path = tmp_path / "train-000.tar"
+    path.touch()
+    assert error_of(capfd, "inspect", path) == (2, f"error: inspect: expected a folder of shards, got the file {path}")
+
+
 def test_a_message_that_is_not_understood_stays_as_it_is():
     text = "Parser key \"x\": Expected a <class 'some.Thing'>. Got value: 3"
     assert cli._plain(text) == text

@@ -83,6 +83,12 @@ def refused(command, *arguments, name="fit"):
     return line
 
 
+def test_an_encoder_that_learns_is_named_before_its_features_are_cached(command, tmp_path):
+    with pytest.warns(UserWarning, match=r"with these settings, fit takes no features: .* an encoder that learns"):
+        status, text = command("cache-features", "--out", tmp_path / "x", "--model.train_vision.freeze", "false")
+    assert status == 0, text
+
+
 # Training
 
 

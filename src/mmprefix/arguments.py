@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mmprefix.errors import InputError, printable
 
@@ -29,6 +31,34 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{self.command}: {message}")
+
+    def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
+        """See `argparse.ArgumentParser`, which would first name all that is required."""
+        for flag in self._unknown(args):
+            close = self._nearest(flag, 0.5)
+            self.error(f"unrecognized arguments: {flag}" + (f"; did you mean {close}?" if close else ""))
+        return super().parse_args(args, namespace)
+
+    def parse_with_settings(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The command's own options, and the others, which are those of ``fit``.
+
+        Raises:
+            InputError: one that is almost the command's own, as none of ``fit``'s is.
+        """
+        for flag in self._unknown(arguments):
+            if "." not in flag and (close := self._nearest(flag, 0.8)):
+                self.error(f"unrecognized arguments: {flag}; did you mean {close}?")
+        return self.parse_known_args(arguments)
+
+    def _unknown(self, arguments: Sequence[str]) -> Iterator[str]:
+        for argument in takewhile(lambda argument: argument != "--", arguments):
+            flag = argument.partition("=")[0]
+            # What has a space is a value to argparse, too.
+            if flag.startswith("--") and " " not in argument and flag not in self._option_string_actions:
+                yield flag
+
+    def _nearest(self, flag: str, cutoff: float) -> str | None:
+        return next(iter(get_close_matches(flag, self._option_string_actions, n=1, cutoff=cutoff)), None)
 
 
 def keep_inputs(option: str, out: Path, inputs: Iterable[Path | None]) -> None:

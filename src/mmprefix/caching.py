@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ def parse(arguments: list[str]) -> tuple[Namespace, list[str]]:
     parser.add_argument("--num_workers", type=int, help="loader processes; by default data.num_workers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--overwrite", action="store_true", help="replace the features that the folder holds")
-    options, others = parser.parse_known_args(arguments)
+    options, others = parser.parse_with_settings(arguments)
     for name, least in (("batch_size", 1), ("num_workers", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -64,6 +65,10 @@ def cache_features(module: MMPrefixModule, data: ShardDataModule, options: Names
         InputError: a split without shards, a folder that holds something else, an image that must not be skipped.
     """
     started = time.monotonic()
+    try:
+        module.check_frozen_encoder()
+    except InputError as error:
+        warnings.warn(f"with these settings, fit takes no features: {error}", stacklevel=2)
     data.check_tiles("cache-features")
     data.prepare_data()
     splits = options.splits or [split for split in SPLITS[:3] if data.has(split)]

@@ -250,7 +250,7 @@ def estimate_command(arguments: list[str], read_settings: Callable[[list[str]], 
     parser.add_argument("--memory", type=float, help="GiB of a device; by default those of the GPU here")
     parser.add_argument("--precision", help="by default the config's")
     _add_record_options(parser)
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_with_settings(arguments)
     if options.devices < 1:
         raise InputError(f"--devices: expected at least 1, got {options.devices}")
     record = _record(options)
@@ -339,7 +339,7 @@ def scaling_command(arguments: list[str], read_settings: Callable[[list[str]], M
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the rows there, too")
     _add_record_options(parser)
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_with_settings(arguments)
     try:
         numbers = [int(word) for word in options.devices.split(",")]
     except ValueError:

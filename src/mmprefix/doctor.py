@@ -892,7 +892,7 @@ def parse(arguments: list[str]) -> tuple[Namespace, list[str]]:
     )
     parser.add_argument("--max_skew_seconds", type=float, default=1.0, help="between a rank's clock and rank 0's")
     parser.add_argument("--timeout_seconds", type=float, default=120.0, help="how long to wait for a rank")
-    options, others = parser.parse_known_args(arguments)
+    options, others = parser.parse_with_settings(arguments)
     for name in ("expect_gbps", "max_skew_seconds", "timeout_seconds"):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):

@@ -206,14 +206,15 @@ def parse(arguments: list[str]) -> tuple[Namespace, list[str]]:
     parser.add_argument("--seed", type=int, default=0, help="draws them")
     parser.add_argument("--num_workers", type=int, default=available_cores(), help="loader processes")
     parser.add_argument("--checksums", action="store_true", help="compare shards with the SHA-256 in index.json")
-    options, others = parser.parse_known_args(arguments)
+    options, others = parser.parse_with_settings(arguments)
     for name in ("samples", "num_workers"):
         if getattr(options, name) < 0:
             raise InputError(f"--{name}: expected at least 0, got {getattr(options, name)}")
     if others and not options.config:
         raise InputError(f"inspect: expected --config with settings of fit, got {others[0]} alone")
     if not options.folder.is_dir():
-        raise InputError(f"inspect: expected a folder of shards, found none at {options.folder}")
+        found = f"got the file {options.folder}" if options.folder.exists() else f"found none at {options.folder}"
+        raise InputError(f"inspect: expected a folder of shards, {found}")
     if options.out is not None and options.out.exists() and not options.out.is_dir():
         raise InputError(f"--out: expected a folder, got the file {options.out}")
     return options, others

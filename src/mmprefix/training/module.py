@@ -477,8 +477,8 @@ class MMPrefixModule(pl.LightningModule):
         """What the features of the encoder, as its weights are now, are known by."""
         return FeatureKey.of(self.model.vision, self.model.config.vision_spec, self.processor.transform)
 
-    def frozen_feature_key(self) -> FeatureKey:
-        """`feature_key`, for training on cached features.
+    def check_frozen_encoder(self) -> None:
+        """Before training on cached features.
 
         Raises:
             InputError: an encoder that learns; no gradient reaches it through a cache.
@@ -490,6 +490,14 @@ class MMPrefixModule(pl.LightningModule):
                 f"{str(args.freeze).lower()} and unfreeze_at_step: {json.dumps(args.unfreeze_at_step)}: "
                 "an encoder that learns needs pixels"
             )
+
+    def frozen_feature_key(self) -> FeatureKey:
+        """`feature_key`, for training on cached features.
+
+        Raises:
+            InputError: see `check_frozen_encoder`.
+        """
+        self.check_frozen_encoder()
         if self._feature_key is None:  # once: a sharded encoder is whole nowhere
             self._feature_key = self.feature_key()
         return self._feature_key
