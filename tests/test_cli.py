@@ -175,6 +175,7 @@ def test_values_of_a_wrong_type_are_refused_in_plain_words(content, message, con
         (["estimate", "--deviced", "4"], "estimate: unrecognized arguments: --deviced; did you mean --devices?"),
         (["inspect", "x", "--splitt", "x"], "inspect: unrecognized arguments: --splitt; did you mean --splits?"),
         (["inspect", "x", "--data.train", "x"], "inspect: expected --config with settings of fit, got --data.train alone"),
+        (["fit", "--data.batch_size", "3"], "fit: expected --config FILE (or settings of a model), got neither"),
         (["cache-features", "--ouut", "x"], "cache-features: unrecognized arguments: --ouut; did you mean --out?"),
     ],
 )  # fmt: skip

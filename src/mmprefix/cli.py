@@ -194,6 +194,8 @@ class MMPrefixCLI(LightningCLI):
         """As Lightning's, but that `--trainer.strategy fsdp2` may have settings beside it."""
         super().parse_arguments(parser, _with_class(args))
         name = self.config["subcommand"]
+        if not self.config[name].config and not any(word.startswith("--model") for word in args):
+            parser.error(f"{name}: expected --config FILE (or settings of a model), got neither")
         for action in parser._actions:
             if isinstance(action.choices, dict):
                 _refuse_untyped(action.choices[name], self.config[name])
