@@ -146,6 +146,7 @@ def test_unknown_keys_are_refused_with_the_nearest(config, capfd, tmp_path):
         ({"data": {"batch_size": "many"}}, "data.batch_size: expected a whole number, got many"),
         ({"data": {"batch_size": [1, 2]}}, "data.batch_size: expected a whole number, got [1, 2]"),
         ({"data": {"batch_size": None}}, "data.batch_size: expected a value, got null; without the line it is 32, the default"),
+        ({"seed_everything": None}, "seed_everything: expected true or false or a whole number, got null"),
         ({"data": {"train": 5}}, "data.train: expected text, a list, a mapping or null, got 5"),
         ({"model": {"prefix_visibility": "all"}}, "model.prefix_visibility: expected full, nested, causal or null, got all"),
         ({"model": {"train_vision": {"lr": "fast"}}}, "model.train_vision.lr: expected a number or null, got fast"),
@@ -171,6 +172,7 @@ def test_values_of_a_wrong_type_are_refused_in_plain_words(content, message, con
     [
         (["report", "--runn", "x"], "report: unrecognized arguments: --runn; did you mean --run?"),
         (["report", "--xyz=1"], "report: unrecognized arguments: --xyz"),
+        (["generate", "--instruction", "--what"], "generate: argument --instruction: expected one argument"),
         (["prepare", "folder", "--image", "x"], "prepare: unrecognized arguments: --image; did you mean --images?"),
         (["estimate", "--deviced", "4"], "estimate: unrecognized arguments: --deviced; did you mean --devices?"),
         (["inspect", "x", "--splitt", "x"], "inspect: unrecognized arguments: --splitt; did you mean --splits?"),

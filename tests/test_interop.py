@@ -225,7 +225,10 @@ def test_other_image_sizes_interpolate_on_request(source, photos):
         ),
         (["--from", "{missing}", "--out", "{out}"], "1 missing: lm_head.bias_that_is_not"),
         (["--from", "{source}"], "the following arguments are required: --out"),
-        (["--from", "{source}", "--out", "{out}", "--form", "x"], "unrecognized arguments: --form; did you mean --from?"),
+        (
+            ["--from", "{source}", "--out", "{out}", "--form", "x"],
+            "unrecognized arguments: --form; did you mean --from?",
+        ),
     ],
 )
 def test_import_says_what_is_wrong(arguments, message, source, tmp_path, capfd):

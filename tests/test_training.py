@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import resource
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -181,12 +182,59 @@ def test_a_run_that_is_refused_leaves_the_folder_as_it_was(settings, message, fi
 
 
 def test_a_run_that_fails_after_its_first_step_keeps_what_it_wrote(fit, monkeypatch):
+    """Also where nothing was logged yet."""
     _, _, folder = fit(trainer__max_epochs=1)
-    monkeypatch.setattr(MMPrefixModule, "on_train_end", lambda self: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        fit(trainer__max_epochs=1)
-    assert (folder / "metrics.csv").is_file()
+
+    def fail(self, outputs, batch, batch_idx):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(MMPrefixModule, "on_train_batch_end", fail)
+    with pytest.raises(RuntimeError, match="a fault"):
+        fit(trainer__max_epochs=1, trainer__log_every_n_steps=50)
+    assert (folder / "config.yaml").is_file()
+    assert not (folder / "metrics.csv").exists()
     assert (folder.with_name("run.1") / "metrics.csv").is_file()
+
+
+def test_a_run_that_fails_leaves_alone_another_that_began_in_its_place(fit, monkeypatch):
+    _, _, folder = fit(trainer__max_epochs=1)
+
+    def begin_another(self):
+        folder.rename(folder.with_name("run.2"))
+        folder.mkdir()
+        (folder / "config.yaml").touch()
+        raise InputError("too late")
+
+    monkeypatch.setattr(MMPrefixModule, "on_fit_start", begin_another)
+    status, text, _ = fit(trainer__max_epochs=1)
+    assert (status, text.splitlines()[-1]) == (2, "error: too late")
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+    assert (folder.with_name("run.1") / "metrics.csv").is_file()
+    assert (folder.with_name("run.2") / "config.yaml").is_file()
+
+
+def test_an_empty_folder_and_a_link_to_one_are_left_as_they_were(fit, tmp_path):
+    runs = tmp_path / "runs"
+    (runs / "empty").mkdir(parents=True)
+    (runs / "link").symlink_to(runs / "empty")
+    for name in ("empty", "link"):
+        status, text, folder = fit(name, trainer__max_epochs=1, data__max_tokens=1)
+        assert (status, text.splitlines()[-1][:24]) == (2, "error: data.max_tokens: ")
+        assert list(folder.iterdir()) == []
+    assert (runs / "link").is_symlink()
+
+
+def test_a_folder_without_a_name_of_its_own_is_no_run_folder_unless_it_is_empty(fit, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "config.yaml").write_text("of the user")
+    monkeypatch.chdir(tmp_path / "here")
+    status, text, _ = fit(trainer__max_epochs=1, trainer__default_root_dir=".")
+    assert status == 2
+    assert (
+        "error: trainer.default_root_dir: expected a folder that can be renamed, since it holds something, got ."
+        in text
+    )
+    assert Path("config.yaml").read_text() == "of the user"
 
 
 def test_same_seed_same_weights_other_seed_others(fit):

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,14 +51,18 @@ class CommandParser(argparse.ArgumentParser):
         return self.parse_known_args(arguments)
 
     def _unknown(self, arguments: Sequence[str]) -> Iterator[str]:
-        for argument in takewhile(lambda argument: argument != "--", arguments):
-            flag = argument.partition("=")[0]
-            # What has a space is a value to argparse, too.
-            if flag.startswith("--") and " " not in argument and flag not in self._option_string_actions:
+        known = self._option_string_actions
+        words = list(takewhile(lambda argument: argument != "--", arguments))
+        for before, word in pairwise(["", *words]):
+            flag = word.partition("=")[0]
+            # Behind an option that takes a value argparse asks for that; what has a space is a value to it, too.
+            wants_value = before in known and known[before].nargs != 0
+            if flag.startswith("--") and " " not in word and flag not in known and not wants_value:
                 yield flag
 
     def _nearest(self, flag: str, cutoff: float) -> str | None:
-        return next(iter(get_close_matches(flag, self._option_string_actions, n=1, cutoff=cutoff)), None)
+        names = [name for name in self._option_string_actions if name.startswith("--")]
+        return next(iter(get_close_matches(flag, names, n=1, cutoff=cutoff)), None)
 
 
 def keep_inputs(option: str, out: Path, inputs: Iterable[Path | None]) -> None:

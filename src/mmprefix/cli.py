@@ -15,6 +15,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -103,13 +104,16 @@ def _plain(text: str) -> str:
                     words += re.findall(r"[\w.+-]+", match["choices"])
                 else:
                     kinds.append(match["name"] or match["of"])
-        if rest.strip(" ,") or not set(kinds) <= _WORDS.keys():
+        value = {"None": "null", "True": "true", "False": "false"}.get(parts["value"], parts["value"])
+        # In a list or mapping, it is what it holds that is wrong.
+        inside = ("list" in kinds and value.startswith("[")) or ("dict" in kinds and value.startswith("{"))
+        if rest.strip(" ,") or inside or not set(kinds) <= _WORDS.keys():
             return text
         # null last, each once: of one setting, `16` may be a number and a text.
         words += [_WORDS[kind] for kind in sorted(kinds, key=lambda kind: kind == "NoneType")]
         *first, last = dict.fromkeys(words)
         expected = f"{', '.join(first)} or {last}" if first else last
-        return f"{parts['key']}: expected {expected}, got {parts['value']}"
+        return f"{parts['key']}: expected {expected}, got {value}"
     return text
 
 
@@ -156,22 +160,61 @@ def _refuse_untyped(parser: LightningArgumentParser, settings: Namespace) -> Non
             parser.error(f"{group}: expected a mapping, got {_in_config(settings[group])}")
     for action in actions:
         takes_null = action.default is None or type(None) in get_args(getattr(action, "_typehint", None))
-        if not takes_null and action.dest in settings and settings[action.dest] is None:
+        # Of Lightning's, some mean something by null.
+        if (
+            not takes_null
+            and not action.dest.startswith("trainer.")
+            and action.dest in settings
+            and settings[action.dest] is None
+        ):
             default = _in_config(action.default)
             parser.error(f"{action.dest}: expected a value, got null; without the line it is {default}, the default")
 
 
-_MADE_BEFORE_TRAINING = {"config.yaml", "tensorboard"}
-"""In a run folder. TensorBoard has nothing before the first step that `metrics.csv` hasn't."""
+@dataclass(frozen=True)
+class _Room:
+    """What was done for a new run's folder.
+
+    Attributes:
+        folder: the new run's.
+        inode: of the folder: another run may begin in its place.
+        is_new: whether it was made for the run.
+        kept: where the run is now that was there before.
+    """
+
+    folder: Path
+    inode: int
+    is_new: bool
+    kept: Path | None
+
+    def give_back(self) -> None:
+        """Undoes it, unless there is more in the folder than what is made before training, or it is another's."""
+        try:
+            if self.folder.stat().st_ino != self.inode:
+                return
+            made = {path.name: path for path in self.folder.iterdir()}
+            if not made.keys() <= {"config.yaml", "tensorboard"}:
+                return
+            for path in made.values():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            if self.is_new:
+                self.folder.rmdir()
+            if self.kept is not None:
+                self.kept.rename(self.folder)
+                print(f"{self.folder} holds the earlier run again", flush=True)
+        except OSError as error:  # of less interest than why the run failed
+            where = f"; the earlier run is {self.kept}" if self.kept is not None else ""
+            print(f"{self.folder} could not be cleared: {error}{where}", file=sys.stderr)
 
 
 class MMPrefixCLI(LightningCLI):
     """fit, validate, test and predict."""
 
-    _began_in: Path | None = None
-    """The folder of a new run, once there is room for it; on rank 0."""
-    _kept: Path | None = None
-    """Where the run is now that was there before."""
+    _room: _Room | None = None
+    """Of a new run; on rank 0."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One seed for everything; the data gets the model's processor."""
@@ -311,27 +354,32 @@ class MMPrefixCLI(LightningCLI):
             return
         run_folder = Path(self.trainer.default_root_dir)
         if self.resume_from is None:
-            self._began_in = run_folder
-            self._kept = set_aside(run_folder)
-            if self._kept is not None:
-                print(f"{run_folder} holds an earlier run: kept as {self._kept}")
+            self._make_room(run_folder)
             return
         remove_leftovers(run_folder)
         drop_rows_after(run_folder / "metrics.csv", self.resume_step)
         for left in set_aside_newer(self.resume_from):
             print(f"a later checkpoint is kept as {left}")
 
+    def _make_room(self, run_folder: Path) -> None:
+        if run_folder.name in ("", "..") and run_folder.exists() and any(run_folder.iterdir()):
+            raise InputError(
+                f"trainer.default_root_dir: expected a folder that can be renamed, since it holds something, got {run_folder}"
+            )
+        kept = set_aside(run_folder)
+        if kept is not None:
+            print(f"{run_folder} holds an earlier run: kept as {kept}")
+        is_new = not run_folder.exists()
+        run_folder.mkdir(parents=True, exist_ok=True)
+        self._room = _Room(run_folder, run_folder.stat().st_ino, is_new, kept)
+
     def _run_subcommand(self, subcommand: str) -> None:
         """Lightning's, but that a run which fails before its first step leaves the run folder as it was."""
         try:
             super()._run_subcommand(subcommand)
         except Exception:
-            folder = self._began_in
-            if folder and folder.is_dir() and {path.name for path in folder.iterdir()} <= _MADE_BEFORE_TRAINING:
-                shutil.rmtree(folder)
-                if self._kept is not None:
-                    self._kept.rename(folder)
-                    print(f"{folder} holds the earlier run again", flush=True)
+            if self._room is not None and self.trainer.global_step == 0:
+                self._room.give_back()
             raise
 
     def after_fit(self) -> None:
