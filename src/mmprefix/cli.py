@@ -370,8 +370,11 @@ class MMPrefixCLI(LightningCLI):
         if kept is not None:
             print(f"{run_folder} holds an earlier run: kept as {kept}")
         is_new = not run_folder.exists()
-        run_folder.mkdir(parents=True, exist_ok=True)
-        self._room = _Room(run_folder, run_folder.stat().st_ino, is_new, kept)
+        try:
+            run_folder.mkdir(parents=True, exist_ok=True)
+            self._room = _Room(run_folder, run_folder.stat().st_ino, is_new, kept)
+        except OSError:
+            pass  # who writes there first says it: by then all processes are connected, and none waits for this one
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Lightning's, but that a run which fails before its first step leaves the run folder as it was."""
