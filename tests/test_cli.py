@@ -146,6 +146,8 @@ def test_unknown_keys_are_refused_with_the_nearest(config, capfd, tmp_path):
         ({"data": {"batch_size": "many"}}, "data.batch_size: expected a whole number, got many"),
         ({"data": {"batch_size": [1, 2]}}, "data.batch_size: expected a whole number, got [1, 2]"),
         ({"data": {"batch_size": None}}, "data.batch_size: expected a value, got null; without the line it is 32, the default"),
+        # Lightning's own may be null.
+        ({"trainer": {"inference_mode": None}, "model": {"compile": None}}, "model.compile: expected a value, got null; without the line it is false, the default"),
         ({"seed_everything": None}, "seed_everything: expected true or false or a whole number, got null"),
         ({"data": {"train": 5}}, "data.train: expected text, a list, a mapping or null, got 5"),
         ({"model": {"prefix_visibility": "all"}}, "model.prefix_visibility: expected full, nested, causal or null, got all"),
@@ -192,9 +194,28 @@ def test_inspect_names_a_file_in_place_of_a_folder(capfd, tmp_path):
     assert error_of(capfd, "inspect", path) == (2, f"error: inspect: expected a folder of shards, got the file {path}")
 
 
-def test_a_message_that_is_not_understood_stays_as_it_is():
-    text = "Parser key \"x\": Expected a <class 'some.Thing'>. Got value: 3"
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Parser key \"x\": Expected a <class 'some.Thing'>. Got value: 3",
+        # It is a list: what it holds is wrong.
+        "Parser key \"x\": Does not validate against any of the Union subtypes Subtypes: [list[int], <class 'NoneType'>] Errors: "
+        "- Expected a <class 'int'> Given value type: <class 'list'> Given value: ['a']",
+    ],
+)
+def test_a_message_that_would_mislead_stays_as_it_is(text):
     assert cli._plain(text) == text
+
+
+def test_a_folder_that_cannot_be_cleared_hides_no_error_and_names_the_earlier_run(tmp_path, capfd):
+    folder, kept = tmp_path / "run", tmp_path / "run.1"
+    folder.mkdir()
+    kept.mkdir()
+    (folder / "tensorboard").symlink_to(kept)  # which no tree is removed through
+    cli._Room(folder, folder.stat().st_ino, True, kept).give_back()
+    assert f"{folder} could not be cleared: " in (said := capfd.readouterr().err)
+    assert said.endswith(f"the earlier run is {kept}\n")
+    assert kept.is_dir()
 
 
 @pytest.mark.parametrize(
