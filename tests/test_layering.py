@@ -8,7 +8,7 @@ import mmprefix
 ROOT = Path(mmprefix.__file__).parent
 FLOORS = {
     "mmprefix": -1, "errors": -1, "files": -1, "instructions": 0,
-    "sequence": 0, "masks": 0, "vision": 0, "metrics": 0, "varlen": 0, "arguments": 0,
+    "sequence": 0, "masks": 0, "vision": 0, "metrics": 0, "varlen": 0, "onednn": 0, "arguments": 0,
     "four_bit": 1, "packing": 1, "loss": 1, "attention": 1,
     "last_layer": 2, "stored_weights": 2, "decoder": 2, "data": 2,
     "generation": 3, "prefix_lm": 3, "probe": 3,

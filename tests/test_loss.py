@@ -129,8 +129,8 @@ def test_few_labels_in_half_precision_are_one_chunk(dtype, rows, products, monke
     vocab, width = 11, 8
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 2 * vocab)
     made = []
-    linear = loss._linear
-    monkeypatch.setattr(loss, "_linear", lambda hidden, *rest: made.append(len(hidden)) or linear(hidden, *rest))
+    linear = loss.linear
+    monkeypatch.setattr(loss, "linear", lambda hidden, *rest: made.append(len(hidden)) or linear(hidden, *rest))
     hidden = torch.randn(rows, width, dtype=dtype, requires_grad=True)
     weight = torch.randn(vocab, width, dtype=dtype, requires_grad=True)
     labels, lengths = torch.arange(rows), torch.full((rows,), rows)

@@ -38,6 +38,7 @@ from mmprefix.decoder import windows_of
 from mmprefix.errors import InputError
 from mmprefix.generation import keep_everything
 from mmprefix.modeling import MMPrefixForConditionalGeneration
+from mmprefix.onednn import linears_by_onednn
 from mmprefix.packing import PrefixPlan, map_tensors, pack_prompts
 from mmprefix.places import Places
 
@@ -166,8 +167,9 @@ def answers(
         found = how.by_batches(order, num_beams)
     else:
         found = how.in_places(order) if in_places and model.config.mask_free else how.with_refills(order)
-    for number, ids in found:
-        generated[number] = ids
+    with linears_by_onednn(model):
+        for number, ids in found:
+            generated[number] = ids
     return generated
 
 

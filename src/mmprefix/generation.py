@@ -37,6 +37,7 @@ from transformers.cache_utils import (
 from mmprefix.attention import prefix_plan
 from mmprefix.decoder import install, uninstall, windows_of
 from mmprefix.masks import PrefixVisibility
+from mmprefix.onednn import linears_by_onednn
 from mmprefix.packing import PrefixPlan
 
 
@@ -223,7 +224,8 @@ class PrefixDecoderModel(PreTrainedModel, GenerationMixin):
                 kwargs.setdefault("prefix_length", prompt.shape[1])
         mask = kwargs.get("attention_mask")  # without one, the library looks for padding itself
         kwargs["unpadded"] = self.config.mask_free and mask is not None and bool((mask != 0).all())
-        return super().generate(inputs, *args, **kwargs)
+        with linears_by_onednn(self):
+            return super().generate(inputs, *args, **kwargs)
 
     def _logits_to_keep(self, number: int | Tensor) -> dict[str, Any]:
         """What to tell the decoder, if it can be told; by default (0) it makes all logits."""

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmprefix.onednn import linear
 from mmprefix.sequence import IGNORE_INDEX
 
 LossNormalization = Literal["tokens", "per_sample"]
@@ -180,15 +181,6 @@ def linear_cross_entropy(
     return total, count
 
 
-def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`, on the CPU through oneDNN, which multiplies few rows by a large transposed weight faster than the
-    BLAS that eager mode calls. torch.compile chooses it for the same reason."""
-    if rows.device.type == "cpu" and rows.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(rows.contiguous(), weight, bias, "none", [], "")
-        return out
-    return F.linear(rows, weight, bias)
-
-
 def _rows_at_once(hidden: Tensor, chunk: int, wants_weight: bool) -> int:
     """Rows of a chunk.
 
@@ -226,7 +218,7 @@ def _linear_cross_entropy(
     for start in range(0, hidden.shape[0], chunk):
         part = slice(start, start + chunk)
         rows = hidden[part]
-        values = _linear(rows, weight, bias).to(wide)
+        values = linear(rows, weight, bias).to(wide)
         if scale != 1.0:
             values *= scale
         slope = None
