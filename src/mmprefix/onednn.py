@@ -1,8 +1,7 @@
 """Linear layers on the CPU in float32, without gradients, by oneDNN.
 
-Eager mode multiplies them by a BLAS that is slow where a few rows meet a large weight, as in decoding and in the logits of
-targets: oneDNN takes half the time for one row, and a third to three quarters for up to a few hundred (MKL and oneDNN of
-torch 2.14, two cores). Half precision goes to oneDNN by itself.
+PyTorch's eager mode multiplies them by a BLAS that is slow where a few rows meet a large weight, as in decoding
+(`benchmarks/decode.py`) and for the logits of targets. Half precision goes to oneDNN by itself.
 """
 
 from __future__ import annotations
