@@ -243,7 +243,7 @@ def _linear_cross_entropy(
             gradient *= slope
         gradient, factor = gradient.to(hidden.dtype), share * scale  # not rounded: one error for a whole row
         if wants_hidden:
-            d_hidden[part] = torch.mm(gradient, weight) * factor
+            d_hidden[part] = linear(gradient, weight.t()) * factor
         if wants_weight:
             scaled = (rows * factor).to(hidden.dtype)
             if start == 0:
