@@ -1,10 +1,12 @@
 """``python -m MODULE`` as a fork of a process that has imported everything: on a busy core that takes ten times as long as a
 tiny run.
 
+The ranks that Lightning starts with ``--trainer.devices N`` are forked, too: by the first of them, before it does anything.
+
 What differs from a process of its own: hashes of strings are seeded, and addresses laid out, once for each starter (there are
 two, by turns, so that a run and its resumption, or two ranks, still differ); what reads the environment when Python starts or
-a module is imported saw the starter's; ``sys.stdout`` is never a terminal. What concerns these starts Python in earnest
-(in `tests.test_cli`, `tests.test_scripts`).
+a module is imported saw the starter's; ``sys.stdout`` is never a terminal; Lightning's ranks have hashes alike. What concerns
+these starts Python in earnest (in `tests.test_cli`, `tests.test_scripts`).
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parents[1]
 _LENGTH = struct.Struct("!q")
@@ -257,10 +260,62 @@ def _serve(control: socket.socket, children: dict[int, tuple[int, socket.socket]
                         os.kill(pid, signal.SIGKILL)
 
 
+class _Rank:
+    """As `subprocess.Popen`, as far as Lightning's launcher needs it: a process that waits for its environment."""
+
+    waiting: ClassVar[list[tuple[int, int]]] = []
+    """Process ids, and where each reads what it was waiting for."""
+
+    def __init__(self, command: Sequence[str], *, env: dict[str, str], cwd: str | None) -> None:
+        assert cwd is None, "only hydra has another"
+        self.args = command
+        self.returncode: int | None = None
+        self.pid, pipe = self.waiting.pop(0)
+        with os.fdopen(pipe, "w") as file:
+            json.dump(env, file)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def _fork_ranks(request: dict[str, Any]) -> None:
+    """In each of them, returns once it is wanted, with its environment in the request."""
+    _, *words = request["command"]
+    if "--trainer.devices" not in words or "RANK" in request["env"]:
+        return
+    for _ in range(int(words[words.index("--trainer.devices") + 1]) - 1):
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            for _, other in [(0, write), *_Rank.waiting]:
+                os.close(other)
+            try:
+                with os.fdopen(read) as pipe:
+                    environment = pipe.read()
+            except KeyboardInterrupt:
+                environment = ""
+            if not environment:  # the first rank ended without it
+                os._exit(0)
+            request["env"] = json.loads(environment)
+            return
+        os.close(read)
+        _Rank.waiting.append((pid, write))
+    launcher = sys.modules["lightning.pytorch.strategies.launchers.subprocess_script"]
+    launcher.subprocess = SimpleNamespace(Popen=_Rank)  # type: ignore[attr-defined]
+
+
 def become(request: dict[str, Any]) -> None:
     """Runs the module as ``python -m`` would."""
     if request["session"]:
         os.setsid()
+    _fork_ranks(request)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])

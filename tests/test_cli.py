@@ -403,10 +403,13 @@ def test_two_processes_train_as_one(config, tmp_path):
     ]  # fmt: skip
     one = mmprefix("fit", *plain, "--trainer.default_root_dir", tmp_path / "one", "--data.batch_size", 2)
     assert one.returncode == 0, one.stderr
-    two = mmprefix(
+    # In earnest: strings have other hashes on each rank.
+    words = [
         "fit", *plain, "--trainer.default_root_dir", tmp_path / "two", "--data.batch_size", 1,
-        "--trainer.devices", 2, "--trainer.strategy", "ddp", timeout=400,
-    )  # fmt: skip
+        "--trainer.devices", 2, "--trainer.strategy", "ddp",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "mmprefix", *map(str, words)]
+    two = subprocess.run(command, capture_output=True, text=True, timeout=400, env=ENVIRONMENT)
     assert two.returncode == 0, two.stderr
     for name in ("train/loss", "train/grad_norm", "train/bad_samples", "val/loss", "val/exact_match"):
         columns = [[float(row[name]) for row in metric_rows(tmp_path / n) if row[name]] for n in ("one", "two")]

@@ -123,3 +123,55 @@ def test_a_child_that_ends_while_nobody_listens_harms_no_other(environment, tmp_
         process.stdout.close()
     assert [forks.run(["program", "0"], env=environment, timeout=60).returncode for _ in range(2)] == [0, 0]
     assert all(starter.is_alive() for starter in forks._starters.values())
+
+
+RANKS = """
+import json, os, subprocess, sys
+from lightning.pytorch.strategies.launchers import subprocess_script
+rank = os.environ.get("LOCAL_RANK", "0")
+print(rank, os.getppid() == int(os.environ.get("FIRST", "0")), os.environ["WORD"], os.getcwd(), sys.argv[1:], flush=True)
+if rank == "0" and "alone" not in sys.argv:
+    ranks = [
+        subprocess_script.subprocess.Popen([], env={**os.environ, "LOCAL_RANK": str(n), "FIRST": str(os.getpid())}, cwd=None)
+        for n in (1, 2)
+    ]
+    ranks[1].send_signal(9)
+    while any(each.poll() is None for each in ranks):
+        pass
+    print([each.returncode for each in ranks])
+if rank == "2":
+    sys.stdin.close()
+    import time
+    time.sleep(60)
+sys.exit(int(rank) + 3)
+"""
+
+
+def test_ranks_are_forked_with_their_own_environment(environment, tmp_path):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    words = ["ranks", "--trainer.devices", "3"]
+    found = forks.run(words, env=environment, cwd=tmp_path, text=True, timeout=60)
+    lines = found.stdout.splitlines()
+    assert found.returncode == 3, found.stderr
+    rest = f"of its own {tmp_path} ['--trainer.devices', '3']"
+    assert lines[0] == f"0 False {rest}"
+    assert f"1 True {rest}" in lines
+    assert "[4, -9]" in lines
+    assert set(lines) - {lines[0], f"1 True {rest}", "[4, -9]"} <= {f"2 True {rest}"}, "killed before or after it spoke"
+    assert not found.stderr
+
+
+def test_ranks_that_nobody_wants_end(environment, tmp_path):
+    """And hold no output open."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    found = forks.run(
+        ["ranks", "--trainer.devices", "2", "alone"], env=environment, cwd=tmp_path, text=True, timeout=60
+    )
+    assert len(found.stdout.splitlines()) == 1
+    started_otherwise = {**environment, "RANK": "0"}
+    assert (
+        forks.run(
+            ["ranks", "--trainer.devices", "2", "alone"], env=started_otherwise, cwd=tmp_path, timeout=60
+        ).returncode
+        == 3
+    )
