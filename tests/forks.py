@@ -270,14 +270,16 @@ class _Rank:
         assert cwd is None, "only hydra has another"
         self.args = command
         self.returncode: int | None = None
+        self._looking = threading.Lock()
         self.pid, pipe = self.waiting.pop(0)
         with os.fdopen(pipe, "w") as file:
             json.dump(env, file)
 
     def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        with self._looking:  # Lightning's observer looks from a thread of its own
+            if self.returncode is None:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
     def send_signal(self, number: int) -> None:

@@ -129,7 +129,8 @@ RANKS = """
 import json, os, subprocess, sys
 from lightning.pytorch.strategies.launchers import subprocess_script
 rank = os.environ.get("LOCAL_RANK", "0")
-print(rank, os.getppid() == int(os.environ.get("FIRST", "0")), os.environ["WORD"], os.getcwd(), sys.argv[1:], flush=True)
+line = rank, os.getppid() == int(os.environ.get("FIRST", "0")), os.environ["WORD"], os.getcwd(), sys.argv[1:]
+os.write(1, (" ".join(map(str, line)) + "\\n").encode())  # at once: lines of three processes
 if rank == "0" and "alone" not in sys.argv:
     ranks = [
         subprocess_script.subprocess.Popen([], env={**os.environ, "LOCAL_RANK": str(n), "FIRST": str(os.getpid())}, cwd=None)
