@@ -109,3 +109,15 @@ def test_answers_and_generate_are_decoded_by_it(products):
             assert new[: len(expected)] == expected
         assert 1 in products
     assert {type(module) for module in model.modules() if isinstance(module, nn.Linear)} == {nn.Linear}
+
+
+class OfItsOwn(torch.Tensor):
+    """As weights in four bits or in shards are."""
+
+
+def test_tensors_of_another_class_compute_in_their_own_way(products):
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(OfItsOwn))
+    with torch.no_grad(), linears_by_onednn(model):
+        assert type(model(torch.ones(3, 8))) is OfItsOwn, "and so is what the second layer is given"
+    assert products == []
